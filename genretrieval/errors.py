@@ -1,0 +1,87 @@
+"""Every error a user can meet, as one tree.
+
+    GenRetrievalError                    exit 1, HTTP 500, gRPC INTERNAL
+    ├── InvalidInputError                exit 2, HTTP 400, gRPC INVALID_ARGUMENT
+    │   ├── DataError                    a log, catalogue or embedding file is missing or malformed
+    │   ├── RecipeError                  a recipe names an unknown or contradictory setting
+    │   └── RequestError                 a retrieval request cannot be answered as asked
+    ├── BundleError                      exit 3, HTTP 500, gRPC FAILED_PRECONDITION
+    │   └── BundleIncompleteError        no manifest: writing it never finished
+    ├── MissingExtraError                exit 4, HTTP 501, gRPC UNIMPLEMENTED: an optional package is not installed
+    ├── UnavailableError                 exit 5, HTTP 503, gRPC UNAVAILABLE: not ready, draining, or unreachable
+    │   └── OverloadedError              exit 5, HTTP 429, gRPC RESOURCE_EXHAUSTED
+    └── DeadlineError                    exit 6, HTTP 504, gRPC DEADLINE_EXCEEDED
+
+A message says what was wrong, where, and what to do. The three codes of a kind stand on its class and nowhere
+else; the command line, REST and gRPC read them from there.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GenRetrievalError(Exception):
+    """Base of all errors raised on purpose by this project; raised itself only for faults of ours."""
+
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+    grpc_code: ClassVar[str] = "INTERNAL"
+
+    @property
+    def reason(self) -> str:
+        """Stable machine-readable name, e.g. ``INVALID_INPUT`` (REST `reason`, metric label)."""
+        name = type(self).__name__.removesuffix("Error")
+        return "".join("_" + c if c.isupper() and i else c for i, c in enumerate(name)).upper()
+
+
+class InvalidInputError(GenRetrievalError, ValueError):
+    """What the caller gave cannot be used; the same call will fail again."""
+
+    exit_code, http_status, grpc_code = 2, 400, "INVALID_ARGUMENT"
+
+
+class DataError(InvalidInputError):
+    """A data file is missing, empty or malformed. Single bad rows go to quarantine and raise nothing."""
+
+
+class RecipeError(InvalidInputError):
+    """A recipe has an unknown key, a value out of range, or settings that contradict each other."""
+
+
+class RequestError(InvalidInputError):
+    """A request is malformed, for example a negative `top_k` or a filter on an undeclared attribute."""
+
+
+class BundleError(GenRetrievalError):
+    """A bundle cannot be served: a hash differs, a file is missing, or its schema version is newer than ours."""
+
+    exit_code, http_status, grpc_code = 3, 500, "FAILED_PRECONDITION"
+
+
+class BundleIncompleteError(BundleError):
+    """The folder holds no manifest. It is written last, so the export that made the folder never finished."""
+
+
+class MissingExtraError(GenRetrievalError, ImportError):
+    """A command needs packages of an extra that is not installed; the message names the extra."""
+
+    exit_code, http_status, grpc_code = 4, 501, "UNIMPLEMENTED"
+
+
+class UnavailableError(GenRetrievalError):
+    """The server is not ready, is draining, or could not be reached; another try may succeed."""
+
+    exit_code, http_status, grpc_code = 5, 503, "UNAVAILABLE"
+
+
+class OverloadedError(UnavailableError):
+    """The queue is full: rejected at once rather than answered too late."""
+
+    http_status, grpc_code = 429, "RESOURCE_EXHAUSTED"
+
+
+class DeadlineError(GenRetrievalError):
+    """The deadline of the request passed before an answer was ready."""
+
+    exit_code, http_status, grpc_code = 6, 504, "DEADLINE_EXCEEDED"

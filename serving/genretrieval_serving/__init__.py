@@ -1,0 +1,1 @@
+"""The server and its client: a bundle to gRPC and REST."""
