@@ -1,0 +1,207 @@
+"""The bundle: one versioned, self-contained folder that can be served.
+
+    manifest.json            written last: its presence means complete
+    retriever.onnx           encoder and the whole beam search, one graph
+    generator.safetensors    the weights it was exported from
+    codebooks.safetensors    the tokenizer
+    catalogue.parquet        items, their attributes and their semantic IDs
+    query_tokenizer.json     for models that read queries
+    config.yaml              the recipe as it was run
+    metrics.json             its quality figures
+    README.md                model card
+
+A bundle is written beside its final place and renamed into it, so a killed export leaves nothing that loads.
+No file of it is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from genretrieval.errors import BundleError, BundleIncompleteError
+from genretrieval.features import RequestFeatures
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPH = "retriever.onnx"
+WEIGHTS = "generator.safetensors"
+CODEBOOKS = "codebooks.safetensors"
+CATALOGUE = "catalogue.parquet"
+QUERY_TOKENIZER = "query_tokenizer.json"
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+MODEL_CARD = "README.md"
+REQUIRED_FILES = (GRAPH, CATALOGUE)
+
+
+class Manifest(BaseModel):
+    """What a bundle is, and the sha256 of every other file in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    uuid: str = Field(default_factory=lambda: str(uuid.uuid4()))
+    parent_uuid: str | None = None
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
+    genretrieval_version: str
+    n_items: int
+    codebook_sizes: tuple[int, ...]
+    reserved_slots: tuple[int, ...] = ()
+    opset: int
+    minimum_onnxruntime: str
+    graph_inputs: tuple[str, ...] = Field(description="Inputs of the graph, in order.")
+    events: tuple[str, ...] = ()
+    profile_features: tuple[str, ...] = ()
+    n_profile_buckets: int = 0
+    max_history: int
+    max_query_tokens: int
+    reads_queries: bool
+    beam_width: int = Field(description="Default beam width of a request.")
+    exclude_seen: bool = Field(
+        description="Whether the quality figures leave out items that the user had seen."
+    )
+    metrics: dict[str, float] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict, description="File name to sha256.")
+
+    @property
+    def version(self) -> str:
+        """Short name of this bundle for logs and responses."""
+        return f"{self.created:%Y%m%d}-{self.uuid[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A complete bundle on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    def catalogue(self) -> pl.DataFrame:
+        """Items in row order: ``item_id``, ``semantic_id`` list<int32>, ``popularity``, and every attribute."""
+        return pl.read_parquet(self.path / CATALOGUE)
+
+    def features(self) -> RequestFeatures:
+        """How requests are turned into model inputs."""
+        m = self.manifest
+        tokenizer = (self.path / QUERY_TOKENIZER).read_text("utf-8") if m.reads_queries else ""
+        return RequestFeatures(
+            events=m.events,
+            profile_features=m.profile_features,
+            n_profile_buckets=m.n_profile_buckets,
+            query_tokenizer=tokenizer,
+            max_query_tokens=m.max_query_tokens,
+        )
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Open a bundle and check every file against its manifest.
+
+    Raises:
+        BundleIncompleteError: the folder or its manifest is missing.
+        BundleError: the manifest cannot be read, its schema is newer, or a file is missing or changed.
+    """
+    manifest_path = path / MANIFEST
+    if not path.is_dir():
+        raise BundleIncompleteError(
+            f"{path} is no folder; give the folder that `genretrieval run --output` wrote"
+        )
+    if not manifest_path.is_file():
+        raise BundleIncompleteError(
+            f"{path} has no {MANIFEST}. It is written last, so this export never finished: run it again"
+        )
+    try:
+        manifest = Manifest.model_validate_json(manifest_path.read_bytes())
+    except ValidationError as error:
+        raise BundleError(f"{manifest_path} is not a manifest of this version: {error}") from error
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {manifest.schema_version}, this package reads up to {SCHEMA_VERSION}; "
+            "upgrade genretrieval on the server before the bundle"
+        )
+    for name in REQUIRED_FILES:
+        if name not in manifest.files:
+            raise BundleError(f"{manifest_path} does not list {name}, without which nothing can be served")
+    for name, expected in manifest.files.items():
+        file = path / name
+        if file.parent != path or not file.is_file():
+            raise BundleError(f"{path} lacks {name}, which its manifest lists; copy the whole folder again")
+        if sha256(file) != expected:
+            raise BundleError(
+                f"{file} has changed since the bundle was written (sha256 differs from the manifest): "
+                "it would answer with other items than were evaluated. Copy the folder again or export anew"
+            )
+    return Bundle(path, manifest)
+
+
+@contextmanager
+def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
+    """Write a bundle: fill the folder that is yielded; on a clean exit it becomes `path`, replacing what was there.
+
+    Args:
+        path: where the bundle is to be.
+        manifest: everything but `files`, which is filled in here.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{manifest.uuid}")
+    partial.mkdir()
+    try:
+        yield partial
+        files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+        complete = manifest.model_copy(update={"files": files})
+        for name in files:
+            _sync(partial / name)
+        temporary = partial / f"{MANIFEST}.tmp"
+        temporary.write_text(complete.model_dump_json(indent=2) + "\n", "utf-8")
+        _sync(temporary)
+        os.replace(temporary, partial / MANIFEST)
+        _sync(partial)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    _put_in_place(partial, path)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Rename `partial` to `path`; an older bundle there is moved aside first and removed last."""
+    for stale in path.parent.glob(f".{path.name}.*-*"):
+        if stale != partial:
+            shutil.rmtree(stale)
+    if path.exists():
+        if any(path.iterdir()) and not (path / MANIFEST).is_file():
+            shutil.rmtree(partial)
+            raise BundleError(
+                f"{path} exists and is not a bundle; it was left as it is. Choose another output folder"
+            )
+        aside = path.with_name(f".{path.name}.old-{partial.name.rsplit('partial-')[-1]}")
+        os.replace(path, aside)
+        os.replace(partial, path)
+        shutil.rmtree(aside)
+    else:
+        os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk, so that a manifest never outlives what it lists."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

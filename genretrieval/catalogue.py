@@ -1,0 +1,172 @@
+"""The catalogue index: which codes may follow which, for every item that exists, as flat arrays.
+
+Level-wise CSR over the sorted code table. Level l has one node for every distinct prefix of l + 1 codes; nodes of a
+level are numbered in sorted order, so the children of a node are a contiguous range of the next level and a child's
+node id is simply its position there: no next-state column. Nodes of the last level are leaves; a leaf holds one item
+or, where semantic IDs collide, several.
+
+What a request may see (stock, filters, deletions, closed keyword leaves) is one mechanism, a mask over leaves, which
+`allowed_nodes` lifts to every level so that a beam never enters a subtree in which nothing is allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genretrieval.errors import DataError
+from genretrieval.semantic_ids import SemanticIds
+
+Nodes = NDArray[np.int64]
+Allowed = tuple[NDArray[np.bool_], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueIndex:
+    """An immutable snapshot of the trie over semantic IDs.
+
+    Attributes:
+        codebook_sizes: codes of each level.
+        tokens: level l: int64 ``[n_nodes_l]``, the code that each node adds to its parent's prefix.
+        child_starts: level l: int64 ``[n_nodes_(l-1) + 1]``; node p of the level above has the children
+            ``[child_starts[l][p], child_starts[l][p + 1])``. Level 0 hangs under one root.
+        leaf_starts: int64 ``[n_leaves + 1]``, where each leaf's items lie in `leaf_items`.
+        leaf_items: int32 ``[n_items]``, item rows, leaf after leaf, in the order they are to be listed.
+    """
+
+    codebook_sizes: tuple[int, ...]
+    tokens: tuple[Nodes, ...]
+    child_starts: tuple[Nodes, ...]
+    leaf_starts: Nodes
+    leaf_items: NDArray[np.int32]
+
+    @property
+    def n_levels(self) -> int:
+        """Codes of a semantic ID."""
+        return len(self.tokens)
+
+    @property
+    def n_leaves(self) -> int:
+        """Distinct semantic IDs."""
+        return len(self.tokens[-1])
+
+    @property
+    def n_items(self) -> int:
+        """Items of the catalogue."""
+        return len(self.leaf_items)
+
+    @property
+    def max_children(self) -> tuple[int, ...]:
+        """Largest number of children of any node above each level; what a search step has to look at."""
+        return tuple(int(np.diff(starts).max()) for starts in self.child_starts)
+
+    def item_nodes(self) -> Nodes:
+        """int64 ``[n_items, n_levels]``: the path of every item row, as node ids."""
+        parents = [np.repeat(np.arange(len(s) - 1), np.diff(s)) for s in self.child_starts]
+        path = np.empty((self.n_items, self.n_levels), np.int64)
+        path[self.leaf_items, -1] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts))
+        for level in range(self.n_levels - 1, 0, -1):
+            path[:, level - 1] = parents[level][path[:, level]]
+        return path
+
+    def leaf_codes(self, leaves: Nodes) -> NDArray[np.int32]:
+        """int32 ``[len(leaves), n_levels]``: the semantic IDs of `leaves`."""
+        codes = np.empty((len(leaves), self.n_levels), np.int32)
+        nodes = np.asarray(leaves, np.int64)
+        for level in range(self.n_levels - 1, -1, -1):
+            codes[:, level] = self.tokens[level][nodes]
+            nodes = np.searchsorted(self.child_starts[level], nodes, side="right") - 1
+        return codes
+
+    def items_of(self, leaf: int) -> NDArray[np.int32]:
+        """Item rows under `leaf`, in listing order."""
+        return self.leaf_items[self.leaf_starts[leaf] : self.leaf_starts[leaf + 1]]
+
+    def allowed_leaves(self, allowed_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """bool ``[n_leaves]``: leaves that hold at least one allowed item (``allowed_items`` is ``[n_items]``)."""
+        return np.logical_or.reduceat(allowed_items[self.leaf_items], self.leaf_starts[:-1])
+
+    def allowed_nodes(self, allowed_leaves: NDArray[np.bool_]) -> Allowed:
+        """Lift a leaf mask to all levels: a node is allowed when a leaf under it is.
+
+        Args:
+            allowed_leaves: bool ``[n_leaves]``.
+
+        Returns:
+            Level l: bool ``[n_nodes_l]``.
+        """
+        levels = [np.asarray(allowed_leaves, bool)]
+        for starts in reversed(self.child_starts[1:]):
+            levels.append(np.logical_or.reduceat(levels[-1], starts[:-1]))
+        return tuple(reversed(levels))
+
+
+def build_index(ids: SemanticIds, order: NDArray[np.int64] | None = None) -> CatalogueIndex:
+    """Build the index of a catalogue.
+
+    Args:
+        ids: one semantic ID for every item row. Equal IDs share a leaf.
+        order: int64 ``[n_items]``, sort key of items within a leaf (for example minus their popularity);
+            item row by default.
+
+    Raises:
+        DataError: if the catalogue is empty.
+    """
+    if ids.n_items == 0:
+        raise DataError("the catalogue has no items; an index needs at least one")
+    key = _sort_key(ids)
+    by_key = np.lexsort((order if order is not None else np.arange(ids.n_items), *key))
+    codes = ids.codes[by_key]
+    new_node = np.ones(len(codes), bool)
+    new_node[1:] = False
+    tokens, child_starts = [], []
+    for level in range(ids.n_levels):
+        parent_first = np.flatnonzero(new_node)
+        new_node[1:] |= codes[1:, level] != codes[:-1, level]
+        first = np.flatnonzero(new_node)
+        tokens.append(codes[first, level].astype(np.int64))
+        # Root: one parent, the whole table. Afterwards a parent's children begin where its first row begins.
+        starts = np.searchsorted(first, parent_first)
+        child_starts.append(np.append(starts, len(first)).astype(np.int64))
+    return CatalogueIndex(
+        codebook_sizes=ids.codebook_sizes,
+        tokens=tuple(tokens),
+        child_starts=tuple(child_starts),
+        leaf_starts=np.append(np.flatnonzero(new_node), len(codes)).astype(np.int64),
+        leaf_items=by_key.astype(np.int32),
+    )
+
+
+def _sort_key(ids: SemanticIds) -> tuple[Nodes, ...]:
+    """Keys for `np.lexsort`, least significant first: one packed integer where the codebooks fit 62 bits."""
+    bits = [max(1, int(size - 1).bit_length()) for size in ids.codebook_sizes]
+    if sum(bits) > 62:
+        return tuple(ids.codes[:, level].astype(np.int64) for level in range(ids.n_levels - 1, -1, -1))
+    key = np.zeros(ids.n_items, np.int64)
+    for level, width in enumerate(bits):
+        key = (key << width) | ids.codes[:, level]
+    return (key,)
+
+
+def graph_inputs(index: CatalogueIndex) -> dict[str, NDArray[np.int64]]:
+    """The index as named inputs of the retrieval graph: ``token_l``, ``child_start_l`` and ``slot_l`` for every level.
+
+    ``slot_l`` is ``arange(max_children[l])``; its length tells the graph how many children to look at. Arrays are
+    padded to two entries, because an exported graph takes a dimension of one for a constant.
+    """
+    inputs: dict[str, NDArray[np.int64]] = {}
+    for level, (token, start) in enumerate(zip(index.tokens, index.child_starts, strict=True)):
+        inputs[f"token_{level}"] = np.pad(token, (0, max(0, 2 - len(token))))
+        inputs[f"child_start_{level}"] = start
+        inputs[f"slot_{level}"] = np.arange(max(2, index.max_children[level]), dtype=np.int64)
+    return inputs
+
+
+def mask_inputs(rows: list[Allowed]) -> dict[str, NDArray[np.bool_]]:
+    """Mask rows as inputs of the retrieval graph: ``allowed_l`` is bool ``[n_rows, n_nodes_l]`` (padded like tokens)."""
+    return {
+        f"allowed_{level}": np.stack([np.pad(r[level], (0, max(0, 2 - len(r[level])))) for r in rows])
+        for level in range(len(rows[0]))
+    }

@@ -1,0 +1,107 @@
+"""What of a request the model reads, as integers: one module for training and for serving, so they cannot drift."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from genretrieval.histories import NO_TIME
+
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+# Upper ends of the buckets of the time since the previous interaction; bucket 0 is unknown.
+GAP_SECONDS = (
+    1,
+    10 * _MINUTE,
+    _HOUR,
+    6 * _HOUR,
+    _DAY + 1,
+    3 * _DAY,
+    7 * _DAY,
+    30 * _DAY,
+    90 * _DAY,
+    365 * _DAY,
+)
+N_GAPS = len(GAP_SECONDS) + 2
+
+
+@dataclass(frozen=True)
+class RequestFeatures:
+    """Events, time gaps, query tokens and profile features of a model; part of its bundle.
+
+    Attributes:
+        events: behaviours in training; event id 0 is every other one.
+        profile_features: names of the profile features the model reads, in order.
+        n_profile_buckets: rows of the hashed table; a missing value hashes like any other.
+        query_tokenizer: Hugging Face tokenizer, as JSON; empty for a model without queries. Token 0 is padding.
+        max_query_tokens: longer queries are cut.
+    """
+
+    events: tuple[str, ...] = ()
+    profile_features: tuple[str, ...] = ()
+    n_profile_buckets: int = 0
+    query_tokenizer: str = ""
+    max_query_tokens: int = 16
+    _tokenizer: Tokenizer | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Load the tokenizer once."""
+        if self.query_tokenizer:
+            object.__setattr__(self, "_tokenizer", Tokenizer.from_str(self.query_tokenizer))
+
+    @property
+    def n_events(self) -> int:
+        """Rows of the event table."""
+        return len(self.events) + 1
+
+    @property
+    def query_vocab_size(self) -> int:
+        """Rows of the query token table; 0 without queries."""
+        return int(self._tokenizer.get_vocab_size()) if self._tokenizer else 0
+
+    def event_ids(self, events: Sequence[str]) -> NDArray[np.int64]:
+        """int64 ``[len(events)]``."""
+        known = {name: i + 1 for i, name in enumerate(self.events)}
+        return np.asarray([known.get(event, 0) for event in events], np.int64)
+
+    @staticmethod
+    def gap_buckets(times: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bucket of the time since the previous interaction.
+
+        Args:
+            times: int64 ``[n]``, unix seconds in history order, `NO_TIME` where unknown.
+
+        Returns:
+            int64 ``[n]``: 0 where either time is unknown, else 1 + the number of `GAP_SECONDS` passed.
+        """
+        out = np.zeros(len(times), np.int64)
+        if len(times) > 1:
+            known = (times[1:] != NO_TIME) & (times[:-1] != NO_TIME)
+            buckets = 1 + np.searchsorted(GAP_SECONDS, times[1:] - times[:-1], side="right")
+            out[1:] = np.where(known, buckets, 0)
+        return out
+
+    def query_tokens(self, query: str | None) -> NDArray[np.int64]:
+        """int64 ``[n <= max_query_tokens]``; empty without a query, or for a model that reads none."""
+        if not query or self._tokenizer is None:
+            return np.empty(0, np.int64)
+        tokens = self._tokenizer.encode(query, add_special_tokens=False).ids
+        return np.asarray(tokens[: self.max_query_tokens], np.int64)
+
+    def profile_ids(self, profile: Mapping[str, Any]) -> NDArray[np.int64]:
+        """int64 ``[n_features]``: each feature's name and value, hashed together."""
+        return np.asarray(
+            [
+                int.from_bytes(
+                    hashlib.blake2b(f"{name}={profile.get(name)}".encode(), digest_size=8).digest(), "big"
+                )
+                % self.n_profile_buckets
+                for name in self.profile_features
+            ],
+            np.int64,
+        )

@@ -1,0 +1,652 @@
+"""From a folder of logs to the tables that everything else reads.
+
+`prepare_logs` checks every row, sets the bad ones aside with a reason, numbers items and users, and puts each
+history in order. Ids of items and users, and the rows that are wrong, are held in memory; rows that are right are
+streamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from genretrieval.errors import DataError
+from genretrieval.histories import NO_QUERY, NO_TIME, Histories
+from genretrieval.schemas import (
+    EXPOSURE,
+    INTERACTIONS,
+    ITEMS,
+    QRELS,
+    QUERIES,
+    ROW,
+    SPLITS,
+    TABLES,
+    USERS,
+    Conformed,
+    Problem,
+    Rule,
+    Table,
+    conform,
+)
+
+FORMAT_VERSION = 1
+_REPORT = "report.json"
+_QUARANTINE = "quarantine"
+_QUERY_ITEMS = "query_items.parquet"
+_FIRST_ROWS = 5
+_HISTORY_ORDER = ("user_row", "history_index", "timestamp", ROW)
+
+
+class TableRows(BaseModel):
+    """Rows of one table: `read` = `kept` + `quarantined`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    read: int
+    kept: int
+    quarantined: int
+
+
+class PreparationReport(BaseModel):
+    """What `prepare_logs` found; ``report.json`` of the prepared folder.
+
+    Attributes:
+        format_version: of the prepared folder.
+        inputs_sha256: over the names and bytes of every file read.
+        order_rule: one line that says how histories were ordered; printed with every metric.
+        tables: rows of each table that was there.
+        problems: everything wrong, or worth knowing, in the files.
+        ignored_files: names in the folder that are no table.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    inputs_sha256: str
+    order_rule: str
+    tables: dict[str, TableRows]
+    problems: list[Problem]
+    ignored_files: list[str]
+
+    def lines(self) -> list[str]:
+        """The report for people, one line a fact."""
+        counts = [
+            f"{name}: {rows.kept:,} rows"
+            + (f", {rows.quarantined:,} in quarantine" if rows.quarantined else "")
+            for name, rows in self.tables.items()
+        ]
+        return [*counts, f"order: {self.order_rule}", *map(str, self.problems)]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLogs:
+    """A folder that `prepare_logs` finished.
+
+    Attributes:
+        folder: where it lies.
+        report: its ``report.json``.
+    """
+
+    folder: Path
+    report: PreparationReport
+
+    @property
+    def items_path(self) -> Path:
+        """Items; the place of an item in this file is its item row everywhere else."""
+        return self.folder / ITEMS.file
+
+    @property
+    def interactions_path(self) -> Path:
+        """Interactions with exposures, sorted by user row and history order."""
+        return self.folder / INTERACTIONS.file
+
+    @property
+    def users_path(self) -> Path:
+        """Users; the place of a user in this file is its user row."""
+        return self.folder / USERS.file
+
+    @property
+    def query_items_path(self) -> Path:
+        """Judged (query, item) pairs; absent where the logs had no qrels."""
+        return self.folder / _QUERY_ITEMS
+
+    def items(self) -> pl.DataFrame:
+        """All items in row order: the columns of `schemas.ITEMS`, then attributes."""
+        return pl.read_parquet(self.items_path)
+
+    def users(self) -> pl.DataFrame:
+        """All users in row order: ``user_id``, then profile columns (null for users without a profile)."""
+        return pl.read_parquet(self.users_path)
+
+    def interactions(self) -> pl.LazyFrame:
+        """Interactions with exposures, in order.
+
+        Columns: user_row i32, item_row i32, event, timestamp i64 (unix seconds, nullable), query, request_id,
+        rank_shown i32, scenario, value f64.
+        """
+        return pl.scan_parquet(self.interactions_path)
+
+    def query_items(self) -> pl.LazyFrame | None:
+        """Judged pairs of every label: query, item_row i32, user_row i32 (nullable), label f32, split (nullable)."""
+        return pl.scan_parquet(self.query_items_path) if self.query_items_path.exists() else None
+
+    def histories(self) -> Histories:
+        """Every user's interactions but exposures, as flat arrays.
+
+        User u of the result is user row u: users with a history have the first rows of `users`.
+        """
+        rows = (
+            self.interactions()
+            .filter(pl.col("event") != EXPOSURE)
+            .select("user_row", "item_row", "event", "timestamp", "query")
+            .collect(engine="streaming")
+        )
+        event_names = rows["event"].unique().sort().to_list()
+        queries = rows["query"].drop_nulls().unique().sort().to_list()
+        user_rows = rows["user_row"].to_numpy()
+        n_users = int(user_rows[-1]) + 1 if len(user_rows) else 0
+        return Histories(
+            user_ids=self.users()["user_id"].head(n_users).to_list(),
+            offsets=np.searchsorted(user_rows, np.arange(n_users + 1)).astype(np.int64),
+            items=rows["item_row"].to_numpy(),
+            events=_positions(rows["event"], event_names).to_numpy().astype(np.int16),
+            times=rows["timestamp"].fill_null(NO_TIME).to_numpy(),
+            query_rows=_positions(rows["query"], queries).fill_null(NO_QUERY).to_numpy(),
+            event_names=tuple(event_names),
+            queries=queries,
+            order_rule=self.report.order_rule,
+        )
+
+
+def _positions(values: pl.Series, names: list[str]) -> pl.Series:
+    """int32: where each value stands in `names`, null where it is null."""
+    return values.cast(pl.Enum(names)).to_physical().cast(pl.Int32)
+
+
+def load_prepared(output: Path) -> PreparedLogs:
+    """Open a folder that `prepare_logs` wrote.
+
+    Raises:
+        DataError: if the folder holds no readable report, or one of another format version.
+    """
+    path = output / _REPORT
+    if not path.is_file():
+        raise DataError(
+            f"{output} holds no {_REPORT}: preparing it never finished; run the preparation again"
+        )
+    try:
+        report = PreparationReport.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(
+            f"{path} is not a report of this version; delete the folder and prepare it again"
+        ) from error
+    if report.format_version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {report.format_version}, this version reads {FORMAT_VERSION}; "
+            "delete the folder and prepare it again"
+        )
+    return PreparedLogs(output, report)
+
+
+def open_tables(data: Path) -> dict[str, Conformed]:
+    """The tables of a log folder in the contract's columns, unread but for their schemas.
+
+    A table is ``NAME.parquet`` or a folder ``NAME/`` of shards, read in the order of their names.
+
+    Raises:
+        DataError: naming every table that is missing or unreadable and every column that is missing or mistyped.
+    """
+    if not data.is_dir():
+        raise DataError(f"{data} is no folder; give the folder that holds {ITEMS.file}")
+    tables: dict[str, Conformed] = {}
+    fatal: list[Problem] = []
+    for table in TABLES:
+        frame, problems = _scan(data, table)
+        fatal += problems
+        if frame is not None:
+            tables[table.name] = conform(frame, table)
+            fatal += [problem for problem in tables[table.name].problems if problem.severity == "fatal"]
+    if QRELS.name in tables and QUERIES.name not in tables:
+        reason = f"is missing, but {QRELS.file} refers to its query_id"
+        fatal.append(Problem(file=QUERIES.file, column=None, reason=reason, severity="fatal"))
+    if fatal:
+        raise DataError(f"{data} cannot be used; nothing was written:\n" + "\n".join(f"  {p}" for p in fatal))
+    return tables
+
+
+def _shards(data: Path, table: Table) -> list[Path]:
+    """The table's files: one, those of its folder, or none."""
+    file, folder = data / table.file, data / table.name
+    shards = [file] if file.is_file() else []
+    for place in (file, folder):
+        if place.is_dir():
+            shards += sorted(place.glob("*.parquet"))
+    return shards
+
+
+def _scan(data: Path, table: Table) -> tuple[pl.LazyFrame | None, list[Problem]]:
+    """The table as it is on disk with its row numbers, None where it is absent or unreadable."""
+
+    def fatal(file: str, reason: str) -> Problem:
+        return Problem(file=file, column=None, reason=reason, severity="fatal")
+
+    shards = _shards(data, table)
+    if not shards:
+        missing = f"is missing: neither this file nor a folder {table.name}/ of .parquet files is in {data}"
+        return None, [fatal(table.file, missing)] if table.required else []
+    if len({shard.parent if shard.parent != data else shard for shard in shards}) > 1:
+        return None, [
+            fatal(table.file, f"is there twice, as a file and as a folder {table.name}/: remove one")
+        ]
+    problems: list[Problem] = []
+    schemas: dict[str, pl.Schema] = {}
+    for shard in shards:
+        name = str(shard.relative_to(data))
+        try:
+            schemas[name] = pl.scan_parquet(shard, glob=False).collect_schema()
+        except pl.exceptions.ComputeError as error:
+            problems.append(
+                fatal(name, f"cannot be read as Parquet ({str(error).splitlines()[0]}): write it again")
+            )
+    first = next(iter(schemas.values()), pl.Schema())
+    problems += [
+        fatal(
+            name,
+            f"has other columns or types than the first shard {next(iter(schemas))}: write all shards alike",
+        )
+        for name, schema in schemas.items()
+        if schema != first
+    ]
+    return (None if problems else pl.scan_parquet(shards, row_index_name=ROW, glob=False)), problems
+
+
+def prepare_logs(data: Path, output: Path) -> PreparedLogs:
+    """Check, number and order a folder of logs.
+
+    Writes into `output`: items, interactions, users and (with qrels) query_items as Parquet, ``quarantine/`` with
+    the rows that were set aside and why, and last of all ``report.json``. If `output` was prepared from the very
+    same bytes before, nothing is done.
+
+    Args:
+        data: folder with ``items.parquet`` and optionally interactions, users, queries and qrels.
+        output: folder to write; what an earlier preparation left there is replaced.
+
+    Raises:
+        DataError: if a table cannot be read, if there are no items, or if more than half of a table's rows are
+            wrong, which a wrong join or a wrong file does and dirt does not.
+    """
+    if output.resolve() == data.resolve():
+        raise DataError(f"{output} is the folder of the logs themselves; give another folder to write to")
+    tables = open_tables(data)
+    inputs_sha256 = _inputs_sha256(data)
+    if (output / _REPORT).is_file():
+        prepared = load_prepared(output)
+        if prepared.report.inputs_sha256 == inputs_sha256:
+            return prepared
+    _clear(output)
+    try:
+        return _Preparation(data, output, tables, inputs_sha256).run()
+    except pl.exceptions.ComputeError as error:
+        raise DataError(
+            f"{data}: a Parquet file is damaged past its header ({str(error).splitlines()[0]}); write it again"
+        ) from error
+
+
+def _inputs_sha256(data: Path) -> str:
+    digest = hashlib.sha256()
+    for shard in (shard for table in TABLES for shard in _shards(data, table)):
+        with shard.open("rb") as file:
+            digest.update(
+                f"{shard.relative_to(data)}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
+            )
+    return digest.hexdigest()
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier preparation wrote, its report first: without it the folder counts as unfinished."""
+    for name in (_REPORT, *(table.file for table in TABLES), _QUERY_ITEMS):
+        (output / name).unlink(missing_ok=True)
+    if (output / _QUARANTINE).is_dir():
+        shutil.rmtree(output / _QUARANTINE)
+    output.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass(slots=True)
+class _Audit:
+    """What is wrong with the rows of one table."""
+
+    table: Table
+    read: int
+    problems: list[Problem]
+    bad: list[pl.DataFrame] = field(default_factory=list)  # ROW, reason
+
+    def quarantine(self, column: str, reason: str, rows: pl.Series) -> None:
+        """Set `rows` (row numbers) aside for one reason."""
+        self._note(column, reason, rows, "quarantined")
+        if len(rows):
+            self.bad.append(pl.DataFrame({ROW: rows, "reason": [f"{column} {reason}"] * len(rows)}))
+
+    def quarantine_rules(self, frame: pl.LazyFrame, rules: Sequence[Rule]) -> None:
+        """Set the rows aside that break a rule, once for every rule they break."""
+        for rule, rows in _broken(frame, rules):
+            self.quarantine(rule.column, rule.reason, rows)
+
+    def warn(self, column: str, reason: str, rows: pl.Series) -> None:
+        """Report rows that are kept."""
+        self._note(column, reason, rows, "warning")
+
+    def good(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        """The rows of `frame` that were not set aside, in its order."""
+        if not self.bad:
+            return frame
+        return frame.join(self.reasons().lazy(), on=ROW, how="anti", maintain_order="left")
+
+    def reasons(self) -> pl.DataFrame:
+        """One row for each row set aside: ROW and all its reasons in one text."""
+        empty = pl.DataFrame(schema={ROW: pl.get_index_type(), "reason": pl.String})
+        return pl.concat([empty, *self.bad]).group_by(ROW).agg(pl.col("reason").str.join("; ")).sort(ROW)
+
+    def rows(self) -> TableRows:
+        """The table's row counts."""
+        quarantined = len(self.reasons())
+        return TableRows(read=self.read, kept=self.read - quarantined, quarantined=quarantined)
+
+    def _note(self, column: str, reason: str, rows: pl.Series, severity: str) -> None:
+        if len(rows):
+            first = tuple(rows.sort().head(_FIRST_ROWS))
+            self.problems.append(
+                Problem.model_validate(
+                    {"file": self.table.file, "column": column, "reason": reason, "severity": severity}
+                    | {"rows": len(rows), "first_rows": first}
+                )
+            )
+
+
+def _broken(frame: pl.LazyFrame, rules: Sequence[Rule]) -> Iterator[tuple[Rule, pl.Series]]:
+    """The row numbers that break each rule, found in one pass."""
+    flags = [rule.broken.fill_null(False).alias(f"__rule{i}") for i, rule in enumerate(rules)]
+    flagged = frame.select(ROW, *flags).filter(pl.any_horizontal(pl.exclude(ROW)))
+    broken = flagged.collect(engine="streaming")
+    for i, rule in enumerate(rules):
+        yield rule, broken.filter(pl.col(f"__rule{i}"))[ROW]
+
+
+def _repeated(frame: pl.LazyFrame, key: str) -> pl.Series:
+    """Row numbers whose `key` stood in an earlier row."""
+    keys = frame.select(ROW, key).collect(engine="streaming").sort(ROW)
+    return keys.filter(~pl.col(key).is_first_distinct())[ROW]
+
+
+class _Preparation:
+    """One run of `prepare_logs`; its steps depend on each other in the order of `run`."""
+
+    def __init__(self, data: Path, output: Path, tables: dict[str, Conformed], inputs_sha256: str) -> None:
+        self.data, self.output, self.tables, self.inputs_sha256 = data, output, tables, inputs_sha256
+        self.audits: dict[str, _Audit] = {}
+        self.order_rule = "no interactions"
+
+    def run(self) -> PreparedLogs:
+        items = self.items()
+        interactions = self.check_interactions(items)
+        profiles = self.check_unique(USERS, "user_id")
+        qrels = self.check_qrels(items)
+        self.refuse_wrong_joins()
+        users = self.users(interactions, profiles, qrels)
+        self.write_interactions(interactions, users)
+        if qrels is not None:
+            self.write_query_items(qrels, users)
+        for audit in self.audits.values():
+            self.write_quarantine(audit)
+        return PreparedLogs(self.output, self.write_report())
+
+    def audit(self, table: Table) -> _Audit:
+        """Start the audit of a table that is there."""
+        conformed = self.tables[table.name]
+        read = conformed.frame.select(pl.len()).collect(engine="streaming").item()
+        self.audits[table.name] = _Audit(table, read, list(conformed.problems))
+        return self.audits[table.name]
+
+    def check_unique(self, table: Table, key: str) -> pl.LazyFrame | None:
+        """The good rows of a table with a unique key (the first of equal ones is kept); None where it is absent."""
+        if table.name not in self.tables:
+            return None
+        conformed, audit = self.tables[table.name], self.audit(table)
+        audit.quarantine_rules(conformed.frame, conformed.rules)
+        repeated = _repeated(audit.good(conformed.frame), key)
+        audit.quarantine(key, "stood in an earlier row, which is kept", repeated)
+        return audit.good(conformed.frame)
+
+    def items(self) -> pl.DataFrame:
+        """Write the items; returns item_id and item_row."""
+        good = self.check_unique(ITEMS, "item_id")
+        assert good is not None
+        audit, conformed = self.audits[ITEMS.name], self.tables[ITEMS.name]
+        if not audit.read:
+            raise DataError(
+                f"{self.data / ITEMS.file} has no rows: without items there is nothing to retrieve"
+            )
+        schema = good.collect_schema()
+        texts = [pl.col(c).str.strip_chars().str.len_bytes() > 0 for c in _text_columns(conformed, schema)]
+        texts.append(pl.col("categories").list.len() > 0)
+        textless = Rule("title", "is empty, and so is every other text: found by its ID alone", ~_any(texts))
+        for rule, rows in _broken(good, [textless]):
+            audit.warn(rule.column, rule.reason, rows)
+        good.select(conformed.columns).sink_parquet(self.output / ITEMS.file)
+        ids = pl.scan_parquet(self.output / ITEMS.file).select("item_id").collect(engine="streaming")
+        return ids.with_columns(item_row=pl.int_range(len(ids), dtype=pl.Int32))
+
+    def check_interactions(self, items: pl.DataFrame) -> pl.LazyFrame | None:
+        """The good interactions with their item rows, in no particular order; None where there are none."""
+        if INTERACTIONS.name not in self.tables:
+            return None
+        conformed, audit = self.tables[INTERACTIONS.name], self.audit(INTERACTIONS)
+        known = conformed.frame.join(items.lazy(), on="item_id", how="left")
+        audit.quarantine_rules(
+            known, [*conformed.rules, _unknown("item_id", "item_row", ITEMS), _unordered(conformed)]
+        )
+        good = audit.good(known)
+        places = good.filter(pl.col("event") != EXPOSURE, pl.col("history_index").is_not_null())
+        place = pl.struct("user_id", "history_index").alias("place")
+        audit.quarantine(
+            "history_index",
+            "stood in an earlier row of the same user, which is kept",
+            _repeated(places.select(ROW, place), "place"),
+        )
+        return audit.good(known)
+
+    def check_qrels(self, items: pl.DataFrame) -> pl.LazyFrame | None:
+        """The good judgements with query and item row; None where there are none."""
+        queries = self.check_unique(QUERIES, "query_id")
+        if queries is None:
+            return None
+        if QRELS.name not in self.tables:
+            unused = f"is not used: there is no {QRELS.file} that says which items answer these queries"
+            self.audits[QUERIES.name].problems.append(
+                Problem(file=QUERIES.file, column=None, reason=unused, severity="warning")
+            )
+            return None
+        conformed, audit = self.tables[QRELS.name], self.audit(QRELS)
+        known = conformed.frame.join(items.lazy(), on="item_id", how="left").join(
+            queries.select("query_id", "query"), on="query_id", how="left"
+        )
+        other_split = Rule("split", f"is none of {', '.join(SPLITS)}", ~pl.col("split").is_in(SPLITS))
+        unknown = [_unknown("item_id", "item_row", ITEMS), _unknown("query_id", "query", QUERIES)]
+        audit.quarantine_rules(known, [*conformed.rules, *unknown, other_split])
+        return audit.good(known)
+
+    def refuse_wrong_joins(self) -> None:
+        """Raise if more than half of a table would go to quarantine."""
+        lines = []
+        for audit in self.audits.values():
+            rows = audit.rows()
+            if rows.quarantined * 2 > rows.read:
+                lines.append(f"  {audit.table.file}: {rows.quarantined:,} of {rows.read:,} rows are wrong:")
+                lines += [f"    {problem}" for problem in audit.problems if problem.severity == "quarantined"]
+                self.write_quarantine(audit)
+        if lines:
+            raise DataError(
+                f"{self.data} does not fit together; the wrong rows are in {self.output / _QUARANTINE}, and nothing was "
+                "prepared. Most likely a file is of another shop, or ids were joined or written wrongly:\n"
+                + "\n".join(lines)
+            )
+
+    def users(
+        self, interactions: pl.LazyFrame | None, profiles: pl.LazyFrame | None, qrels: pl.LazyFrame | None
+    ) -> pl.DataFrame:
+        """Write the users; returns user_id and user_row.
+
+        Users with a history come first, in the order of their first row; then those with exposures alone, then
+        those of users.parquet, then those of qrels.parquet.
+        """
+        parts = [pl.LazyFrame(schema={"user_id": pl.String, "source": pl.Int32, "row": pl.get_index_type()})]
+        if interactions is not None:
+            source = pl.when(pl.col("event") == EXPOSURE).then(1).otherwise(0)
+            parts.append(interactions.select("user_id", source=source, row=ROW))
+        for number, frame in ((2, profiles), (3, qrels)):
+            if frame is not None:
+                parts.append(frame.select("user_id", source=pl.lit(number), row=ROW))
+        first_rows = (
+            pl.concat(parts)
+            .filter(pl.col("user_id").is_not_null())
+            .group_by("user_id", "source")
+            .agg(pl.col("row").min())
+            .collect(engine="streaming")
+        )
+        ids = (
+            first_rows.sort("source", "row")
+            .unique("user_id", keep="first", maintain_order=True)
+            .select("user_id")
+        )
+        users = ids.lazy()
+        if profiles is not None:
+            columns = self.tables[USERS.name].columns
+            users = users.join(profiles.select(columns), on="user_id", how="left", maintain_order="left")
+        users.sink_parquet(self.output / USERS.file)
+        return ids.with_columns(user_row=pl.int_range(len(ids), dtype=pl.Int32))
+
+    def write_interactions(self, interactions: pl.LazyFrame | None, users: pl.DataFrame) -> None:
+        """Write the interactions in order, and report where that order is doubtful."""
+        columns = [
+            "user_row",
+            "item_row",
+            "event",
+            "timestamp",
+            "query",
+            "request_id",
+            "rank_shown",
+            "scenario",
+            "value",
+        ]
+        path = self.output / INTERACTIONS.file
+        if interactions is None:
+            empty = conform(
+                pl.LazyFrame(schema={c.name: c.dtype for c in INTERACTIONS.columns}), INTERACTIONS
+            ).frame
+            interactions = empty.with_columns(
+                item_row=pl.lit(None, pl.Int32), **{ROW: pl.lit(None, pl.Int64)}
+            )
+        ordered = interactions.join(users.lazy(), on="user_id", how="left").sort(
+            _HISTORY_ORDER, nulls_last=True
+        )
+        seconds = pl.col("timestamp").dt.epoch("s")
+        unchecked = path.with_suffix(".unchecked")
+        ordered.select(ROW, "history_index", *columns).with_columns(seconds).sink_parquet(unchecked)
+        if INTERACTIONS.name in self.tables:
+            self.check_order(pl.scan_parquet(unchecked))
+        pl.scan_parquet(unchecked).select(columns).sink_parquet(path)
+        unchecked.unlink()
+
+    def check_order(self, ordered: pl.LazyFrame) -> None:
+        """Say by what the histories are ordered, and count where times tie with that order or contradict it."""
+        same_user = pl.col("user_row") == pl.col("user_row").shift(1)
+        before = pl.col("timestamp").shift(1)
+        history = (
+            ordered.filter(pl.col("event") != EXPOSURE)
+            .select(
+                ROW,
+                indexed=pl.col("history_index").is_not_null(),
+                tied=same_user & (pl.col("timestamp") == before),
+                back=same_user & (pl.col("timestamp") < before),
+            )
+            .collect(engine="streaming")
+        )
+        self.audits[INTERACTIONS.name].warn(
+            "history_index",
+            "puts the row after one with a later timestamp; the index decides",
+            history.filter("back")[ROW],
+        )
+        if history["indexed"].all():
+            rule = "history_index"
+        elif history["indexed"].any():
+            rule = "history_index where given, then (timestamp, file order)"
+        else:
+            rule = "(timestamp, file order)"
+        tied = int(history["tied"].sum())
+        self.order_rule = (
+            f"{rule}; {tied:,} of {len(history):,} interactions share their second with the one before"
+        )
+
+    def write_query_items(self, qrels: pl.LazyFrame, users: pl.DataFrame) -> None:
+        """Write the judgements in file order."""
+        rows = qrels.join(users.lazy(), on="user_id", how="left").sort(ROW)
+        label = pl.col("label").fill_null(1.0)
+        rows.select("query", "item_row", "user_row", label, "split").sink_parquet(self.output / _QUERY_ITEMS)
+
+    def write_quarantine(self, audit: _Audit) -> None:
+        """Write the rows set aside as they were read, with their row number and reasons."""
+        if not audit.bad:
+            return
+        folder = self.output / _QUARANTINE
+        folder.mkdir(exist_ok=True)
+        raw, _ = _scan(self.data, audit.table)
+        assert raw is not None
+        clashes = {name: f"{name}_original" for name in ("row", "reason") if name in raw.collect_schema()}
+        bad = raw.join(audit.reasons().lazy().rename({"reason": "__reason"}), on=ROW, maintain_order="left")
+        bad.rename(clashes | {ROW: "row", "__reason": "reason"}).sink_parquet(folder / audit.table.file)
+
+    def write_report(self) -> PreparationReport:
+        """Write the report, which makes the folder complete."""
+        tables = {name: audit.rows() for name, audit in self.audits.items()}
+        names = {name for table in TABLES for name in (table.name, table.file)}
+        report = PreparationReport(
+            format_version=FORMAT_VERSION,
+            inputs_sha256=self.inputs_sha256,
+            order_rule=self.order_rule,
+            tables=tables,
+            problems=[problem for audit in self.audits.values() for problem in audit.problems],
+            ignored_files=sorted(path.name for path in self.data.iterdir() if path.name not in names),
+        )
+        partial = self.output / f"{_REPORT}.partial"
+        partial.write_text(report.model_dump_json(indent=2) + "\n")
+        partial.rename(self.output / _REPORT)
+        return report
+
+
+def _unknown(column: str, found: str, table: Table) -> Rule:
+    """`column` names nothing that `table` holds; `found` is what the join brought."""
+    return Rule(column, f"is not in {table.file}", pl.col(column).is_not_null() & pl.col(found).is_null())
+
+
+def _unordered(conformed: Conformed) -> Rule:
+    """Neither time nor place, though neither was merely unreadable, which is reported as such."""
+    schema = conformed.frame.collect_schema()
+    missing = pl.col("timestamp").is_null() & pl.col("history_index").is_null()
+    for column in ("timestamp", "history_index"):
+        if (flag := f"__unreadable_{column}") in schema:
+            missing &= ~pl.col(flag)
+    return Rule("timestamp", "is null, and so is history_index: the row has no place in a history", missing)
+
+
+def _text_columns(conformed: Conformed, schema: pl.Schema) -> list[str]:
+    return [c for c in conformed.columns if schema[c] == pl.String and c not in ("item_id", "parent_id")]
+
+
+def _any(conditions: Sequence[pl.Expr]) -> pl.Expr:
+    return pl.any_horizontal(condition.fill_null(False) for condition in conditions)

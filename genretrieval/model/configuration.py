@@ -1,0 +1,94 @@
+"""Configuration of the generator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class GeneratorConfig(PretrainedConfig):
+    """Sizes of a `Generator`; saved as ``config.json`` beside its weights, as Hugging Face users expect.
+
+    Args:
+        codebook_sizes: codes of each level of a semantic ID.
+        d_model: width of every hidden state.
+        n_heads: attention heads; must divide `d_model`.
+        d_ff: width of the feed-forward layers.
+        n_encoder_layers: causal layers over the history.
+        n_decoder_layers: layers that write the codes.
+        n_query_layers: bidirectional layers over the query tokens.
+        query_vocab_size: entries of the query tokenizer; 0 makes a model without queries.
+        max_query_tokens: longer queries are cut.
+        n_events: behaviours, entry 0 being one that training never saw.
+        n_gaps: buckets of the time since the previous interaction, entry 0 being unknown.
+        n_profile_buckets: rows of the hashed table of profile features; 0 makes a model without profiles.
+        max_history: interactions of a history that the model reads, the newest ones.
+        n_position_buckets: buckets of the relative position bias (T5).
+        max_distance: distance from which on all positions share a bucket.
+        dropout: on embeddings, attention outputs and feed-forward outputs, in training.
+    """
+
+    model_type = "genretrieval"
+
+    def __init__(
+        self,
+        codebook_sizes: tuple[int, ...] = (256, 256, 256, 16),
+        d_model: int = 128,
+        n_heads: int = 4,
+        d_ff: int = 512,
+        n_encoder_layers: int = 2,
+        n_decoder_layers: int = 2,
+        n_query_layers: int = 1,
+        query_vocab_size: int = 0,
+        max_query_tokens: int = 16,
+        n_events: int = 1,
+        n_gaps: int = 1,
+        n_profile_buckets: int = 0,
+        max_history: int = 50,
+        n_position_buckets: int = 32,
+        max_distance: int = 128,
+        dropout: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        if d_model % n_heads:
+            raise ValueError(f"d_model={d_model} must be a multiple of n_heads={n_heads}")
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.d_model = d_model
+        self.n_heads = n_heads
+        self.d_ff = d_ff
+        self.n_encoder_layers = n_encoder_layers
+        self.n_decoder_layers = n_decoder_layers
+        self.n_query_layers = n_query_layers
+        self.query_vocab_size = query_vocab_size
+        self.max_query_tokens = max_query_tokens
+        self.n_events = n_events
+        self.n_gaps = n_gaps
+        self.n_profile_buckets = n_profile_buckets
+        self.max_history = max_history
+        self.n_position_buckets = n_position_buckets
+        self.max_distance = max_distance
+        self.dropout = dropout
+        kwargs.setdefault("is_encoder_decoder", True)
+        kwargs.setdefault("pad_token_id", 0)
+        kwargs.setdefault("decoder_start_token_id", 0)
+        super().__init__(**kwargs)
+
+    @property
+    def n_levels(self) -> int:
+        """Codes of a semantic ID."""
+        return len(self.codebook_sizes)
+
+    @property
+    def level_offsets(self) -> tuple[int, ...]:
+        """First flat token of each level; flat token 0 is the decoder's start and padding."""
+        offsets, total = [], 1
+        for size in self.codebook_sizes:
+            offsets.append(total)
+            total += size
+        return tuple(offsets)
+
+    @property
+    def vocab_size(self) -> int:
+        """Flat tokens: the start token and every code of every level."""
+        return 1 + sum(self.codebook_sizes)

@@ -1,0 +1,261 @@
+"""The generator: history, query and profile in, the codes of the next item out, one level after another.
+
+The context has one position an item: the sum of its codes' embeddings, its event and the time since the item before
+it. A causal encoder reads the history, so that one pass trains the prediction of every item of it; a bidirectional
+encoder reads the query; a decoder of a few steps attends to both. Why one position an item and one causal pass:
+docs/decisions/0001-context-layout.md.
+
+Shape suffixes are explained in `genretrieval.model.layers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from genretrieval.model.configuration import GeneratorConfig
+from genretrieval.model.layers import Attention, Decoder, Encoder, FeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """An encoded request: what the decoder attends to and where it starts from.
+
+    Attributes:
+        memory_BSD: encoded history positions, then encoded query tokens.
+        mask_BS: bool, which of them are real.
+        start_BD: state that the first decoder step starts from.
+    """
+
+    memory_BSD: Tensor
+    mask_BS: Tensor
+    start_BD: Tensor
+
+
+class ContextEncoder(nn.Module):
+    """Turns a request into what the decoder attends to."""
+
+    level_offsets: Tensor
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        c = config
+        sizes = (c.d_model, c.n_heads, c.d_ff, c.dropout, c.n_position_buckets, c.max_distance)
+        self.codes = nn.Embedding(c.vocab_size, c.d_model)
+        self.begin = nn.Parameter(torch.empty(c.d_model))
+        self.events = nn.Embedding(c.n_events, c.d_model)
+        self.gaps = nn.Embedding(c.n_gaps, c.d_model)
+        self.profile = nn.Embedding(c.n_profile_buckets, c.d_model) if c.n_profile_buckets else None
+        self.encoder: nn.Module = Encoder(c.n_encoder_layers, *sizes, causal=True)
+        self.query_tokens = nn.Embedding(c.query_vocab_size, c.d_model) if c.query_vocab_size else None
+        self.query_encoder: nn.Module | None = None
+        if c.query_vocab_size:
+            self.query_encoder = Encoder(c.n_query_layers, *sizes, causal=False)
+        self.start = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.register_buffer("level_offsets", torch.tensor(c.level_offsets), persistent=False)
+
+    def embed(self, codes_XL: Tensor) -> Tensor:
+        """Embeddings of codes, level by level: ``[..., L]`` (a prefix of the levels will do) to ``[..., L, D]``."""
+        return cast(Tensor, self.codes(codes_XL + self.level_offsets[: codes_XL.shape[-1]]))
+
+    def history(
+        self,
+        history_codes: Tensor,
+        history_events: Tensor,
+        history_gaps: Tensor,
+        history_mask: Tensor,
+        profile: Tensor | None = None,
+    ) -> Tensor:
+        """Encode histories.
+
+        Args:
+            history_codes: int64 ``[B, S, L]``, semantic IDs in time order, padded on the right with any code.
+            history_events: int64 ``[B, S]``.
+            history_gaps: int64 ``[B, S]``.
+            history_mask: bool ``[B, S]``, True where an interaction is real.
+            profile: int64 ``[B, n_features]``, hashed profile features.
+
+        Returns:
+            Float ``[B, 1 + S, D]``: state 0 has seen the profile alone, state i the first i interactions.
+        """
+        x_BSD = self.embed(history_codes).sum(-2) + self.events(history_events) + self.gaps(history_gaps)
+        first_BD = self.begin.expand(x_BSD.shape[0], -1)
+        if self.profile is not None and profile is not None:
+            first_BD = first_BD + self.profile(profile).sum(-2)
+        x_BSD = torch.cat([first_BD[:, None], x_BSD], 1)
+        mask_BS = torch.cat([torch.ones_like(history_mask[:, :1]), history_mask], 1)
+        return cast(Tensor, self.encoder(x_BSD, mask_BS))
+
+    def query(self, query_tokens: Tensor, query_mask: Tensor) -> Tensor:
+        """Encode queries: int64 ``[N, Q]`` and bool ``[N, Q]`` to float ``[N, Q, D]``."""
+        assert self.query_tokens is not None and self.query_encoder is not None
+        return cast(Tensor, self.query_encoder(self.query_tokens(query_tokens), query_mask))
+
+    def forward(
+        self,
+        history_codes: Tensor,
+        history_events: Tensor,
+        history_gaps: Tensor,
+        history_mask: Tensor,
+        query_tokens: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        profile: Tensor | None = None,
+    ) -> Context:
+        """Encode requests for the one item that comes next; shapes as in `history` and `query`."""
+        memory_BSD = self.history(history_codes, history_events, history_gaps, history_mask, profile)
+        last = history_mask.sum(1)[:, None, None].expand(-1, 1, memory_BSD.shape[-1])
+        start_BD = self.start(memory_BSD.gather(1, last)[:, 0])
+        mask_BS = torch.cat([torch.ones_like(history_mask[:, :1]), history_mask], 1)
+        if query_tokens is not None and query_mask is not None:
+            memory_BSD = torch.cat([memory_BSD, self.query(query_tokens, query_mask)], 1)
+            mask_BS = torch.cat([mask_BS, query_mask], 1)
+        return Context(memory_BSD, mask_BS, start_BD)
+
+
+class Generator(PreTrainedModel, GenerationMixin):
+    """An encoder-decoder Transformer over semantic IDs.
+
+    A semantic ID is written as `n_levels` flat tokens: code c of level l is token ``config.level_offsets[l] + c``;
+    token 0 starts a sequence. Beam search over the catalogue is `genretrieval.model.BeamSearch`; Hugging Face
+    ``generate`` works too, several times slower, and is what tests compare it with.
+    """
+
+    config_class = GeneratorConfig
+    base_model_prefix = "generator"
+    main_input_name = "history_codes"
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__(config)
+        c = config
+        self.context = ContextEncoder(c)
+        self.decoder = Decoder(
+            c.n_decoder_layers, c.d_model, c.n_heads, c.d_ff, c.dropout, c.n_position_buckets, c.max_distance
+        )
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's initialisation (its query weights carry the 1/sqrt(E) that its attention leaves out)."""
+        d = self.config.d_model
+        if isinstance(module, Attention):
+            nn.init.normal_(module.query.weight, std=d**-0.5 * (d // module.n_heads) ** -0.5)
+            for projection in (module.key, module.value, module.output):
+                nn.init.normal_(projection.weight, std=d**-0.5)
+        elif isinstance(module, FeedForward):
+            nn.init.normal_(module.inner.weight, std=d**-0.5)
+            nn.init.normal_(module.outer.weight, std=module.inner.weight.shape[0] ** -0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5 if module.embedding_dim == d else 0.1)
+        elif isinstance(module, ContextEncoder):
+            nn.init.normal_(module.begin, std=0.5)
+            nn.init.normal_(module.start.weight, std=d**-0.5)
+        elif isinstance(module, Generator):
+            nn.init.normal_(module.head.weight, std=d**-0.5)
+
+    def decode_targets(
+        self,
+        target_codes: Tensor,
+        history_states: Tensor,
+        query_rows: Tensor | None = None,
+        query_tokens: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher-force every target of every history in one pass.
+
+        Args:
+            target_codes: int64 ``[B, T, L]``; target t follows the first t interactions.
+            history_states: float ``[B, T, D]`` from `ContextEncoder.history` of the first T - 1 interactions.
+            query_rows: int64 ``[N]``, which targets (flat, ``b * T + t``) were asked for with a query.
+            query_tokens: int64 ``[N, Q]``, their queries.
+            query_mask: bool ``[N, Q]``.
+
+        Returns:
+            Float ``[B, T, L, D]``, the decoder's state before each code; see `level_logits`.
+        """
+        n_rows, n_targets = target_codes.shape[:2]
+        start = self.context.start(history_states) + self.context.codes.weight[0]
+        written = self.context.embed(target_codes[..., :-1])
+        x_BTLD = torch.cat([start[:, :, None], written], 2)
+        seen = torch.ones(n_targets, n_targets, dtype=torch.bool, device=start.device).tril()
+        query_BTQD = query_mask_BTQ = None
+        if query_rows is not None and query_tokens is not None and query_mask is not None and len(query_rows):
+            states = self.context.query(query_tokens, query_mask)
+            flat = states.new_zeros(n_rows * n_targets, *states.shape[1:])
+            query_BTQD = flat.index_copy(0, query_rows, states).unflatten(0, (n_rows, n_targets))
+            flat_mask = query_mask.new_zeros(n_rows * n_targets, query_mask.shape[1])
+            query_mask_BTQ = flat_mask.index_copy(0, query_rows, query_mask).unflatten(0, (n_rows, n_targets))
+        decoded = self.decoder(
+            x_BTLD, history_states, seen.expand(n_rows, -1, -1), query_BTQD, query_mask_BTQ
+        )
+        return cast(Tensor, decoded)
+
+    def level_logits(self, states_XD: Tensor, level: int) -> Tensor:
+        """Scores of the codes of `level`: ``[..., D]`` to ``[..., V]``."""
+        first = self.config.level_offsets[level]
+        weight = self.head.weight[first : first + self.config.codebook_sizes[level]]
+        return nn.functional.linear(states_XD, weight)
+
+    def forward(
+        self,
+        history_codes: Tensor | None = None,
+        history_events: Tensor | None = None,
+        history_gaps: Tensor | None = None,
+        history_mask: Tensor | None = None,
+        query_tokens: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        profile: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        decoder_start: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Seq2SeqLMOutput:
+        """Next-code logits over the flat vocabulary, in the form that Hugging Face ``generate`` drives.
+
+        Tokens of another level than the one to be written are -inf.
+        """
+        if encoder_outputs is None:
+            assert history_codes is not None and history_events is not None
+            assert history_gaps is not None and history_mask is not None
+            context = self.context(
+                history_codes, history_events, history_gaps, history_mask, query_tokens, query_mask, profile
+            )
+            memory_BSD, memory_mask, decoder_start = context.memory_BSD, context.mask_BS, context.start_BD
+        else:
+            memory_BSD = encoder_outputs[0]
+        assert decoder_input_ids is not None and memory_mask is not None and decoder_start is not None
+        x_BLD = self.context.codes(decoder_input_ids)
+        x_BLD = torch.cat([x_BLD[:, :1] + decoder_start[:, None], x_BLD[:, 1:]], 1)
+        states = self.decoder(x_BLD[:, None], memory_BSD, memory_mask[:, None])[:, 0]
+        logits = states.new_full((*states.shape[:2], self.config.vocab_size), float("-inf"))
+        for level in range(min(states.shape[1], self.config.n_levels)):
+            first = self.config.level_offsets[level]
+            last = first + self.config.codebook_sizes[level]
+            logits[:, level, first:last] = self.level_logits(states[:, level], level)
+        return Seq2SeqLMOutput(logits=logits)
+
+    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
+        """The part that reads a request (Hugging Face asks an encoder-decoder for it)."""
+        return self.context
+
+    def _prepare_encoder_decoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> dict[str, Any]:
+        """Encode once; ``generate`` then repeats the encoded tensors for every beam."""
+        names = ("history_events", "history_gaps", "history_mask", "query_tokens", "query_mask", "profile")
+        given = {name: model_kwargs.pop(name, None) for name in names}
+        context = self.context(inputs_tensor, **given)
+        model_kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=context.memory_BSD)
+        model_kwargs["decoder_start"] = context.start_BD
+        model_kwargs["memory_mask"] = context.mask_BS
+        return model_kwargs
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """No cache: a semantic ID is a handful of codes."""
+        names = ("encoder_outputs", "decoder_start", "memory_mask")
+        return {"decoder_input_ids": input_ids, **{name: kwargs[name] for name in names}}

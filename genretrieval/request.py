@@ -1,0 +1,98 @@
+"""The request and the response of a retrieval, the same objects offline, by REST, by gRPC and in the client."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_TOP_K = 500
+MAX_BEAM_WIDTH = 512
+MAX_HISTORY_EVENTS = 1000
+
+Id = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HistoryEvent(_Message):
+    """One past interaction of the user, oldest first in a request."""
+
+    item_id: Id
+    event: str = Field("", max_length=64, description="Behaviour, e.g. click or purchase.")
+    timestamp: int | None = Field(None, description="Unix seconds.")
+
+
+class Filters(_Message):
+    """What an item must satisfy to be returned; all conditions hold together."""
+
+    attributes: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="Attribute to accepted values, any of which will do; `category` looks into `categories`.",
+    )
+    min_price: float | None = Field(None, allow_inf_nan=False)
+    max_price: float | None = Field(None, allow_inf_nan=False)
+    in_stock: bool | None = Field(None, description="True: only items in stock.")
+
+
+class RetrieveRequest(_Message):
+    """A search (a query, with or without a history), a recommendation (a history alone), or neither.
+
+    Without a query and a history the answer is what the model expects of an unknown visitor, which is close to
+    popularity. Items that the catalogue does not have are ignored and named in `missing_ids`.
+    """
+
+    user_id: str | None = Field(
+        None, max_length=512, description="Logged for attribution; the model does not read it."
+    )
+    query: str | None = Field(None, max_length=2048)
+    history: list[HistoryEvent] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
+    profile: dict[str, str] = Field(default_factory=dict, description="Profile features by name.")
+    filters: Filters | None = None
+    exclude_item_ids: list[Id] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
+    exclude_history: Literal["off", "purchased", "all"] = "off"
+    top_k: int = Field(10, ge=1, le=MAX_TOP_K)
+    beam_width: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BEAM_WIDTH,
+        description="Default: the bundle's; never below top_k. Wider finds more.",
+    )
+
+
+class RetrievedItem(_Message):
+    """An item and how it was written."""
+
+    item_id: str
+    score: float = Field(description="Summed log-probability of its codes.")
+    semantic_id: list[int]
+    level_scores: list[float] = Field(description="The parts of `score`, one a level.")
+
+
+class Timings(_Message):
+    """Milliseconds spent on a request."""
+
+    queue_ms: float = 0.0
+    inference_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+class RetrieveResponse(_Message):
+    """Items, best first; equal scores are ordered by leaf, then by popularity within a leaf."""
+
+    items: list[RetrievedItem]
+    missing_ids: list[str] = Field(
+        default_factory=list, description="Ids of the request not in the catalogue."
+    )
+    degraded: list[str] = Field(
+        default_factory=list,
+        description="Why this is less than was asked for: `fewer_than_top_k`, `query_ignored`, `history_truncated`.",
+    )
+    revision: int = Field(0, description="Revision of the admin state that was applied.")
+    bundle_version: str = ""
+    attribution_token: str = Field(
+        "", description="Opaque; send it back with clicks so that they can be joined."
+    )
+    timings: Timings = Timings()

@@ -1,0 +1,317 @@
+"""From a request to a response: everything around the graph, in NumPy, shared by offline evaluation and the server."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from genretrieval.bundle import Bundle
+from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs
+from genretrieval.errors import RequestError
+from genretrieval.histories import NO_TIME
+from genretrieval.request import Filters, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
+from genretrieval.semantic_ids import SemanticIds
+
+# A closed beam ends under this; a real one cannot (see genretrieval.model.search.CLOSED).
+CLOSED_BELOW = -1e9
+PURCHASE = "purchase"
+# Row 0 is always open: 32 requests of one batch may carry 32 different filters.
+MASK_ROWS = 33
+
+
+class Leaves(NamedTuple):
+    """What the graph returns for a batch; see `genretrieval.model.search.Retrieved`."""
+
+    leaves: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    level_scores: NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """Runs the retrieval graph."""
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        """Run one batch; `inputs` are named as the graph's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items that can be retrieved: an immutable snapshot, kept by a request from its beginning to its end.
+
+    Attributes:
+        table: the bundle's ``catalogue.parquet``.
+        ids: semantic IDs by item row.
+        index: the trie over them; items of a leaf are listed by falling popularity.
+        rows: item id to item row.
+    """
+
+    table: pl.DataFrame
+    ids: SemanticIds
+    index: CatalogueIndex
+    rows: dict[str, int]
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> Catalogue:
+        """Read a bundle's catalogue and index it."""
+        table = bundle.catalogue()
+        codes = table["semantic_id"].explode().to_numpy().astype(np.int32).reshape(len(table), -1)
+        ids = SemanticIds(codes, bundle.manifest.codebook_sizes)
+        index = build_index(ids, order=-table["popularity"].to_numpy().astype(np.int64))
+        return cls(table, ids, index, {item: row for row, item in enumerate(table["item_id"])})
+
+    def matching(self, filters: Filters) -> NDArray[np.bool_]:
+        """bool ``[n_items]``: items that satisfy `filters`.
+
+        Raises:
+            RequestError: a condition names an attribute that the catalogue does not have.
+        """
+        conditions: list[pl.Expr] = []
+        for name, values in filters.attributes.items():
+            column = "categories" if name == "category" else name
+            if column not in self.table.columns:
+                known = sorted(set(self.table.columns) - {"item_id", "semantic_id", "popularity"})
+                raise RequestError(
+                    f"filter on unknown attribute {name!r}; the catalogue has {', '.join(known)}"
+                )
+            if isinstance(self.table.schema[column], pl.List):
+                conditions.append(pl.col(column).list.eval(pl.element().is_in(values)).list.any())
+            else:
+                conditions.append(pl.col(column).cast(pl.String).is_in(values))
+        bounds = (
+            ("price", filters.min_price, "ge"),
+            ("price", filters.max_price, "le"),
+            ("in_stock", filters.in_stock, "eq"),
+        )
+        for column, bound, comparison in bounds:
+            if bound is None:
+                continue
+            if column not in self.table.columns:
+                raise RequestError(f"filter on {column!r}, which this catalogue does not have")
+            conditions.append(getattr(pl.col(column), comparison)(bound))
+        matches = self.table.select(match=pl.all_horizontal(pl.repeat(value=True, n=pl.len()), *conditions))[
+            "match"
+        ]
+        return matches.fill_null(value=False).to_numpy().astype(bool)
+
+
+class MaskRows:
+    """Masks of distinct filters in preallocated rows, which the graph takes whole; row 0 allows everything.
+
+    A row is not reused while a batch holds it. When all rows are held, a batch with new filters waits.
+    """
+
+    def __init__(self, catalogue: Catalogue, n_rows: int = MASK_ROWS) -> None:
+        """Allocate ``n_rows`` rows for every level of the index."""
+        self.catalogue = catalogue
+        self.n_rows = n_rows
+        widths = [max(2, len(tokens)) for tokens in catalogue.index.tokens]
+        self.arrays = {
+            f"allowed_{level}": np.ones((n_rows, width), bool) for level, width in enumerate(widths)
+        }
+        self._free = list(range(n_rows - 1, 0, -1))
+        self._rows: OrderedDict[str, int] = OrderedDict()
+        self._holders = [0] * n_rows
+        self._changed = threading.Condition()
+        # Batches take their rows one after another, so that two half-served batches never wait for each other.
+        self._turn = threading.Lock()
+
+    @contextmanager
+    def hold(self, filters: Sequence[Filters | None]) -> Iterator[list[int]]:
+        """Mask rows of a batch, fewer than `n_rows` distinct ones, held until the block ends."""
+        rows: list[int] = []
+        try:
+            with self._turn:
+                for condition in filters:
+                    rows.append(self._acquire(condition) if condition is not None else 0)
+            yield rows
+        finally:
+            with self._changed:
+                for row in rows:
+                    self._holders[row] -= 1 if row else 0
+                self._changed.notify()
+
+    def _acquire(self, filters: Filters) -> int:
+        key = filters.model_dump_json()
+        with self._changed:
+            if key not in self._rows:
+                index = self.catalogue.index
+                allowed = index.allowed_nodes(index.allowed_leaves(self.catalogue.matching(filters)))
+                while (row := self._take_row()) is None:
+                    self._changed.wait()
+                for level, nodes in enumerate(allowed):
+                    self.arrays[f"allowed_{level}"][row, : len(nodes)] = nodes
+                self._rows[key] = row
+            self._rows.move_to_end(key)
+            self._holders[self._rows[key]] += 1
+            return self._rows[key]
+
+    def _take_row(self) -> int | None:
+        """A row that nobody holds: a fresh one, else the least recently used."""
+        if self._free:
+            return self._free.pop()
+        for key, row in self._rows.items():
+            if not self._holders[row]:
+                del self._rows[key]
+                return row
+        return None
+
+
+class Retriever:
+    """Answers requests from one bundle. Thread-safe when its backend is."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        """Open the bundle's catalogue; `backend` runs its graph."""
+        self.bundle = bundle
+        self.backend = backend
+        self.features = bundle.features()
+        self.catalogue = Catalogue.open(bundle)
+        self.masks = MaskRows(self.catalogue)
+        self._index_inputs = graph_inputs(self.catalogue.index)
+
+    def retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse]:
+        """Answer a batch; each answer is the one the request would get alone.
+
+        Raises:
+            RequestError: a request cannot be answered as asked.
+        """
+        responses: dict[int, RetrieveResponse] = {}
+        widths = [self.beam_width(request) for request in requests]
+        for width in sorted(set(widths)):
+            same = [i for i, w in enumerate(widths) if w == width]
+            for start in range(0, len(same), self.masks.n_rows - 1):
+                rows = same[start : start + self.masks.n_rows - 1]
+                answers = self._retrieve([requests[i] for i in rows], width)
+                responses.update(zip(rows, answers, strict=True))
+        return [responses[i] for i in range(len(requests))]
+
+    def beam_width(self, request: RetrieveRequest) -> int:
+        """Beams that `request` is searched with."""
+        return max(request.beam_width or self.bundle.manifest.beam_width, request.top_k)
+
+    def _retrieve(self, requests: Sequence[RetrieveRequest], width: int) -> list[RetrieveResponse]:
+        started = time.perf_counter()
+        histories = [self._history_rows(request) for request in requests]
+        with self.masks.hold([request.filters for request in requests]) as mask_rows:
+            inputs = self._graph_inputs(requests, histories, mask_rows, width)
+            begun = time.perf_counter()
+            found = self.backend.run(inputs)
+            ended = time.perf_counter()
+        responses = []
+        for i, request in enumerate(requests):
+            items = self._items(request, histories[i], Leaves(*(part[i] for part in found)))
+            total = (time.perf_counter() - started) * 1e3
+            timings = Timings(inference_ms=(ended - begun) * 1e3, total_ms=total)
+            responses.append(self._response(request, items, timings))
+        return responses
+
+    def _history_rows(self, request: RetrieveRequest) -> NDArray[np.int64]:
+        """Positions of the history's events that the catalogue knows, as ``[n, 2]`` (position, item row)."""
+        rows = self.catalogue.rows
+        known = [(i, rows[e.item_id]) for i, e in enumerate(request.history) if e.item_id in rows]
+        return np.asarray(known, np.int64).reshape(-1, 2)
+
+    def _graph_inputs(
+        self,
+        requests: Sequence[RetrieveRequest],
+        histories: Sequence[NDArray[np.int64]],
+        mask_rows: list[int],
+        width: int,
+    ) -> dict[str, NDArray[Any]]:
+        """Inputs of the graph for a batch; of those made here, the ones this bundle's graph has."""
+        manifest = self.bundle.manifest
+        recent = [history[-manifest.max_history :] for history in histories]
+        n, length = len(requests), max([2, *map(len, recent)])
+        codes = np.zeros((n, length, self.catalogue.ids.n_levels), np.int64)
+        events, gaps = np.zeros((n, length), np.int64), np.zeros((n, length), np.int64)
+        mask = np.zeros((n, length), bool)
+        tokens = [self.features.query_tokens(request.query) for request in requests]
+        query = np.zeros((n, max([2, *map(len, tokens)])), np.int64)
+        for i, (request, history) in enumerate(zip(requests, recent, strict=True)):
+            past = [request.history[position] for position in history[:, 0]]
+            size = len(past)
+            codes[i, :size] = self.catalogue.ids.codes[history[:, 1]]
+            events[i, :size] = self.features.event_ids([e.event for e in past])
+            times = [NO_TIME if e.timestamp is None else e.timestamp for e in past]
+            gaps[i, :size] = self.features.gap_buckets(np.asarray(times, np.int64))
+            mask[i, :size] = True
+            query[i, : len(tokens[i])] = tokens[i]
+        made: dict[str, NDArray[Any]] = {
+            "history_codes": codes,
+            "history_events": events,
+            "history_gaps": gaps,
+            "history_mask": mask,
+            "query_tokens": query,
+            "query_mask": query != 0,
+            "profile": np.stack([self.features.profile_ids(request.profile) for request in requests]),
+            "beams": np.arange(width, dtype=np.int64),
+            "mask_row": np.asarray(mask_rows, np.int64),
+            **self._index_inputs,
+            **self.masks.arrays,
+        }
+        return {name: made[name] for name in manifest.graph_inputs}
+
+    def _items(
+        self, request: RetrieveRequest, history: NDArray[np.int64], found: Leaves
+    ) -> list[RetrievedItem]:
+        """Items of the found leaves, best first, without what the request excludes."""
+        index, names = self.catalogue.index, self.catalogue.table["item_id"]
+        excluded = {self.catalogue.rows.get(item) for item in request.exclude_item_ids}
+        if request.exclude_history != "off":
+            everything = request.exclude_history == "all"
+            excluded.update(
+                int(row)
+                for position, row in history
+                if everything or request.history[position].event == PURCHASE
+            )
+        matching = self.catalogue.matching(request.filters) if request.filters else None
+        items: list[RetrievedItem] = []
+        for beam in np.lexsort((found.leaves, -found.scores)):
+            if found.scores[beam] < CLOSED_BELOW:
+                break
+            for row in index.items_of(int(found.leaves[beam])).tolist():
+                if row in excluded or (matching is not None and not matching[row]):
+                    continue
+                items.append(
+                    RetrievedItem(
+                        item_id=names[row],
+                        score=float(found.scores[beam]),
+                        semantic_id=self.catalogue.ids.codes[row].tolist(),
+                        level_scores=found.level_scores[beam].tolist(),
+                    )
+                )
+                if len(items) == request.top_k:
+                    return items
+        return items
+
+    def _response(
+        self, request: RetrieveRequest, items: list[RetrievedItem], timings: Timings
+    ) -> RetrieveResponse:
+        rows, manifest = self.catalogue.rows, self.bundle.manifest
+        named = [event.item_id for event in request.history] + request.exclude_item_ids
+        degraded = []
+        if len(items) < request.top_k:
+            degraded.append("fewer_than_top_k")
+        if request.query and not self.features.query_tokens(request.query).size:
+            degraded.append("query_ignored")
+        if len(request.history) > manifest.max_history:
+            degraded.append("history_truncated")
+        digest = hashlib.blake2b(request.model_dump_json().encode(), digest_size=8).hexdigest()
+        return RetrieveResponse(
+            items=items,
+            missing_ids=list(dict.fromkeys(item for item in named if item not in rows)),
+            degraded=degraded,
+            bundle_version=manifest.version,
+            attribution_token=f"{manifest.version}.0.{digest}",
+            timings=timings,
+        )
