@@ -1,8 +1,8 @@
 """From a folder of logs to the tables that everything else reads.
 
 `prepare_logs` checks every row, sets the bad ones aside with a reason, numbers items and users, and puts each
-history in order. Ids of items and users, and the rows that are wrong, are held in memory; rows that are right are
-streamed.
+history in order. Ids of items and users, and the numbers of rows that are wrong, are held in memory; rows that
+are right are streamed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from genretrieval.schemas import (
     Conformed,
     Problem,
     Rule,
+    Severity,
     Table,
     conform,
 )
@@ -134,7 +135,10 @@ class PreparedLogs:
         return pl.scan_parquet(self.interactions_path)
 
     def query_items(self) -> pl.LazyFrame | None:
-        """Judged pairs of every label: query, item_row i32, user_row i32 (nullable), label f32, split (nullable)."""
+        """Judged pairs of every label, None where the logs had none.
+
+        Columns: query, item_row i32, user_row i32 (nullable), label f32, split (nullable).
+        """
         return pl.scan_parquet(self.query_items_path) if self.query_items_path.exists() else None
 
     def histories(self) -> Histories:
@@ -201,7 +205,8 @@ def open_tables(data: Path) -> dict[str, Conformed]:
     A table is ``NAME.parquet`` or a folder ``NAME/`` of shards, read in the order of their names.
 
     Raises:
-        DataError: naming every table that is missing or unreadable and every column that is missing or mistyped.
+        DataError: naming every table that is missing, unreadable or without an item, and every column that is
+            missing or mistyped.
     """
     if not data.is_dir():
         raise DataError(f"{data} is no folder; give the folder that holds {ITEMS.file}")
@@ -213,6 +218,9 @@ def open_tables(data: Path) -> dict[str, Conformed]:
         if frame is not None:
             tables[table.name] = conform(frame, table)
             fatal += [problem for problem in tables[table.name].problems if problem.severity == "fatal"]
+            if table is ITEMS and not frame.select(pl.len()).collect().item():
+                reason = "has no rows: without items there is nothing to retrieve"
+                fatal.append(Problem(file=table.file, column=None, reason=reason, severity="fatal"))
     if QRELS.name in tables and QUERIES.name not in tables:
         reason = f"is missing, but {QRELS.file} refers to its query_id"
         fatal.append(Problem(file=QUERIES.file, column=None, reason=reason, severity="fatal"))
@@ -270,17 +278,17 @@ def _scan(data: Path, table: Table) -> tuple[pl.LazyFrame | None, list[Problem]]
 def prepare_logs(data: Path, output: Path) -> PreparedLogs:
     """Check, number and order a folder of logs.
 
-    Writes into `output`: items, interactions, users and (with qrels) query_items as Parquet, ``quarantine/`` with
-    the rows that were set aside and why, and last of all ``report.json``. If `output` was prepared from the very
-    same bytes before, nothing is done.
+    Writes into `output`: items, interactions, users and (with qrels) query_items as Parquet, ``quarantine/``
+    with the rows that were set aside and why, and last of all ``report.json``. If `output` was prepared from
+    the very same bytes before, nothing is done.
 
     Args:
         data: folder with ``items.parquet`` and optionally interactions, users, queries and qrels.
         output: folder to write; what an earlier preparation left there is replaced.
 
     Raises:
-        DataError: if a table cannot be read, if there are no items, or if more than half of a table's rows are
-            wrong, which a wrong join or a wrong file does and dirt does not.
+        DataError: if a table cannot be read, if there are no items, or if more than half of a table's rows
+            are wrong, which a wrong join or a wrong file does and dirt does not.
     """
     if output.resolve() == data.resolve():
         raise DataError(f"{output} is the folder of the logs themselves; give another folder to write to")
@@ -295,7 +303,7 @@ def prepare_logs(data: Path, output: Path) -> PreparedLogs:
         return _Preparation(data, output, tables, inputs_sha256).run()
     except pl.exceptions.ComputeError as error:
         raise DataError(
-            f"{data}: a Parquet file is damaged past its header ({str(error).splitlines()[0]}); write it again"
+            f"{data}: a Parquet file is damaged inside ({str(error).splitlines()[0]}); write it again"
         ) from error
 
 
@@ -310,7 +318,7 @@ def _inputs_sha256(data: Path) -> str:
 
 
 def _clear(output: Path) -> None:
-    """Remove what an earlier preparation wrote, its report first: without it the folder counts as unfinished."""
+    """Remove what an earlier preparation wrote, its report first: without it the folder is unfinished."""
     for name in (_REPORT, *(table.file for table in TABLES), _QUERY_ITEMS):
         (output / name).unlink(missing_ok=True)
     if (output / _QUARANTINE).is_dir():
@@ -358,13 +366,17 @@ class _Audit:
         quarantined = len(self.reasons())
         return TableRows(read=self.read, kept=self.read - quarantined, quarantined=quarantined)
 
-    def _note(self, column: str, reason: str, rows: pl.Series, severity: str) -> None:
+    def _note(self, column: str, reason: str, rows: pl.Series, severity: Severity) -> None:
         if len(rows):
             first = tuple(rows.sort().head(_FIRST_ROWS))
             self.problems.append(
-                Problem.model_validate(
-                    {"file": self.table.file, "column": column, "reason": reason, "severity": severity}
-                    | {"rows": len(rows), "first_rows": first}
+                Problem(
+                    file=self.table.file,
+                    column=column,
+                    reason=reason,
+                    severity=severity,
+                    rows=len(rows),
+                    first_rows=first,
                 )
             )
 
@@ -414,7 +426,7 @@ class _Preparation:
         return self.audits[table.name]
 
     def check_unique(self, table: Table, key: str) -> pl.LazyFrame | None:
-        """The good rows of a table with a unique key (the first of equal ones is kept); None where it is absent."""
+        """The good rows of a table with a unique key, of equal ones the first; None where it is absent."""
         if table.name not in self.tables:
             return None
         conformed, audit = self.tables[table.name], self.audit(table)
@@ -428,10 +440,6 @@ class _Preparation:
         good = self.check_unique(ITEMS, "item_id")
         assert good is not None
         audit, conformed = self.audits[ITEMS.name], self.tables[ITEMS.name]
-        if not audit.read:
-            raise DataError(
-                f"{self.data / ITEMS.file} has no rows: without items there is nothing to retrieve"
-            )
         schema = good.collect_schema()
         texts = [pl.col(c).str.strip_chars().str.len_bytes() > 0 for c in _text_columns(conformed, schema)]
         texts.append(pl.col("categories").list.len() > 0)
@@ -492,8 +500,8 @@ class _Preparation:
                 self.write_quarantine(audit)
         if lines:
             raise DataError(
-                f"{self.data} does not fit together; the wrong rows are in {self.output / _QUARANTINE}, and nothing was "
-                "prepared. Most likely a file is of another shop, or ids were joined or written wrongly:\n"
+                f"{self.data} does not fit together; nothing was prepared, and the wrong rows are in "
+                f"{self.output / _QUARANTINE}. Most likely a file is of another shop, or ids were written wrongly:\n"
                 + "\n".join(lines)
             )
 
@@ -502,8 +510,8 @@ class _Preparation:
     ) -> pl.DataFrame:
         """Write the users; returns user_id and user_row.
 
-        Users with a history come first, in the order of their first row; then those with exposures alone, then
-        those of users.parquet, then those of qrels.parquet.
+        Users with a history come first, in the order of their first row; then those with exposures alone,
+        then those of users.parquet, then those of qrels.parquet.
         """
         parts = [pl.LazyFrame(schema={"user_id": pl.String, "source": pl.Int32, "row": pl.get_index_type()})]
         if interactions is not None:
@@ -564,7 +572,7 @@ class _Preparation:
         unchecked.unlink()
 
     def check_order(self, ordered: pl.LazyFrame) -> None:
-        """Say by what the histories are ordered, and count where times tie with that order or contradict it."""
+        """Say by what the histories are ordered, and count where times tie or contradict it."""
         same_user = pl.col("user_row") == pl.col("user_row").shift(1)
         before = pl.col("timestamp").shift(1)
         history = (
@@ -574,6 +582,7 @@ class _Preparation:
                 indexed=pl.col("history_index").is_not_null(),
                 tied=same_user & (pl.col("timestamp") == before),
                 back=same_user & (pl.col("timestamp") < before),
+                timed=pl.col("timestamp").is_not_null(),
             )
             .collect(engine="streaming")
         )
@@ -588,9 +597,9 @@ class _Preparation:
             rule = "history_index where given, then (timestamp, file order)"
         else:
             rule = "(timestamp, file order)"
-        tied = int(history["tied"].sum())
+        tied, timed = int(history["tied"].sum()), int(history["timed"].sum())
         self.order_rule = (
-            f"{rule}; {tied:,} of {len(history):,} interactions share their second with the one before"
+            f"{rule}; {tied:,} of {timed:,} timed interactions share the second of the one before"
         )
 
     def write_query_items(self, qrels: pl.LazyFrame, users: pl.DataFrame) -> None:

@@ -1,8 +1,8 @@
 """The columns of a log folder: the one place that says what its tables hold.
 
 `conform` turns any Parquet table that can be read without loss into these columns. It looks at the table's
-schema only; what it cannot know before the rows are read, it leaves behind as `Rule`s, which `genretrieval.logs`
-applies.
+schema only; what it cannot know before the rows are read, it leaves behind as `Rule`s, to be applied by
+`genretrieval.logs`.
 """
 
 from __future__ import annotations
@@ -218,11 +218,11 @@ class Conformed:
 def conform(frame: pl.LazyFrame, table: Table) -> Conformed:
     """Read `frame` as `table`, casting where nothing is lost.
 
-    Ids and texts are read from strings, whole numbers and categoricals; numbers from any number; whole numbers
-    from floats that are whole; `categories` from a list or from one string. A timestamp is read from unix seconds
-    (any number), a date, a datetime (no zone means UTC), or a string of one of these in ISO 8601. Milliseconds
-    are not guessed: they fall after the year 9999 and are refused. Lists of floats among the attributes are
-    embeddings and become float32.
+    Ids and texts are read from strings, whole numbers and categoricals; numbers from any number; whole
+    numbers from floats that are whole; `categories` from a list or from one string. A timestamp is read from
+    unix seconds (any number), a date, a datetime (no zone means UTC), or a string of one of these in ISO 8601.
+    Milliseconds are not guessed: they fall after the year 9999 and are refused. Lists of floats among the
+    attributes are embeddings and become float32.
 
     Args:
         frame: a scan of the table's file; its schema is resolved, its rows are not read.

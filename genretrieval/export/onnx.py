@@ -1,0 +1,170 @@
+"""Export of the retrieval graph: the whole beam search as one ONNX file whose catalogue index is an input."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim
+
+from genretrieval.model import Generator
+from genretrieval.model.search import IndexTensors, Retrieved, RetrievalGraph
+from genretrieval.retrieval import Leaves
+
+# The first opset with the Attention operator.
+OPSET = 23
+MINIMUM_ONNXRUNTIME = "1.23"
+OUTPUTS = ("leaves", "scores", "level_scores")
+
+
+class NamedGraph(nn.Module):
+    """A retrieval graph that takes its inputs by position, in the order of `names`.
+
+    Args:
+        graph: called with the request tensors, then ``beams`` and the index.
+        request_names: request tensors that the graph reads, of those it could.
+        all_request_names: every request tensor of the graph's signature, in order; the others are passed as None.
+        n_levels: codes of a semantic ID.
+    """
+
+    def __init__(
+        self, graph: nn.Module, request_names: tuple[str, ...], all_request_names: tuple[str, ...], n_levels: int
+    ) -> None:
+        super().__init__()
+        self.retrieval = graph
+        self.request_names = request_names
+        self.all_request_names = all_request_names
+        self.n_levels = n_levels
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all inputs, in order."""
+        index = [f"{kind}_{l}" for kind in ("token", "child_start", "slot", "allowed") for l in range(self.n_levels)]
+        return (*self.request_names, "beams", "mask_row", *index)
+
+    def forward(self, *inputs: Tensor) -> Retrieved:
+        """Call the graph."""
+        given = dict(zip(self.names, inputs, strict=True))
+        request = [given.get(name) for name in self.all_request_names]
+        levels = range(self.n_levels)
+        index = IndexTensors(
+            tokens=[given[f"token_{level}"] for level in levels],
+            child_starts=[given[f"child_start_{level}"] for level in levels],
+            slots=[given[f"slot_{level}"] for level in levels],
+            allowed=[given[f"allowed_{level}"] for level in levels],
+            mask_row_B=given["mask_row"],
+        )
+        return self.retrieval(*request, given["beams"], index)
+
+
+REQUEST_INPUTS = (
+    "history_codes",
+    "history_events",
+    "history_gaps",
+    "history_mask",
+    "query_tokens",
+    "query_mask",
+    "profile",
+)
+
+
+def named_graph(generator: Generator) -> NamedGraph:
+    """The retrieval graph of a generator, with the inputs that it reads and no others."""
+    config = generator.config
+    unread = set()
+    if not config.query_vocab_size:
+        unread |= {"query_tokens", "query_mask"}
+    if not config.n_profile_buckets:
+        unread.add("profile")
+    names = tuple(name for name in REQUEST_INPUTS if name not in unread)
+    return NamedGraph(RetrievalGraph(generator).eval(), names, REQUEST_INPUTS, config.n_levels)
+
+
+def example_inputs(graph: NamedGraph, n_profile_features: int, dtype: torch.dtype = torch.long) -> dict[str, Tensor]:
+    """Small inputs to trace with; every dynamic dimension differs from the others and from one."""
+    rows, length, query, beams, mask_rows = 3, 5, 4, 6, 2
+    given: dict[str, Tensor] = {
+        "history_codes": torch.zeros(rows, length, graph.n_levels, dtype=torch.long),
+        "history_events": torch.zeros(rows, length, dtype=torch.long),
+        "history_gaps": torch.zeros(rows, length, dtype=torch.long),
+        "history_mask": torch.ones(rows, length, dtype=torch.bool),
+        "query_tokens": torch.ones(rows, query, dtype=torch.long),
+        "query_mask": torch.ones(rows, query, dtype=torch.bool),
+        "profile": torch.zeros(rows, n_profile_features, dtype=torch.long),
+        "beams": torch.arange(beams),
+        "mask_row": torch.zeros(rows, dtype=torch.long),
+    }
+    n_nodes = 1
+    for level in range(graph.n_levels):
+        given[f"child_start_{level}"] = torch.arange(n_nodes + 1) * 2
+        n_nodes *= 2
+        given[f"token_{level}"] = torch.arange(n_nodes) % 2
+        given[f"slot_{level}"] = torch.arange(2)
+        given[f"allowed_{level}"] = torch.ones(mask_rows, n_nodes, dtype=torch.bool)
+    return {name: given[name] for name in graph.names}
+
+
+def dynamic_dimensions(name: str) -> dict[int, Any]:
+    """Which dimensions of an input may change from call to call."""
+    kind, _, level = name.rpartition("_")
+    if kind in ("token", "slot"):
+        return {0: Dim.DYNAMIC}
+    if kind == "child_start":
+        # One root above level 0, any number of parents above the others.
+        return {} if level == "0" else {0: Dim.DYNAMIC}
+    if kind == "allowed":
+        return {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    if name in ("beams", "mask_row", "profile"):
+        return {0: Dim.DYNAMIC}
+    return {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+
+
+def export_graph(graph: NamedGraph, example: dict[str, Tensor], path: Path) -> None:
+    """Write `graph` to an ONNX file.
+
+    Batch, history length, query length, beam width, number of masks and every size of the index stay dynamic.
+    """
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # The exporter warns of its own internals, which a caller cannot act on.
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                graph,
+                tuple(example.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(example),
+                output_names=list(OUTPUTS),
+                dynamic_shapes=(tuple(dynamic_dimensions(name) for name in example),),
+                optimize=True,
+                verbose=False,
+            )
+    finally:
+        quiet.setLevel(level)
+    assert program is not None
+    model = program.model_proto
+    onnx.save(model, path)
+
+
+class GraphBackend:
+    """Runs a `NamedGraph` with torch: the reference that the exported graph is compared with."""
+
+    def __init__(self, graph: NamedGraph) -> None:
+        """Keep the graph."""
+        self.graph = graph
+
+    @torch.inference_mode()
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        """Run one batch (see `genretrieval.retrieval.Backend`)."""
+        found = self.graph(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.graph.names))
+        return Leaves(*(part.numpy() for part in found))
