@@ -16,6 +16,7 @@ No file of it is a pickle.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -80,6 +81,10 @@ class Manifest(BaseModel):
         return f"{self.created:%Y%m%d}-{self.uuid[:8]}"
 
 
+class _SchemaVersion(BaseModel):
+    schema_version: int
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """A complete bundle on disk."""
@@ -88,7 +93,7 @@ class Bundle:
     manifest: Manifest
 
     def catalogue(self) -> pl.DataFrame:
-        """Items in row order: ``item_id``, ``semantic_id`` list<int32>, ``popularity``, and every attribute."""
+        """Items in row order: ``item_id``, ``semantic_id`` list<int32>, ``popularity``, every attribute."""
         return pl.read_parquet(self.path / CATALOGUE)
 
     def features(self) -> RequestFeatures:
@@ -120,15 +125,7 @@ def load_bundle(path: Path) -> Bundle:
         raise BundleIncompleteError(
             f"{path} has no {MANIFEST}. It is written last, so this export never finished: run it again"
         )
-    try:
-        manifest = Manifest.model_validate_json(manifest_path.read_bytes())
-    except ValidationError as error:
-        raise BundleError(f"{manifest_path} is not a manifest of this version: {error}") from error
-    if manifest.schema_version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{path} has schema version {manifest.schema_version}, this package reads up to {SCHEMA_VERSION}; "
-            "upgrade genretrieval on the server before the bundle"
-        )
+    manifest = _read_manifest(manifest_path)
     for name in REQUIRED_FILES:
         if name not in manifest.files:
             raise BundleError(f"{manifest_path} does not list {name}, without which nothing can be served")
@@ -144,14 +141,41 @@ def load_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
+def _read_manifest(path: Path) -> Manifest:
+    text = path.read_bytes()
+    try:
+        # On its own first: a newer manifest may have fields that this version would take for mistakes.
+        version = _SchemaVersion.model_validate_json(text).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{path.parent} has schema version {version}, this package reads up to {SCHEMA_VERSION}; "
+                "upgrade genretrieval on the server before the bundle"
+            )
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise BundleError(
+            f"{path} is damaged or no manifest of a bundle; export the bundle again. {error}"
+        ) from error
+
+
 @contextmanager
 def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
-    """Write a bundle: fill the folder that is yielded; on a clean exit it becomes `path`, replacing what was there.
+    """Write a bundle: fill the folder that is yielded; on a clean exit it becomes `path`.
+
+    A bundle that was there is replaced.
 
     Args:
         path: where the bundle is to be.
         manifest: everything but `files`, which is filled in here.
+
+    Raises:
+        BundleError: `path` is there and is neither a bundle nor an empty folder.
     """
+    # Before the work, and before anything is touched.
+    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise BundleError(
+            f"{path} exists and is not a bundle; it was left as it is. Choose another output folder"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{manifest.uuid}")
     partial.mkdir()
@@ -174,22 +198,14 @@ def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
 
 def _put_in_place(partial: Path, path: Path) -> None:
     """Rename `partial` to `path`; an older bundle there is moved aside first and removed last."""
-    for stale in path.parent.glob(f".{path.name}.*-*"):
-        if stale != partial:
-            shutil.rmtree(stale)
     if path.exists():
-        if any(path.iterdir()) and not (path / MANIFEST).is_file():
-            shutil.rmtree(partial)
-            raise BundleError(
-                f"{path} exists and is not a bundle; it was left as it is. Choose another output folder"
-            )
-        aside = path.with_name(f".{path.name}.old-{partial.name.rsplit('partial-')[-1]}")
-        os.replace(path, aside)
-        os.replace(partial, path)
-        shutil.rmtree(aside)
-    else:
-        os.replace(partial, path)
+        os.replace(path, path.with_name(f".{path.name}.old-{uuid.uuid4()}"))
+    os.replace(partial, path)
     _sync(path.parent)
+    # Ours, and what a killed export left behind.
+    for kind in ("partial", "old"):
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"):
+            shutil.rmtree(stale)
 
 
 def _sync(path: Path) -> None:

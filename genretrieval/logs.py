@@ -1,8 +1,8 @@
 """From a folder of logs to the tables that everything else reads.
 
 `prepare_logs` checks every row, sets the bad ones aside with a reason, numbers items and users, and puts each
-history in order. Ids of items and users, and the numbers of rows that are wrong, are held in memory; rows that
-are right are streamed.
+history in order. Ids of items and users, and the numbers of wrong rows, are held in memory; the rest is
+streamed.
 """
 
 from __future__ import annotations
@@ -501,7 +501,7 @@ class _Preparation:
         if lines:
             raise DataError(
                 f"{self.data} does not fit together; nothing was prepared, and the wrong rows are in "
-                f"{self.output / _QUARANTINE}. Most likely a file is of another shop, or ids were written wrongly:\n"
+                f"{self.output / _QUARANTINE}. Most likely a file is of another shop, or ids were mangled:\n"
                 + "\n".join(lines)
             )
 

@@ -1,4 +1,4 @@
-"""The request and the response of a retrieval, the same objects offline, by REST, by gRPC and in the client."""
+"""The request and the response of a retrieval: the same offline, by REST, by gRPC and in the client."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_TOP_K = 500
 MAX_BEAM_WIDTH = 512
 MAX_HISTORY_EVENTS = 1000
+# The end of the year 9999: milliseconds given by mistake lie beyond it.
+MAX_TIMESTAMP = 253_402_300_799
 
 Id = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -21,8 +23,8 @@ class HistoryEvent(_Message):
     """One past interaction of the user, oldest first in a request."""
 
     item_id: Id
-    event: str = Field("", max_length=64, description="Behaviour, e.g. click or purchase.")
-    timestamp: int | None = Field(None, description="Unix seconds.")
+    event: str = Field(default="", max_length=64, description="Behaviour, e.g. click or purchase.")
+    timestamp: int | None = Field(default=None, ge=0, le=MAX_TIMESTAMP, description="Unix seconds.")
 
 
 class Filters(_Message):
@@ -32,30 +34,30 @@ class Filters(_Message):
         default_factory=dict,
         description="Attribute to accepted values, any of which will do; `category` looks into `categories`.",
     )
-    min_price: float | None = Field(None, allow_inf_nan=False)
-    max_price: float | None = Field(None, allow_inf_nan=False)
-    in_stock: bool | None = Field(None, description="True: only items in stock.")
+    min_price: float | None = Field(default=None, allow_inf_nan=False)
+    max_price: float | None = Field(default=None, allow_inf_nan=False)
+    in_stock: bool | None = Field(default=None, description="True: only items in stock.")
 
 
 class RetrieveRequest(_Message):
     """A search (a query, with or without a history), a recommendation (a history alone), or neither.
 
-    Without a query and a history the answer is what the model expects of an unknown visitor, which is close to
-    popularity. Items that the catalogue does not have are ignored and named in `missing_ids`.
+    Without a query and a history the answer is what the model expects of an unknown visitor, which is close
+    to popularity. Items that the catalogue does not have are ignored and named in `missing_ids`.
     """
 
     user_id: str | None = Field(
-        None, max_length=512, description="Logged for attribution; the model does not read it."
+        default=None, max_length=512, description="Logged for attribution; the model does not read it."
     )
-    query: str | None = Field(None, max_length=2048)
+    query: str | None = Field(default=None, max_length=2048)
     history: list[HistoryEvent] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     profile: dict[str, str] = Field(default_factory=dict, description="Profile features by name.")
     filters: Filters | None = None
     exclude_item_ids: list[Id] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     exclude_history: Literal["off", "purchased", "all"] = "off"
-    top_k: int = Field(10, ge=1, le=MAX_TOP_K)
+    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K)
     beam_width: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MAX_BEAM_WIDTH,
         description="Default: the bundle's; never below top_k. Wider finds more.",
@@ -88,11 +90,11 @@ class RetrieveResponse(_Message):
     )
     degraded: list[str] = Field(
         default_factory=list,
-        description="Why this is less than was asked for: `fewer_than_top_k`, `query_ignored`, `history_truncated`.",
+        description="Why this is less than asked: `fewer_than_top_k`, `query_ignored`, `history_truncated`.",
     )
-    revision: int = Field(0, description="Revision of the admin state that was applied.")
+    revision: int = Field(default=0, description="Revision of the admin state that was applied.")
     bundle_version: str = ""
     attribution_token: str = Field(
-        "", description="Opaque; send it back with clicks so that they can be joined."
+        default="", description="Opaque; send it back with clicks so that they can be joined."
     )
     timings: Timings = Timings()

@@ -1,8 +1,9 @@
-"""From a request to a response: everything around the graph, in NumPy, shared by offline evaluation and the server."""
+"""From a request to a response: everything around the graph, in NumPy, for evaluation and the server."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import time
 from collections import OrderedDict
@@ -15,9 +16,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from genretrieval.bundle import Bundle
+from genretrieval.bundle import Manifest
 from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs
 from genretrieval.errors import RequestError
+from genretrieval.features import RequestFeatures
 from genretrieval.histories import NO_TIME
 from genretrieval.request import Filters, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.semantic_ids import SemanticIds
@@ -25,6 +27,8 @@ from genretrieval.semantic_ids import SemanticIds
 # A closed beam ends under this; a real one cannot (see genretrieval.model.search.CLOSED).
 CLOSED_BELOW = -1e9
 PURCHASE = "purchase"
+# Columns of a catalogue that are no attributes.
+_NOT_FILTERED = frozenset({"item_id", "semantic_id", "popularity"})
 # Row 0 is always open: 32 requests of one batch may carry 32 different filters.
 MASK_ROWS = 33
 
@@ -45,6 +49,23 @@ class Backend(Protocol):
         ...
 
 
+class Servable(Protocol):
+    """What a `Retriever` answers from: a `genretrieval.bundle.Bundle`, or one that is still being trained."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it is."""
+        ...
+
+    def features(self) -> RequestFeatures:
+        """How requests are turned into model inputs."""
+        ...
+
+    def catalogue(self) -> pl.DataFrame:
+        """Items in row order, see `genretrieval.bundle.Bundle.catalogue`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """Items that can be retrieved: an immutable snapshot, kept by a request from its beginning to its end.
@@ -62,7 +83,7 @@ class Catalogue:
     rows: dict[str, int]
 
     @classmethod
-    def open(cls, bundle: Bundle) -> Catalogue:
+    def open(cls, bundle: Servable) -> Catalogue:
         """Read a bundle's catalogue and index it."""
         table = bundle.catalogue()
         codes = table["semantic_id"].explode().to_numpy().astype(np.int32).reshape(len(table), -1)
@@ -71,38 +92,54 @@ class Catalogue:
         return cls(table, ids, index, {item: row for row, item in enumerate(table["item_id"])})
 
     def matching(self, filters: Filters) -> NDArray[np.bool_]:
-        """bool ``[n_items]``: items that satisfy `filters`.
+        """Which items satisfy `filters`, bool ``[n_items]``.
 
         Raises:
-            RequestError: a condition names an attribute that the catalogue does not have.
+            RequestError: see `conditions`.
+        """
+        everything = pl.repeat(value=True, n=pl.len())
+        matches = self.table.select(match=pl.all_horizontal(everything, *self.conditions(filters)))["match"]
+        return matches.fill_null(value=False).to_numpy().astype(bool)
+
+    def conditions(self, filters: Filters) -> list[pl.Expr]:
+        """What `filters` ask of a row of the table.
+
+        Raises:
+            RequestError: a condition names an attribute that the catalogue does not have, or cannot compare.
         """
         conditions: list[pl.Expr] = []
+        schema = {name: type_ for name, type_ in self.table.schema.items() if name not in _NOT_FILTERED}
         for name, values in filters.attributes.items():
             column = "categories" if name == "category" else name
-            if column not in self.table.columns:
-                known = sorted(set(self.table.columns) - {"item_id", "semantic_id", "popularity"})
+            if column not in schema:
                 raise RequestError(
-                    f"filter on unknown attribute {name!r}; the catalogue has {', '.join(known)}"
+                    f"filter on unknown attribute {name!r}; the catalogue has {', '.join(sorted(schema))}"
                 )
-            if isinstance(self.table.schema[column], pl.List):
-                conditions.append(pl.col(column).list.eval(pl.element().is_in(values)).list.any())
+            if isinstance(schema[column], pl.List):
+                accepted = pl.element().cast(pl.String).is_in(values)
+                conditions.append(pl.col(column).list.eval(accepted).list.any())
             else:
                 conditions.append(pl.col(column).cast(pl.String).is_in(values))
-        bounds = (
-            ("price", filters.min_price, "ge"),
-            ("price", filters.max_price, "le"),
-            ("in_stock", filters.in_stock, "eq"),
-        )
-        for column, bound, comparison in bounds:
-            if bound is None:
-                continue
-            if column not in self.table.columns:
-                raise RequestError(f"filter on {column!r}, which this catalogue does not have")
-            conditions.append(getattr(pl.col(column), comparison)(bound))
-        matches = self.table.select(match=pl.all_horizontal(pl.repeat(value=True, n=pl.len()), *conditions))[
-            "match"
-        ]
-        return matches.fill_null(value=False).to_numpy().astype(bool)
+        if filters.min_price is not None or filters.max_price is not None:
+            if not schema.get("price", pl.String()).is_numeric():
+                raise RequestError(
+                    "filter on a price range, but this catalogue has no numeric attribute 'price'"
+                )
+            low = -np.inf if filters.min_price is None else filters.min_price
+            high = np.inf if filters.max_price is None else filters.max_price
+            conditions.append(pl.col("price").is_between(low, high))
+        if filters.in_stock is not None:
+            if schema.get("in_stock") != pl.Boolean:
+                raise RequestError(
+                    "filter on in_stock, but this catalogue has no boolean attribute 'in_stock'"
+                )
+            conditions.append(pl.col("in_stock") == filters.in_stock)
+        return conditions
+
+
+def _canonical(message: RetrieveRequest | Filters) -> str:
+    """The same text for equal messages; mappings have no order, and gRPC does not keep one."""
+    return json.dumps(message.model_dump(), sort_keys=True)
 
 
 class MaskRows:
@@ -112,18 +149,19 @@ class MaskRows:
     """
 
     def __init__(self, catalogue: Catalogue, n_rows: int = MASK_ROWS) -> None:
-        """Allocate ``n_rows`` rows for every level of the index."""
+        """Allocate ``n_rows`` rows for every level of the index (`arrays`) and for its items (`items`)."""
         self.catalogue = catalogue
         self.n_rows = n_rows
         widths = [max(2, len(tokens)) for tokens in catalogue.index.tokens]
         self.arrays = {
             f"allowed_{level}": np.ones((n_rows, width), bool) for level, width in enumerate(widths)
         }
+        self.items = np.ones((n_rows, len(catalogue.table)), bool)
         self._free = list(range(n_rows - 1, 0, -1))
         self._rows: OrderedDict[str, int] = OrderedDict()
         self._holders = [0] * n_rows
         self._changed = threading.Condition()
-        # Batches take their rows one after another, so that two half-served batches never wait for each other.
+        # Batches take their rows one after another, so that no two half-served ones wait for each other.
         self._turn = threading.Lock()
 
     @contextmanager
@@ -132,8 +170,9 @@ class MaskRows:
         rows: list[int] = []
         try:
             with self._turn:
+                # One by one: what was acquired is released below even if a later filter is refused.
                 for condition in filters:
-                    rows.append(self._acquire(condition) if condition is not None else 0)
+                    rows.append(self._acquire(condition) if condition is not None else 0)  # noqa: PERF401
             yield rows
         finally:
             with self._changed:
@@ -142,15 +181,17 @@ class MaskRows:
                 self._changed.notify()
 
     def _acquire(self, filters: Filters) -> int:
-        key = filters.model_dump_json()
+        key = _canonical(filters)
         with self._changed:
             if key not in self._rows:
                 index = self.catalogue.index
-                allowed = index.allowed_nodes(index.allowed_leaves(self.catalogue.matching(filters)))
+                matching = self.catalogue.matching(filters)
+                allowed = index.allowed_nodes(index.allowed_leaves(matching))
                 while (row := self._take_row()) is None:
                     self._changed.wait()
                 for level, nodes in enumerate(allowed):
                     self.arrays[f"allowed_{level}"][row, : len(nodes)] = nodes
+                self.items[row] = matching
                 self._rows[key] = row
             self._rows.move_to_end(key)
             self._holders[self._rows[key]] += 1
@@ -170,7 +211,7 @@ class MaskRows:
 class Retriever:
     """Answers requests from one bundle. Thread-safe when its backend is."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Servable, backend: Backend) -> None:
         """Open the bundle's catalogue; `backend` runs its graph."""
         self.bundle = bundle
         self.backend = backend
@@ -195,6 +236,15 @@ class Retriever:
                 responses.update(zip(rows, answers, strict=True))
         return [responses[i] for i in range(len(requests))]
 
+    def check(self, request: RetrieveRequest) -> None:
+        """Find what is wrong with a request before it joins a batch, which one bad request would fail.
+
+        Raises:
+            RequestError: the request cannot be answered as asked.
+        """
+        if request.filters is not None:
+            self.catalogue.conditions(request.filters)
+
     def beam_width(self, request: RetrieveRequest) -> int:
         """Beams that `request` is searched with."""
         return max(request.beam_width or self.bundle.manifest.beam_width, request.top_k)
@@ -207,12 +257,13 @@ class Retriever:
             begun = time.perf_counter()
             found = self.backend.run(inputs)
             ended = time.perf_counter()
-        responses = []
-        for i, request in enumerate(requests):
-            items = self._items(request, histories[i], Leaves(*(part[i] for part in found)))
-            total = (time.perf_counter() - started) * 1e3
-            timings = Timings(inference_ms=(ended - begun) * 1e3, total_ms=total)
-            responses.append(self._response(request, items, timings))
+            responses = []
+            for i, request in enumerate(requests):
+                leaves = Leaves(*(part[i] for part in found))
+                items = self._items(request, histories[i], leaves, self.masks.items[mask_rows[i]])
+                total = (time.perf_counter() - started) * 1e3
+                timings = Timings(inference_ms=(ended - begun) * 1e3, total_ms=total)
+                responses.append(self._response(request, len(histories[i]), items, timings))
         return responses
 
     def _history_rows(self, request: RetrieveRequest) -> NDArray[np.int64]:
@@ -262,9 +313,13 @@ class Retriever:
         return {name: made[name] for name in manifest.graph_inputs}
 
     def _items(
-        self, request: RetrieveRequest, history: NDArray[np.int64], found: Leaves
+        self,
+        request: RetrieveRequest,
+        history: NDArray[np.int64],
+        found: Leaves,
+        matching: NDArray[np.bool_],
     ) -> list[RetrievedItem]:
-        """Items of the found leaves, best first, without what the request excludes."""
+        """Items of the found leaves, best first: those that match the filters, without what is excluded."""
         index, names = self.catalogue.index, self.catalogue.table["item_id"]
         excluded = {self.catalogue.rows.get(item) for item in request.exclude_item_ids}
         if request.exclude_history != "off":
@@ -274,13 +329,12 @@ class Retriever:
                 for position, row in history
                 if everything or request.history[position].event == PURCHASE
             )
-        matching = self.catalogue.matching(request.filters) if request.filters else None
         items: list[RetrievedItem] = []
         for beam in np.lexsort((found.leaves, -found.scores)):
             if found.scores[beam] < CLOSED_BELOW:
                 break
             for row in index.items_of(int(found.leaves[beam])).tolist():
-                if row in excluded or (matching is not None and not matching[row]):
+                if row in excluded or not matching[row]:
                     continue
                 items.append(
                     RetrievedItem(
@@ -295,7 +349,7 @@ class Retriever:
         return items
 
     def _response(
-        self, request: RetrieveRequest, items: list[RetrievedItem], timings: Timings
+        self, request: RetrieveRequest, n_known: int, items: list[RetrievedItem], timings: Timings
     ) -> RetrieveResponse:
         rows, manifest = self.catalogue.rows, self.bundle.manifest
         named = [event.item_id for event in request.history] + request.exclude_item_ids
@@ -304,9 +358,9 @@ class Retriever:
             degraded.append("fewer_than_top_k")
         if request.query and not self.features.query_tokens(request.query).size:
             degraded.append("query_ignored")
-        if len(request.history) > manifest.max_history:
+        if n_known > manifest.max_history:
             degraded.append("history_truncated")
-        digest = hashlib.blake2b(request.model_dump_json().encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(_canonical(request).encode(), digest_size=8).hexdigest()
         return RetrieveResponse(
             items=items,
             missing_ids=list(dict.fromkeys(item for item in named if item not in rows)),

@@ -220,7 +220,7 @@ def conform(frame: pl.LazyFrame, table: Table) -> Conformed:
 
     Ids and texts are read from strings, whole numbers and categoricals; numbers from any number; whole
     numbers from floats that are whole; `categories` from a list or from one string. A timestamp is read from
-    unix seconds (any number), a date, a datetime (no zone means UTC), or a string of one of these in ISO 8601.
+    unix seconds (any number), a date, a datetime (no zone means UTC), or one of these as an ISO 8601 string.
     Milliseconds are not guessed: they fall after the year 9999 and are refused. Lists of floats among the
     attributes are embeddings and become float32.
 

@@ -35,7 +35,11 @@ class NamedGraph(nn.Module):
     """
 
     def __init__(
-        self, graph: nn.Module, request_names: tuple[str, ...], all_request_names: tuple[str, ...], n_levels: int
+        self,
+        graph: nn.Module,
+        request_names: tuple[str, ...],
+        all_request_names: tuple[str, ...],
+        n_levels: int,
     ) -> None:
         super().__init__()
         self.retrieval = graph
@@ -46,7 +50,11 @@ class NamedGraph(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all inputs, in order."""
-        index = [f"{kind}_{l}" for kind in ("token", "child_start", "slot", "allowed") for l in range(self.n_levels)]
+        index = [
+            f"{kind}_{l}"
+            for kind in ("token", "child_start", "slot", "allowed")
+            for l in range(self.n_levels)
+        ]
         return (*self.request_names, "beams", "mask_row", *index)
 
     def forward(self, *inputs: Tensor) -> Retrieved:
@@ -87,7 +95,9 @@ def named_graph(generator: Generator) -> NamedGraph:
     return NamedGraph(RetrievalGraph(generator).eval(), names, REQUEST_INPUTS, config.n_levels)
 
 
-def example_inputs(graph: NamedGraph, n_profile_features: int, dtype: torch.dtype = torch.long) -> dict[str, Tensor]:
+def example_inputs(
+    graph: NamedGraph, n_profile_features: int, dtype: torch.dtype = torch.long
+) -> dict[str, Tensor]:
     """Small inputs to trace with; every dynamic dimension differs from the others and from one."""
     rows, length, query, beams, mask_rows = 3, 5, 4, 6, 2
     given: dict[str, Tensor] = {
@@ -166,5 +176,7 @@ class GraphBackend:
     @torch.inference_mode()
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
         """Run one batch (see `genretrieval.retrieval.Backend`)."""
-        found = self.graph(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.graph.names))
+        found = self.graph(
+            *(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.graph.names)
+        )
         return Leaves(*(part.numpy() for part in found))

@@ -10,6 +10,7 @@ Shape suffixes are explained in `genretrieval.model.layers`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -213,12 +214,18 @@ class Generator(PreTrainedModel, GenerationMixin):
         encoder_outputs: BaseModelOutput | None = None,
         decoder_start: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        objective: Callable[[Generator, dict[str, Tensor]], Tensor] | None = None,
+        batch: dict[str, Tensor] | None = None,
         **_: Any,
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqLMOutput | Tensor:
         """Next-code logits over the flat vocabulary, in the form that Hugging Face ``generate`` drives.
 
-        Tokens of another level than the one to be written are -inf.
+        Tokens of another level than the one to be written are -inf. Given an `objective` and a training `batch`, it
+        is their loss instead: data-parallel wrappers only see what runs inside ``forward``.
         """
+        if objective is not None:
+            assert batch is not None
+            return objective(self, batch)
         if encoder_outputs is None:
             assert history_codes is not None and history_events is not None
             assert history_gaps is not None and history_mask is not None

@@ -66,14 +66,13 @@ def _bucket(distance: Tensor, n_buckets: int, max_distance: int, *, bidirectiona
 class Attention(nn.Module):
     """Multi-head attention without scaling: T5 leaves 1/sqrt(E) to the initialisation of the query weights."""
 
-    def __init__(self, d_model: int, n_heads: int, dropout: float) -> None:
+    def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key = nn.Linear(d_model, d_model, bias=False)
         self.value = nn.Linear(d_model, d_model, bias=False)
         self.output = nn.Linear(d_model, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
 
     def split(self, x_BSD: Tensor) -> Tensor:
         """``[..., S, D]`` to ``[..., H, S, E]``."""
@@ -89,7 +88,7 @@ class Attention(nn.Module):
         k = self.split(self.key(context_BSD))
         v = self.split(self.value(context_BSD))
         scores = q @ k.transpose(-1, -2) + bias_BHSS.to(q.dtype)
-        return self.output(self.merge(self.dropout(scores.softmax(-1)) @ v))
+        return self.output(self.merge(scores.softmax(-1) @ v))
 
     @staticmethod
     def merge(x_BHSE: Tensor) -> Tensor:
@@ -100,15 +99,14 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear maps with a ReLU between them."""
 
-    def __init__(self, d_model: int, d_ff: int, dropout: float) -> None:
+    def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.inner = nn.Linear(d_model, d_ff, bias=False)
         self.outer = nn.Linear(d_ff, d_model, bias=False)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to ``[..., D]``."""
-        return self.outer(self.dropout(self.inner(x).relu()))
+        return self.outer(self.inner(x).relu())
 
 
 class EncoderLayer(nn.Module):
@@ -117,9 +115,9 @@ class EncoderLayer(nn.Module):
     def __init__(self, d_model: int, n_heads: int, d_ff: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(d_model)
-        self.attention = Attention(d_model, n_heads, dropout)
+        self.attention = Attention(d_model, n_heads)
         self.feed_forward_norm = RMSNorm(d_model)
-        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+        self.feed_forward = FeedForward(d_model, d_ff)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
@@ -181,11 +179,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, d_model: int, n_heads: int, d_ff: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(d_model)
-        self.attention = Attention(d_model, n_heads, dropout)
+        self.attention = Attention(d_model, n_heads)
         self.cross_norm = RMSNorm(d_model)
-        self.cross = Attention(d_model, n_heads, dropout)
+        self.cross = Attention(d_model, n_heads)
         self.feed_forward_norm = RMSNorm(d_model)
-        self.feed_forward = FeedForward(d_model, d_ff, dropout)
+        self.feed_forward = FeedForward(d_model, d_ff)
         self.dropout = nn.Dropout(dropout)
 
 
@@ -264,7 +262,7 @@ def _cross(
     v = attention.split(attention.value(memory_BSD))
     scores = q @ k.transpose(-1, -2) + memory_bias.to(q.dtype)
     if query_BTQD is None:
-        mixed = attention.merge(attention.dropout(scores.softmax(-1)) @ v)
+        mixed = attention.merge(scores.softmax(-1) @ v)
         return attention.output(mixed).unflatten(1, (n_targets, n_levels))
     assert query_mask_BTQ is not None
     n_memory = memory_BSD.shape[1]
@@ -274,7 +272,7 @@ def _cross(
     own_bias = torch.where(query_mask_BTQ, 0.0, torch.finfo(torch.float32).min)[:, :, None, None, :]
     own = q_own @ k_own.transpose(-1, -2) + own_bias.to(q.dtype)
     own_BHXQ = own.transpose(1, 2).flatten(2, 3)
-    weights = attention.dropout(torch.cat([scores, own_BHXQ], -1).softmax(-1))
+    weights = torch.cat([scores, own_BHXQ], -1).softmax(-1)
     own_weights = weights[..., n_memory:].unflatten(2, (n_targets, n_levels)).transpose(1, 2)
     mixed_own = (own_weights @ v_own).transpose(1, 2).flatten(2, 3)
     mixed = attention.merge(weights[..., :n_memory] @ v + mixed_own)

@@ -1,0 +1,289 @@
+"""The command `genretrieval`: verbs are functions, and this module is where the packages are put together.
+
+Imports are local to each verb, so that `serve` never loads torch and `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from genretrieval import __version__
+from genretrieval.errors import GenRetrievalError, MissingExtraError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from genretrieval.request import RetrieveResponse
+    from genretrieval.retrieval import Backend
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Make and check logs.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against named peers.")
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+Data = Annotated[Path, typer.Option(help="Folder of house Parquet: items.parquet and, if any, interactions.parquet.")]
+BundleFolder = Annotated[Path, typer.Option(help="Folder that `genretrieval run` wrote.")]
+Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+class SplitName(StrEnum):
+    """Splits that can be evaluated."""
+
+    validation = "validation"
+    test = "test"
+
+
+def main() -> None:
+    """Run the command; an error of ours ends with its message and its exit code, without a traceback."""
+    try:
+        app()
+    except GenRetrievalError as error:
+        Console(stderr=True).print(f"genretrieval: {error}", style="red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turn a missing package into the name of the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"{error.name} is not installed; `pip install 'genretrieval[{name}]'` brings it") from error
+
+
+def _recipe_file(recipe: str) -> Path:
+    """A path, or the name of a recipe that ships with the package."""
+    given = Path(recipe)
+    if given.is_file():
+        return given
+    shipped = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
+    for folder in shipped:
+        candidate = folder / given.with_suffix(".yaml").name
+        if candidate.is_file():
+            return candidate
+    names = sorted({file.stem for folder in shipped for file in folder.glob("*.yaml")})
+    raise RecipeError(f"no recipe at {recipe}; shipped recipes: {', '.join(names)}")
+
+
+def _open_backend(graph: Path) -> Backend:
+    from genretrieval_serving.engine import OnnxBackend
+
+    return OnnxBackend(graph)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one (next_item, demo).")],
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Bundle to write.")],
+    work: Annotated[
+        Path | None, typer.Option(help="Intermediate results, reused on the next run. Default: OUTPUT.work")
+    ] = None,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Logs to bundle: check, embed, tokenize, train, evaluate on validation beside baselines, export."""
+    with _extra("train"):
+        from genretrieval_pipelines.recipe import load_recipe
+        from genretrieval_pipelines.run import run as run_recipe
+        from genretrieval_pipelines.run import set_threads
+    set_threads(threads)
+    figures = run_recipe(
+        load_recipe(_recipe_file(recipe)),
+        data,
+        output,
+        work or output.with_name(output.name + ".work"),
+        open_backend=_open_backend,
+        console=Console(stderr=True),
+    )
+    _report_figures(figures, json_file)
+
+
+@app.command()
+def evaluate(
+    bundle: BundleFolder,
+    data: Annotated[Path | None, typer.Option(help="Logs; by default those that the bundle was trained on.")] = None,
+    split: Annotated[SplitName, typer.Option(help="`test` is for the last look and is counted.")] = SplitName.validation,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask a live server instead (grpc://HOST:PORT or http://HOST:PORT) and compare.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Quality of a bundle beside its baselines, item by item."""
+    with _extra("train"):
+        from genretrieval_pipelines import quality_report
+        from genretrieval_pipelines.run import evaluate_bundle, work_folder
+    from genretrieval.bundle import GRAPH, load_bundle
+    from genretrieval.retrieval import Retriever
+
+    opened = load_bundle(bundle)
+    console = Console(stderr=True)
+    answer: Callable[..., list[RetrieveResponse]] = Retriever(opened, _open_backend(opened.path / GRAPH)).retrieve
+    agreement = None
+    if endpoint:
+        from genretrieval_pipelines.agreement import Agreement
+        from genretrieval_serving.client import Client
+
+        agreement = Agreement(offline=answer, live=Client(endpoint).batch_retrieve)
+        answer = agreement
+    report = evaluate_bundle(opened, data, split.value, answer, console)
+    if agreement:
+        report["extra"] = {**report["extra"], **agreement.figures()}
+    figures = quality_report.write(report, work_folder(opened) / "quality")
+    quality_report.print_table(report, console)
+    _report_figures(figures, json_file)
+
+
+def _report_figures(figures: dict[str, Any], json_file: Path | None) -> None:
+    from genretrieval.figures import print_lines, write_json
+
+    print_lines(figures)
+    if json_file:
+        write_json(json_file, figures)
+
+
+@data_app.command("synth")
+def data_synth(
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    items: Annotated[int | None, typer.Option(help="Items of the catalogue.")] = None,
+    users: Annotated[int | None, typer.Option(help="Visitors.")] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal shops.")] = 0,
+) -> None:
+    """Make a believable shop whose truth is known: catalogue, visitors, searches, pages, purchases."""
+    with _extra("train"):
+        from genretrieval_pipelines.synth import ShopConfig, synthesize
+    sizes = {name: value for name, value in (("n_items", items), ("n_users", users)) if value is not None}
+    print(synthesize(output, ShopConfig(seed=seed, **sizes)))
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[Path, typer.Argument(help="Folder of house Parquet.")],
+    output: Annotated[Path, typer.Option(help="Where the checked tables and the quarantine go.")],
+) -> None:
+    """Check logs: every problem with file, column, count and first rows; bad rows go to quarantine."""
+    from genretrieval.logs import prepare_logs
+
+    for line in prepare_logs(data, output).report.lines():
+        print(line)
+
+
+@app.command("import")
+def import_(
+    source_format: Annotated[str, typer.Argument(metavar="FORMAT", help="house, amazon-2014 or kuaisearch.")],
+    source: Annotated[Path, typer.Argument(help="Folder of the files as released.")],
+    output: Annotated[Path, typer.Argument(help="Folder of house Parquet to write.")],
+) -> None:
+    """Convert a public format to house Parquet."""
+    with _extra("train"):
+        from genretrieval_pipelines.importers import import_logs
+    print(import_logs(source_format, source, output))
+
+
+@app.command()
+def serve(
+    bundle: BundleFolder,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback needs --insecure.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="REST; 0 takes a free port.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free port.")] = 8081,
+    threads: Annotated[int | None, typer.Option(help="Cores a request may use; by default the CPU quota.")] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Requests waiting; one more is rejected at once rather than answered too late.")
+    ] = 256,
+    insecure: Annotated[bool, typer.Option(help="Listen beyond loopback without authentication.")] = False,
+) -> None:
+    """Serve a bundle by gRPC and REST until SIGTERM."""
+    with _extra("serve"):
+        from genretrieval_serving.app import serve as serve_bundle
+    serve_bundle(
+        bundle,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        threads=threads,
+        max_queue=max_queue,
+        insecure=insecure,
+    )
+
+
+@app.command()
+def retrieve(
+    endpoint: Annotated[str, typer.Option(help="grpc://HOST:PORT or http://HOST:PORT")] = "grpc://127.0.0.1:8081",
+    query: Annotated[str | None, typer.Option(help="What the visitor typed.")] = None,
+    history: Annotated[list[str] | None, typer.Option(help="Item id, oldest first; repeat.")] = None,
+    event: Annotated[str, typer.Option(help="Behaviour of the history's items.")] = "purchase",
+    top_k: Annotated[int, typer.Option(help="Items wanted.")] = 10,
+    exclude: Annotated[list[str] | None, typer.Option(help="Item id that must not come back; repeat.")] = None,
+) -> None:
+    """Ask a server; prints the response as JSON."""
+    with _extra("client"):
+        from genretrieval_serving.client import Client
+    from genretrieval.request import HistoryEvent, RetrieveRequest
+
+    request = RetrieveRequest(
+        query=query,
+        history=[HistoryEvent(item_id=item, event=event) for item in history or []],
+        exclude_item_ids=exclude or [],
+        top_k=top_k,
+    )
+    with Client(endpoint) as client:
+        print(client.retrieve(request).model_dump_json(indent=2))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the shop, the bundle and intermediate results go.")] = Path("runs/demo"),
+    once: Annotated[bool, typer.Option(help="Stop after the answers instead of serving until Ctrl-C.")] = False,
+) -> None:
+    """A made shop from logs to answers: make, train, export, serve, ask."""
+    with _extra("train"):
+        from genretrieval_pipelines.demo import build_demo
+    from genretrieval_serving.demo import show_demo
+
+    figures = build_demo(folder, _recipe_file("demo"), _open_backend, Console(stderr=True))
+    _report_figures(figures, None)
+    show_demo(folder, [sys.executable, "-m", "genretrieval.cli"], Console(), once=once)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    items: Annotated[list[int] | None, typer.Option(help="Catalogue sizes; repeat.")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give tighter medians.")] = 15,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle for row B; by default the shipped sizes, untrained.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few rounds of the smallest sizes; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Constrained beam search in one graph against Hugging Face `generate`, interleaved in one process."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_decode import bench_decode as bench
+    sizes = tuple(items) if items else ((12_000,) if quick else (12_000, 1_000_000))
+    _report_figures(bench(sizes, rounds=2 if quick else rounds, bundle=bundle, quick=quick), json_file)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what it can run, and what is missing."""
+    from genretrieval.doctor import examine
+
+    for line in examine():
+        print(line)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Training runs of the generator: Hugging Face `Trainer`, its checkpoints and its hooks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from genretrieval.model import Generator
+from genretrieval.training.data import HistoryDataset, LengthBatchSampler, collate
+from genretrieval.training.objectives import Objective
+
+METRIC = "recall10"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """How long and how fast to learn.
+
+    Attributes:
+        epochs: passes over the training histories.
+        learning_rate: peak of the cosine schedule (AdamW).
+        warmup_share: share of all steps over which the rate rises to its peak.
+        weight_decay: on matrices.
+        targets_per_batch: interactions of a batch, padding included; rows follow from their length.
+        max_grad_norm: gradients are clipped to this norm.
+        seed: of initialisation, order and dropout. Equal seed and thread count give equal weights on CPU.
+        validation_users: users that a checkpoint is judged by, a fixed sample; the best checkpoint is kept.
+        evaluate_every: epochs between two judgements, and between two checkpoints.
+    """
+
+    epochs: int = 20
+    learning_rate: float = 2e-3
+    warmup_share: float = 0.05
+    weight_decay: float = 0.01
+    targets_per_batch: int = 2048
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    validation_users: int = 4000
+    evaluate_every: int = 2
+
+
+class GeneratorTrainer(Trainer):
+    """`Trainer` with an objective over histories, batches by length, and retrieval as its evaluation.
+
+    Args:
+        model: the generator.
+        objective: loss of a batch.
+        dataset: training windows.
+        validate: Recall@10 of a generator on validation cases.
+        config: schedule and sizes.
+        output: folder of checkpoints.
+        quiet: print nothing.
+    """
+
+    def __init__(
+        self,
+        model: Generator,
+        objective: Objective,
+        dataset: HistoryDataset,
+        validate: Callable[[Generator], float],
+        config: TrainingConfig,
+        output: Path,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self.objective = objective
+        self.validate = validate
+        self.config = config
+        gpu = torch.cuda.is_available()
+        bf16 = not gpu or torch.cuda.is_bf16_supported()
+        self.sampler = LengthBatchSampler(dataset.windows.lengths, config.targets_per_batch, config.seed)
+        steps = len(self.sampler) * config.evaluate_every
+        arguments = TrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=config.warmup_share,
+            weight_decay=config.weight_decay,
+            adam_beta2=0.98,
+            max_grad_norm=config.max_grad_norm,
+            bf16=bf16,
+            use_cpu=not gpu,
+            seed=config.seed,
+            eval_strategy="steps",
+            eval_steps=steps,
+            save_strategy="steps",
+            save_steps=steps,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model=METRIC,
+            greater_is_better=True,
+            logging_strategy="steps",
+            logging_steps=steps,
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=gpu,
+            ddp_find_unused_parameters=True,
+            disable_tqdm=quiet,
+        )
+        super().__init__(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
+        self.remove_callback(PrinterCallback)
+        if isinstance(objective, torch.nn.Module):
+            objective.to(self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of similar length; accelerate shards them over processes."""
+        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=collate)
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """The objective, run inside the model's forward so that data-parallel wrappers see it."""
+        return model(objective=self.objective, batch=inputs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Validation Recall@10 of the current weights."""
+        self.model.eval()
+        metrics = {f"eval_{METRIC}": self.validate(self.accelerator.unwrap_model(self.model))}
+        self.model.train()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def train(
+    model: Generator,
+    objective: Objective,
+    dataset: HistoryDataset,
+    validate: Callable[[Generator], float],
+    config: TrainingConfig,
+    output: Path,
+    *,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> float:
+    """Train `model` in place, or go on where a killed run left off, and load its best checkpoint.
+
+    Returns:
+        Validation Recall@10 of the best checkpoint.
+    """
+    trainer = GeneratorTrainer(model, objective, dataset, validate, config, output, quiet=bool(callbacks))
+    if callbacks:
+        trainer.remove_callback(ProgressCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
+    return float(trainer.state.best_metric or 0.0)
+
+
+def last_complete_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint that was written to its end; what a kill left half written is removed.
+
+    `Trainer` writes ``trainer_state.json`` last, so one that parses means that everything before it is there.
+    """
+    complete: list[tuple[int, Path]] = []
+    for folder in output.glob("checkpoint-*"):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            shutil.rmtree(folder)
+            continue
+        complete.append((int(state["global_step"]), folder))
+    return str(max(complete)[1]) if complete else None

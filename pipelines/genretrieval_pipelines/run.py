@@ -1,0 +1,439 @@
+"""A whole run: logs to bundle, stage after stage, each resumable.
+
+Everything a stage makes lies in the work folder under a name that hashes what it was made from. A run that was killed
+goes on where it stopped; a changed recipe or changed logs redo what depends on them and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import yaml
+from genretrieval_tokenizers.report import report as tokenizer_report
+from genretrieval_tokenizers.rq_kmeans import RqKMeans
+from numpy.typing import NDArray
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import set_seed
+
+from genretrieval import __version__
+from genretrieval.bundle import (
+    CATALOGUE,
+    CODEBOOKS,
+    CONFIG,
+    GRAPH,
+    METRICS,
+    MODEL_CARD,
+    QUERY_TOKENIZER,
+    WEIGHTS,
+    Bundle,
+    Manifest,
+    load_bundle,
+    write_bundle,
+)
+from genretrieval.catalogue import build_index
+from genretrieval.errors import BundleError
+from genretrieval.export import MINIMUM_ONNXRUNTIME, OPSET, GraphBackend, export_graph
+from genretrieval.export.onnx import example_inputs, named_graph
+from genretrieval.features import N_GAPS, RequestFeatures
+from genretrieval.figures import Figure
+from genretrieval.histories import LeaveOneOut, Split
+from genretrieval.metrics import recall
+from genretrieval.model import Generator, GeneratorConfig
+from genretrieval.retrieval import Backend, Retriever
+from genretrieval.semantic_ids import SemanticIds
+from genretrieval.training.data import HistoryDataset, cut_windows
+from genretrieval.training.objectives import NextItemObjective
+from genretrieval.training.trainer import train
+from genretrieval_pipelines import quality_report
+from genretrieval_pipelines.cases import Cases
+from genretrieval_pipelines.embed import EmbeddingPart, embed_items, item_texts
+from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, ask, without_seen
+from genretrieval_pipelines.queries import has_queries, train_query_tokenizer, with_query_pairs
+from genretrieval_pipelines.recipe import Recipe, content_hash
+from genretrieval_pipelines.shop import Shop, open_shop
+from tokenizers import Tokenizer
+
+OpenBackend = Callable[[Path], Backend]
+VALIDATION_BEAMS = 20
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The catalogue's semantic IDs and the tokenizer that gave them."""
+
+    ids: SemanticIds
+    codebooks: Path
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A bundle that is not written yet; a `Retriever` can answer from it."""
+
+    manifest: Manifest
+    request_features: RequestFeatures
+    table: pl.DataFrame
+
+    def features(self) -> RequestFeatures:
+        """How requests are turned into model inputs."""
+        return self.request_features
+
+    def catalogue(self) -> pl.DataFrame:
+        """Items in row order."""
+        return self.table
+
+
+def run(
+    recipe: Recipe, data: Path, output: Path, work: Path, *, open_backend: OpenBackend, console: Console
+) -> dict[str, Figure]:
+    """Run `recipe` on the logs in `data` and write a bundle to `output`.
+
+    Args:
+        recipe: all settings.
+        data: a folder of house Parquet.
+        output: the bundle; an older bundle there is replaced once the new one is complete.
+        work: folder of intermediate results; give the same one again to resume.
+        open_backend: opens an exported graph.
+        console: progress and tables.
+
+    Returns:
+        Figures of the validation table.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with stage(console, "reading and checking logs"):
+        shop = open_shop(data, work)
+    with stage(console, "embedding and tokenizing the catalogue"):
+        tokenized = tokenize(recipe, shop, work)
+    with stage(console, "preparing requests"):
+        features = request_features(recipe, shop)
+    draft = draft_bundle(recipe, shop, tokenized.ids, features)
+    with stage(console, "training the generator"):
+        generator = train_generator(recipe, shop, tokenized, draft, work)
+    evaluation = make_evaluation(recipe, shop, tokenized.ids, work, console)
+    graph = named_graph(generator)
+    draft = Draft(draft.manifest.model_copy(update={"graph_inputs": graph.names}), features, draft.table)
+    with write_bundle(output, draft.manifest) as folder:
+        with stage(console, "exporting the retrieval graph"):
+            example = example_inputs(graph, max(1, len(features.profile_features)))
+            export_graph(graph, example, folder / GRAPH)
+        with stage(console, "evaluating on validation, beside the baselines"):
+            retriever = Retriever(draft, open_backend(folder / GRAPH))
+            asked = partial(_ask, retriever.retrieve, shop, recipe, tokenized.ids, console)
+            quality = evaluation.report(
+                asked, "validation", seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width
+            )
+        figures = quality_report.write(quality, work / "quality")
+        _fill_bundle(folder, recipe, shop, tokenized, features, generator, draft, data, work, quality)
+    load_bundle(output)
+    quality_report.print_table(quality, console)
+    return figures
+
+
+@contextmanager
+def stage(console: Console, name: str) -> Iterator[None]:
+    """Say what is being done and how long it took."""
+    import time
+
+    started = time.perf_counter()
+    with console.status(name) if console.is_terminal else _nothing():
+        yield
+    console.print(f"{name}: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
+    """Embed the items and give each a semantic ID; published IDs are read back, never computed again."""
+    parts = usable_parts(recipe.embedding, shop)
+    histories = shop.histories if shop.histories.n_users else None
+    embeddings = embed_items(shop.items, parts, histories, work / "embeddings")
+    key = content_hash(recipe.tokenizer, embeddings.shape, embeddings.tobytes())
+    folder = work / f"tokenizer-{key}"
+    codebooks, published = folder / CODEBOOKS, folder / "semantic_ids.npy"
+    if published.exists():
+        tokenizer = RqKMeans.load(codebooks)
+        return Tokenized(SemanticIds(np.load(published, allow_pickle=False), _sizes(folder)), codebooks)
+    folder.mkdir(exist_ok=True)
+    tokenizer = RqKMeans.fit(embeddings, recipe.tokenizer)
+    ids = tokenizer.assign(embeddings)
+    tokenizer.save(codebooks)
+    described = ids.codes[:, : len(tokenizer.codebooks)]
+    measured = tokenizer_report(
+        ids,
+        embeddings,
+        tokenizer.decode(described),
+        dedup_level=recipe.tokenizer.dedup_level,
+        notes=tokenizer.notes,
+    )
+    (folder / "report.json").write_text(measured.to_json(), "utf-8")
+    (folder / "report.md").write_text(measured.to_markdown(), "utf-8")
+    (folder / "codebook_sizes.json").write_text(json.dumps(ids.codebook_sizes), "utf-8")
+    temporary = folder / "semantic_ids.partial.npy"
+    np.save(temporary, ids.codes)
+    os.replace(temporary, published)
+    return Tokenized(ids, codebooks)
+
+
+def _sizes(folder: Path) -> tuple[int, ...]:
+    return tuple(json.loads((folder / "codebook_sizes.json").read_text("utf-8")))
+
+
+def usable_parts(parts: list[EmbeddingPart], shop: Shop) -> list[EmbeddingPart]:
+    """The recipe's embeddings that these data allow: without interactions there is nothing collaborative."""
+    if shop.histories.n_users:
+        return parts
+    return [part for part in parts if part.name != "collaborative"] or [EmbeddingPart(name="hashing")]
+
+
+def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
+    """What the model reads of a request: the behaviours, profile columns and words of this shop."""
+    sizes = recipe.generator
+    tokenizer: Tokenizer | None = None
+    if has_queries(shop.histories) or len(shop.pairs):
+        corpus = [
+            *item_texts(shop.items),
+            *shop.histories.queries,
+            *shop.pairs["query"].unique(maintain_order=True),
+        ]
+        tokenizer = train_query_tokenizer(corpus, sizes.query_vocab_size)
+    profile = tuple(name for name in shop.users.columns if name != "user_id")
+    return RequestFeatures(
+        events=shop.histories.event_names,
+        profile_features=profile,
+        n_profile_buckets=sizes.n_profile_buckets if profile else 0,
+        query_tokenizer=tokenizer.to_str() if tokenizer else "",
+        max_query_tokens=sizes.max_query_tokens,
+    )
+
+
+def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures) -> Draft:
+    """Manifest and catalogue of the bundle to be."""
+    ends = LeaveOneOut(shop.histories).train_ends()
+    users = np.repeat(np.arange(shop.histories.n_users), shop.histories.lengths())
+    trained = np.arange(len(shop.histories.items)) < ends[users] if len(users) else np.empty(0, bool)
+    popularity = np.bincount(shop.histories.items[trained], minlength=ids.n_items)
+    table = shop.items.with_columns(
+        pl.Series("semantic_id", ids.codes.tolist(), pl.List(pl.Int32)),
+        pl.Series("popularity", popularity, pl.Int64),
+    )
+    manifest = Manifest(
+        genretrieval_version=__version__,
+        n_items=ids.n_items,
+        codebook_sizes=ids.codebook_sizes,
+        opset=OPSET,
+        minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
+        graph_inputs=(),
+        events=features.events,
+        profile_features=features.profile_features,
+        n_profile_buckets=features.n_profile_buckets,
+        max_history=recipe.generator.max_history,
+        max_query_tokens=features.max_query_tokens,
+        reads_queries=bool(features.query_tokenizer),
+        beam_width=recipe.evaluation.beam_width,
+        exclude_seen=shop.exclude_seen,
+    )
+    return Draft(manifest, features, table)
+
+
+def train_generator(recipe: Recipe, shop: Shop, tokenized: Tokenized, draft: Draft, work: Path) -> Generator:
+    """Train the generator, or read it back if this very training has finished before."""
+    sizes, features, ids = recipe.generator, draft.request_features, tokenized.ids
+    config = GeneratorConfig(
+        codebook_sizes=ids.codebook_sizes,
+        d_model=sizes.d_model,
+        n_heads=sizes.n_heads,
+        d_ff=sizes.d_ff,
+        n_encoder_layers=sizes.n_encoder_layers,
+        n_decoder_layers=sizes.n_decoder_layers,
+        n_query_layers=sizes.n_query_layers,
+        query_vocab_size=features.query_vocab_size,
+        max_query_tokens=sizes.max_query_tokens,
+        n_events=features.n_events,
+        n_gaps=N_GAPS,
+        n_profile_buckets=features.n_profile_buckets,
+        max_history=sizes.max_history,
+        dropout=sizes.dropout,
+    )
+    key = content_hash(
+        sizes,
+        recipe.training,
+        features.query_tokenizer,
+        ids.codes.tobytes(),
+        shop.histories.items.tobytes(),
+        shop.histories.offsets.tobytes(),
+        shop.histories.query_rows.tobytes(),
+        shop.pairs.hash_rows().sum() if len(shop.pairs) else 0,
+    )
+    folder = work / f"generator-{key}"
+    finished = folder / "generator.safetensors"
+    set_seed(recipe.training.seed)
+    model = Generator(config)
+    if finished.exists():
+        model.load_state_dict(load_file(finished))
+        return model.eval()
+    index = build_index(ids, order=-draft.table["popularity"].to_numpy())
+    dataset = training_set(recipe, shop, ids, features)
+    validate = partial(validation_recall, shop, draft, ids, recipe)
+    train(model, NextItemObjective(index), dataset, validate, recipe.training, folder)
+    partial_file = folder / "generator.partial.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial_file)
+    os.replace(partial_file, finished)
+    return model.eval()
+
+
+def training_set(recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures) -> HistoryDataset:
+    """Windows over the training part of every history, and every training pair of a query and an item."""
+    pairs = shop.pairs.filter(pl.col("split") == "train")
+    histories = with_query_pairs(shop.histories, pairs)
+    ends = LeaveOneOut(shop.histories).train_ends()
+    ends = np.concatenate([ends, histories.offsets[len(ends) + 1 :]])
+    profiles = np.zeros((histories.n_users, len(features.profile_features)), np.int64)
+    if features.profile_features:
+        anonymous = features.profile_ids({})
+        profiles[:] = anonymous
+        for user in range(shop.histories.n_users):
+            profiles[user] = features.profile_ids(shop.profile(user))
+    windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)
+    return HistoryDataset(histories, windows, ids, features, profiles)
+
+
+def validation_recall(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, model: Generator) -> float:
+    """Recall@10 of a generator on a fixed sample of validation cases, by beam search in torch."""
+    cases = shop.cases("validation")
+    sample = np.random.default_rng(0).permutation(len(cases))[: recipe.training.validation_users]
+    cases = cases.take(np.sort(sample))
+    if not len(cases):
+        return 0.0
+    graph = named_graph(model)
+    manifest = draft.manifest.model_copy(update={"graph_inputs": graph.names})
+    retriever = Retriever(Draft(manifest, draft.request_features, draft.table), GraphBackend(graph))
+    quiet = Console(quiet=True)
+    found = ask(retriever.retrieve, shop, cases, ids, manifest.max_history, VALIDATION_BEAMS, quiet).items
+    if shop.exclude_seen:
+        found = without_seen(found, shop.histories, cases)
+    return float(recall(found, cases.relevant, cases.relevant_offsets, 10).mean())
+
+
+def make_evaluation(recipe: Recipe, shop: Shop, ids: SemanticIds, work: Path, console: Console) -> Evaluation:
+    """The quality table of a run."""
+    texts = [part for part in recipe.embedding if part.name.split(":")[0] in ("hashing", "minilm", "hf")]
+    return Evaluation(
+        shop,
+        ids,
+        dedup_level=recipe.tokenizer.dedup_level,
+        sasrec=recipe.evaluation.sasrec,
+        text=texts[0] if texts else EmbeddingPart(name="hashing"),
+        cache=work / "baselines",
+        console=console,
+    )
+
+
+def _ask(
+    answer: Answer, shop: Shop, recipe: Recipe, ids: SemanticIds, console: Console, cases: Cases
+) -> Answers:
+    beams = recipe.evaluation.beam_width
+    return ask(answer, shop, cases, ids, recipe.generator.max_history, beams, console)
+
+
+def _fill_bundle(
+    folder: Path,
+    recipe: Recipe,
+    shop: Shop,
+    tokenized: Tokenized,
+    features: RequestFeatures,
+    generator: Generator,
+    draft: Draft,
+    data: Path,
+    work: Path,
+    quality: quality_report.QualityReport,
+) -> None:
+    """Write everything but the graph and the manifest."""
+    save_file({name: t.contiguous() for name, t in generator.state_dict().items()}, folder / WEIGHTS)
+    generator.config.save_pretrained(folder)
+    (folder / CODEBOOKS).write_bytes(tokenized.codebooks.read_bytes())
+    draft.table.write_parquet(folder / CATALOGUE)
+    if features.query_tokenizer:
+        (folder / QUERY_TOKENIZER).write_text(features.query_tokenizer, "utf-8")
+    run_record = {"recipe": recipe.dump(), "data": str(data), "work": str(work)}
+    (folder / CONFIG).write_text(yaml.safe_dump(run_record, sort_keys=False), "utf-8")
+    (folder / METRICS).write_bytes((work / "quality" / "metrics.json").read_bytes())
+    (folder / MODEL_CARD).write_text(_model_card(shop, draft.manifest, generator, quality), "utf-8")
+
+
+def _model_card(
+    shop: Shop, manifest: Manifest, generator: Generator, quality: quality_report.QualityReport
+) -> str:
+    parameters = sum(p.numel() for p in generator.parameters())
+    return f"""---
+library_name: genretrieval
+tags: [generative-retrieval, semantic-id]
+---
+# Generative retriever for {shop.name}
+
+Bundle `{manifest.version}`, written by genretrieval {manifest.genretrieval_version}. It generates the semantic IDs of
+{manifest.n_items:,} items with {parameters / 1e6:.1f} M parameters; codebooks {manifest.codebook_sizes}. It reads
+{"queries and " if manifest.reads_queries else ""}histories of up to {manifest.max_history} interactions with the
+behaviours {", ".join(manifest.events) or "none"}.
+
+Serve it: `genretrieval serve --bundle FOLDER`. It can return the items of its catalogue and no others.
+
+## Quality
+{quality_report.markdown(quality)}
+"""
+
+
+def evaluate_bundle(
+    bundle: Bundle, data: Path | None, split: Split, answer: Answer, console: Console
+) -> quality_report.QualityReport:
+    """Measure a bundle as it stands, by `answer`, beside the baselines of its run.
+
+    Args:
+        bundle: what to measure.
+        data: the logs; by default those it was trained on.
+        split: validation, or test, which is counted.
+        answer: offline retrieval, or the client of a live server.
+        console: progress.
+
+    Raises:
+        BundleError: the logs it was trained on are gone and none were given.
+    """
+    record: dict[str, Any] = yaml.safe_load((bundle.path / CONFIG).read_text("utf-8"))
+    recipe, work = Recipe.model_validate(record["recipe"]), Path(record["work"])
+    data = data or Path(record["data"])
+    if not data.is_dir():
+        raise BundleError(f"the logs of this bundle are no longer at {data}; give them with --data")
+    shop = open_shop(data, work)
+    ids = catalogue_ids(bundle)
+    evaluation = make_evaluation(recipe, shop, ids, work, console)
+    asked = partial(_ask, answer, shop, recipe, ids, console)
+    return evaluation.report(asked, split, seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width)
+
+
+def catalogue_ids(bundle: Bundle) -> SemanticIds:
+    """Semantic IDs of a bundle's items, in row order."""
+    codes: NDArray[np.int32] = np.asarray(bundle.catalogue()["semantic_id"].to_list(), np.int32)
+    return SemanticIds(codes, bundle.manifest.codebook_sizes)
+
+
+def work_folder(bundle: Bundle) -> Path:
+    """Where the run that wrote a bundle kept its intermediate results."""
+    return Path(yaml.safe_load((bundle.path / CONFIG).read_text("utf-8"))["work"])
+
+
+def set_threads(n_threads: int | None) -> None:
+    """Use `n_threads` cores for training; results are equal at equal thread count."""
+    if n_threads:
+        torch.set_num_threads(n_threads)

@@ -1,0 +1,78 @@
+"""A shop's data as training and evaluation see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from genretrieval.histories import Histories, LeaveOneOut, Split
+from genretrieval.logs import prepare_logs
+from genretrieval_pipelines.cases import NO_USER, Cases, leave_one_out_cases, query_cases
+from genretrieval_pipelines.queries import has_queries, made_queries, split_queries
+
+# Above this share of repeated (user, item) pairs, recommending something again is part of the task.
+REPEATS_MATTER = 0.01
+
+
+@dataclass(frozen=True)
+class Shop:
+    """What an evaluation needs to know of the data.
+
+    Attributes:
+        name: printed with the table.
+        items: the catalogue, in row order.
+        users: ``user_id`` and profile columns; user row u is row u.
+        histories: all interactions.
+        pairs: ``query``, ``item_row`` and ``split`` of judged or made queries; empty where there are none.
+        data: the folder of the logs; a demo shop has its truth there.
+    """
+
+    name: str
+    items: pl.DataFrame
+    users: pl.DataFrame
+    histories: Histories
+    pairs: pl.DataFrame
+    data: Path
+
+    def cases(self, split: Split) -> Cases:
+        """Leave-one-out over users; for a shop without histories, its held-out queries."""
+        if (self.histories.lengths() >= LeaveOneOut(self.histories).min_length).any():
+            return leave_one_out_cases(self.histories, split)
+        return query_cases(self.pairs.filter(pl.col("split") == split))
+
+    @property
+    def exclude_seen(self) -> bool:
+        """Whether a recommendation of something already bought is useless here: hardly anybody buys twice."""
+        return self.histories.repeat_rate() < REPEATS_MATTER
+
+    def profile(self, user: int) -> dict[str, str]:
+        """Profile of a user row as a request carries it."""
+        if user == NO_USER or len(self.users.columns) < 2:
+            return {}
+        row = self.users.row(user, named=True)
+        return {name: str(value) for name, value in row.items() if name != "user_id" and value is not None}
+
+
+def open_shop(data: Path, work: Path) -> Shop:
+    """Check and order the logs in `data` (once; the result stays in `work`) and read them.
+
+    A shop without interactions and without judged queries gets queries made from its catalogue, so that it can be
+    trained, measured and served before it has logs.
+    """
+    logs = prepare_logs(data, work / "logs")
+    items, histories = logs.items(), logs.histories()
+    judged = logs.query_items()
+    if judged is not None:
+        pairs = (
+            judged.filter(pl.col("label") > 0)
+            .select("query", "item_row", "split")
+            .unique(maintain_order=True)
+        )
+        pairs = split_queries(pairs.collect())
+    elif histories.n_users == 0 and not has_queries(histories):
+        pairs = split_queries(made_queries(items))
+    else:
+        pairs = pl.DataFrame(schema={"query": pl.String, "item_row": pl.Int32, "split": pl.String})
+    return Shop(data.resolve().name, items, logs.users(), histories, pairs, data)
