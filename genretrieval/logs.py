@@ -1,8 +1,8 @@
 """From a folder of logs to the tables that everything else reads.
 
 `prepare_logs` checks every row, sets the bad ones aside with a reason, numbers items and users, and puts each
-history in order. Ids of items and users, and the numbers of wrong rows, are held in memory; the rest is
-streamed.
+history in order. Ids of items and users, and the numbers of wrong rows, are held in memory; interactions are
+sorted some users at a time; the rest is streamed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ FORMAT_VERSION = 1
 _REPORT = "report.json"
 _QUARANTINE = "quarantine"
 _QUERY_ITEMS = "query_items.parquet"
+_SORTING = "sorting.partial"
 _FIRST_ROWS = 5
+_SORT_ROWS = 10_000_000  # about 1.3 GB
 _HISTORY_ORDER = ("user_row", "history_index", "timestamp", ROW)
+_LOGGED = (
+    *("user_row", "item_row", "event", "timestamp", "query"),
+    *("request_id", "rank_shown", "scenario", "value"),
+)
 
 
 class TableRows(BaseModel):
@@ -79,8 +85,7 @@ class PreparationReport(BaseModel):
     def lines(self) -> list[str]:
         """The report for people, one line a fact."""
         counts = [
-            f"{name}: {rows.kept:,} rows"
-            + (f", {rows.quarantined:,} in quarantine" if rows.quarantined else "")
+            f"{name}: {rows.kept:,} rows" + (f", {rows.quarantined:,} in quarantine" if rows.quarantined else "")
             for name, rows in self.tables.items()
         ]
         return [*counts, f"order: {self.order_rule}", *map(str, self.problems)]
@@ -182,15 +187,11 @@ def load_prepared(output: Path) -> PreparedLogs:
     """
     path = output / _REPORT
     if not path.is_file():
-        raise DataError(
-            f"{output} holds no {_REPORT}: preparing it never finished; run the preparation again"
-        )
+        raise DataError(f"{output} holds no {_REPORT}: preparing it never finished; run the preparation again")
     try:
         report = PreparationReport.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise DataError(
-            f"{path} is not a report of this version; delete the folder and prepare it again"
-        ) from error
+        raise DataError(f"{path} is not a report of this version; delete the folder and prepare it again") from error
     if report.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format version {report.format_version}, this version reads {FORMAT_VERSION}; "
@@ -250,9 +251,7 @@ def _scan(data: Path, table: Table) -> tuple[pl.LazyFrame | None, list[Problem]]
         missing = f"is missing: neither this file nor a folder {table.name}/ of .parquet files is in {data}"
         return None, [fatal(table.file, missing)] if table.required else []
     if len({shard.parent if shard.parent != data else shard for shard in shards}) > 1:
-        return None, [
-            fatal(table.file, f"is there twice, as a file and as a folder {table.name}/: remove one")
-        ]
+        return None, [fatal(table.file, f"is there twice, as a file and as a folder {table.name}/: remove one")]
     problems: list[Problem] = []
     schemas: dict[str, pl.Schema] = {}
     for shard in shards:
@@ -260,9 +259,7 @@ def _scan(data: Path, table: Table) -> tuple[pl.LazyFrame | None, list[Problem]]
         try:
             schemas[name] = pl.scan_parquet(shard, glob=False).collect_schema()
         except pl.exceptions.ComputeError as error:
-            problems.append(
-                fatal(name, f"cannot be read as Parquet ({str(error).splitlines()[0]}): write it again")
-            )
+            problems.append(fatal(name, f"cannot be read as Parquet ({str(error).splitlines()[0]}): write it again"))
     first = next(iter(schemas.values()), pl.Schema())
     problems += [
         fatal(
@@ -311,9 +308,7 @@ def _inputs_sha256(data: Path) -> str:
     digest = hashlib.sha256()
     for shard in (shard for table in TABLES for shard in _shards(data, table)):
         with shard.open("rb") as file:
-            digest.update(
-                f"{shard.relative_to(data)}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode()
-            )
+            digest.update(f"{shard.relative_to(data)}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -321,8 +316,9 @@ def _clear(output: Path) -> None:
     """Remove what an earlier preparation wrote, its report first: without it the folder is unfinished."""
     for name in (_REPORT, *(table.file for table in TABLES), _QUERY_ITEMS):
         (output / name).unlink(missing_ok=True)
-    if (output / _QUARANTINE).is_dir():
-        shutil.rmtree(output / _QUARANTINE)
+    for name in (_QUARANTINE, _SORTING):
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
     output.mkdir(parents=True, exist_ok=True)
 
 
@@ -456,9 +452,7 @@ class _Preparation:
             return None
         conformed, audit = self.tables[INTERACTIONS.name], self.audit(INTERACTIONS)
         known = conformed.frame.join(items.lazy(), on="item_id", how="left")
-        audit.quarantine_rules(
-            known, [*conformed.rules, _unknown("item_id", "item_row", ITEMS), _unordered(conformed)]
-        )
+        audit.quarantine_rules(known, [*conformed.rules, _unknown("item_id", "item_row", ITEMS), _unordered(conformed)])
         good = audit.good(known)
         places = good.filter(pl.col("event") != EXPOSURE, pl.col("history_index").is_not_null())
         place = pl.struct("user_id", "history_index").alias("place")
@@ -527,11 +521,7 @@ class _Preparation:
             .agg(pl.col("row").min())
             .collect(engine="streaming")
         )
-        ids = (
-            first_rows.sort("source", "row")
-            .unique("user_id", keep="first", maintain_order=True)
-            .select("user_id")
-        )
+        ids = first_rows.sort("source", "row").unique("user_id", keep="first", maintain_order=True).select("user_id")
         users = ids.lazy()
         if profiles is not None:
             columns = self.tables[USERS.name].columns
@@ -541,47 +531,32 @@ class _Preparation:
 
     def write_interactions(self, interactions: pl.LazyFrame | None, users: pl.DataFrame) -> None:
         """Write the interactions in order, and report where that order is doubtful."""
-        columns = [
-            "user_row",
-            "item_row",
-            "event",
-            "timestamp",
-            "query",
-            "request_id",
-            "rank_shown",
-            "scenario",
-            "value",
-        ]
-        path = self.output / INTERACTIONS.file
         if interactions is None:
-            empty = conform(
-                pl.LazyFrame(schema={c.name: c.dtype for c in INTERACTIONS.columns}), INTERACTIONS
-            ).frame
-            interactions = empty.with_columns(
-                item_row=pl.lit(None, pl.Int32), **{ROW: pl.lit(None, pl.Int64)}
-            )
-        ordered = interactions.join(users.lazy(), on="user_id", how="left").sort(
-            _HISTORY_ORDER, nulls_last=True
-        )
-        seconds = pl.col("timestamp").dt.epoch("s")
-        unchecked = path.with_suffix(".unchecked")
-        ordered.select(ROW, "history_index", *columns).with_columns(seconds).sink_parquet(unchecked)
+            contract = {column.name: column.dtype for column in INTERACTIONS.columns}
+            interactions = pl.LazyFrame(schema=contract | {"item_row": pl.Int32, ROW: pl.get_index_type()})
+        sorting = self.output / _SORTING
+        sorting.mkdir()
+        numbered = interactions.join(users.lazy(), on="user_id", how="left")
+        numbered.select(ROW, "history_index", *_LOGGED).sink_parquet(sorting / "numbered.parquet")
+        ordered = pl.scan_parquet(_sort_by_users(sorting / "numbered.parquet", len(users)))
         if INTERACTIONS.name in self.tables:
-            self.check_order(pl.scan_parquet(unchecked))
-        pl.scan_parquet(unchecked).select(columns).sink_parquet(path)
-        unchecked.unlink()
+            self.check_order(ordered)
+        seconds = pl.col("timestamp").dt.epoch("s")
+        ordered.select(_LOGGED).with_columns(seconds).sink_parquet(self.output / INTERACTIONS.file)
+        shutil.rmtree(sorting)
 
     def check_order(self, ordered: pl.LazyFrame) -> None:
         """Say by what the histories are ordered, and count where times tie or contradict it."""
         same_user = pl.col("user_row") == pl.col("user_row").shift(1)
-        before = pl.col("timestamp").shift(1)
+        second = pl.col("timestamp").dt.epoch("s")
+        before = second.shift(1)
         history = (
             ordered.filter(pl.col("event") != EXPOSURE)
             .select(
                 ROW,
                 indexed=pl.col("history_index").is_not_null(),
-                tied=same_user & (pl.col("timestamp") == before),
-                back=same_user & (pl.col("timestamp") < before),
+                tied=same_user & (second == before),
+                back=same_user & (second < before),
                 timed=pl.col("timestamp").is_not_null(),
             )
             .collect(engine="streaming")
@@ -598,9 +573,7 @@ class _Preparation:
         else:
             rule = "(timestamp, file order)"
         tied, timed = int(history["tied"].sum()), int(history["timed"].sum())
-        self.order_rule = (
-            f"{rule}; {tied:,} of {timed:,} timed interactions share the second of the one before"
-        )
+        self.order_rule = f"{rule}; {tied:,} of {timed:,} timed interactions share the second of the one before"
 
     def write_query_items(self, qrels: pl.LazyFrame, users: pl.DataFrame) -> None:
         """Write the judgements in file order."""
@@ -636,6 +609,21 @@ class _Preparation:
         partial.write_text(report.model_dump_json(indent=2) + "\n")
         partial.rename(self.output / _REPORT)
         return report
+
+
+def _sort_by_users(numbered: Path, n_users: int) -> list[Path]:
+    """Sort a table of interactions into history order, about `_SORT_ROWS` rows at a time.
+
+    Returns files that hold the table when read in a row, each all rows of some users.
+    """
+    table = pl.scan_parquet(numbered)
+    n_parts = table.select(pl.len()).collect().item() // _SORT_ROWS + 1
+    edges = np.linspace(0, n_users, n_parts + 1).astype(int)
+    parts = [numbered.with_name(f"{part:05}.parquet") for part in range(n_parts)]
+    for path, first, end in zip(parts, edges[:-1], edges[1:], strict=True):
+        of_users = table.filter(pl.col("user_row").is_between(first, end, closed="left"))
+        of_users.sort(_HISTORY_ORDER, nulls_last=True).sink_parquet(path)
+    return parts
 
 
 def _unknown(column: str, found: str, table: Table) -> Rule:

@@ -60,9 +60,7 @@ class Problem(BaseModel):
             return f"{self.file}: {what}"
         kept = {"fatal": "", "quarantined": " quarantined", "warning": " kept"}[self.severity]
         unit = "row" if self.rows == 1 else "rows"
-        return (
-            f"{self.file}: {what} ({self.rows:,} {unit}{kept}, first {', '.join(map(str, self.first_rows))})"
-        )
+        return f"{self.file}: {what} ({self.rows:,} {unit}{kept}, first {', '.join(map(str, self.first_rows))})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +133,8 @@ INTERACTIONS = Table(
     (
         _id("user_id", "who"),
         _id("item_id", "which item"),
-        Column(
-            "event", _STRING, "behaviour: exposure, click, cart, purchase, ...", required=True, nullable=False
-        ),
-        Column(
-            "timestamp", _INSTANT, "when: unix seconds, a date or a datetime (UTC where no zone is given)"
-        ),
+        Column("event", _STRING, "behaviour: exposure, click, cart, purchase, ...", required=True, nullable=False),
+        Column("timestamp", _INSTANT, "when: unix seconds, a date or a datetime (UTC where no zone is given)"),
         Column(
             "history_index",
             _WHOLE,
@@ -281,9 +275,7 @@ def _source_names(source: pl.Schema, table: Table) -> tuple[dict[str, str], list
             reason = f"is missing: every row needs it ({column.meaning}); the file has {', '.join(source)}"
             problems.append(Problem(file=table.file, column=column.name, reason=reason, severity="fatal"))
     if table.one_of and not any(name in names for name in table.one_of):
-        reason = (
-            f"is missing, and so is {' and '.join(table.one_of[1:])}: a history's order needs one of them"
-        )
+        reason = f"is missing, and so is {' and '.join(table.one_of[1:])}: a history's order needs one of them"
         problems.append(Problem(file=table.file, column=table.one_of[0], reason=reason, severity="fatal"))
     return names, problems
 
@@ -311,9 +303,7 @@ def _read(raw: pl.Expr, source: pl.DataType, target: pl.DataType) -> pl.Expr | N
 def _read_instant(raw: pl.Expr, source: pl.DataType) -> pl.Expr | None:
     """Microseconds since 1970 without a zone, meaning UTC; null outside of 1970 to 9999."""
     if isinstance(source, pl.Datetime):
-        zoneless = (
-            raw if source.time_zone is None else raw.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
-        )
+        zoneless = raw if source.time_zone is None else raw.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
         value = zoneless.cast(_INSTANT)
     elif source == pl.Date:
         value = raw.cast(_INSTANT)
@@ -328,11 +318,7 @@ def _read_instant(raw: pl.Expr, source: pl.DataType) -> pl.Expr | None:
 
 def _from_seconds(seconds: pl.Expr, source: pl.DataType) -> pl.Expr:
     # The range is checked before the product, which would wrap around.
-    exact = (
-        seconds.cast(pl.Int64, strict=False)
-        if source.is_integer()
-        else seconds.cast(pl.Float64, strict=False)
-    )
+    exact = seconds.cast(pl.Int64, strict=False) if source.is_integer() else seconds.cast(pl.Float64, strict=False)
     microseconds = pl.when(exact.is_between(0, _LATEST_SECOND)).then(exact) * 1_000_000
     return microseconds.round().cast(pl.Int64, strict=False).cast(_INSTANT)
 

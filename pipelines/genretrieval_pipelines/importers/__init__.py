@@ -1,0 +1,84 @@
+"""Released data sets, as they lie on disk, into the log folder that `genretrieval.logs.prepare_logs` reads.
+
+An importer is a function of `IMPORTERS`; a further format is one more entry. Each reads its files line by
+line, and a line it cannot use goes to ``quarantine/lines.jsonl`` with its number and the reason. What rows
+mean together (unknown items, duplicates, order) is not looked at here: `prepare_logs` does that for every
+source alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from genretrieval.errors import DataError
+from genretrieval_pipelines.importers.amazon import import_amazon_2014
+from genretrieval_pipelines.importers.house import import_house
+from genretrieval_pipelines.importers.kuaisearch import import_kuaisearch
+from genretrieval_pipelines.importers.writing import LogWriter
+
+Importer = Callable[[Path, LogWriter], list[str]]
+"""Writes the tables of a source folder; returns notes for people."""
+
+IMPORTERS: dict[str, Importer] = {
+    "house": import_house,
+    "amazon-2014": import_amazon_2014,
+    "kuaisearch": import_kuaisearch,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What an import wrote.
+
+    Attributes:
+        source_format: the key of `IMPORTERS`.
+        output: the log folder.
+        rows: rows written of each table.
+        rejected: lines set aside of each source file.
+        notes: what was left out on purpose.
+    """
+
+    source_format: str
+    output: Path
+    rows: dict[str, int]
+    rejected: dict[str, int]
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """The report for people, one line a fact."""
+        written = [f"{table}: {rows:,} rows" for table, rows in self.rows.items()]
+        rejected = [f"{file}: {lines:,} lines could not be used" for file, lines in self.rejected.items()]
+        return [*written, *rejected, *self.notes]
+
+
+def import_logs(source_format: str, source: Path, output: Path) -> ImportReport:
+    """Import a released data set.
+
+    The tables appear in `output` when all of them are written; tables of an earlier import are replaced.
+
+    Args:
+        source_format: a key of `IMPORTERS`.
+        source: the folder of the released files.
+        output: the log folder to write.
+
+    Raises:
+        DataError: if the format is unknown, a file that must be there is not, or no item could be read.
+    """
+    if source_format not in IMPORTERS:
+        raise DataError(f"no importer is called {source_format!r}; there are {', '.join(IMPORTERS)}")
+    if not source.is_dir():
+        raise DataError(f"{source} is no folder; give the folder that holds the released files")
+    if source.resolve() == output.resolve():
+        raise DataError(f"{output} is the source itself; give another folder to write to")
+    with LogWriter(output) as writer:
+        notes = IMPORTERS[source_format](source, writer)
+        if not writer.rows.get("items"):
+            raise DataError(
+                f"no item could be read from {source}; lines that failed, if any, are in {writer.quarantine}"
+            )
+        unread = sorted(path.name for path in source.iterdir() if path.name not in writer.sources)
+    if unread:
+        notes.append(f"not read: {', '.join(unread)}")
+    return ImportReport(source_format, output, dict(writer.rows), dict(writer.rejected), notes)
