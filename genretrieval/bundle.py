@@ -69,9 +69,7 @@ class Manifest(BaseModel):
     max_query_tokens: int
     reads_queries: bool
     beam_width: int = Field(description="Default beam width of a request.")
-    exclude_seen: bool = Field(
-        description="Whether the quality figures leave out items that the user had seen."
-    )
+    exclude_seen: bool = Field(description="Whether the quality figures leave out items that the user had seen.")
     metrics: dict[str, float] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict, description="File name to sha256.")
 
@@ -118,9 +116,7 @@ def load_bundle(path: Path) -> Bundle:
     """
     manifest_path = path / MANIFEST
     if not path.is_dir():
-        raise BundleIncompleteError(
-            f"{path} is no folder; give the folder that `genretrieval run --output` wrote"
-        )
+        raise BundleIncompleteError(f"{path} is no folder; give the folder that `genretrieval run --output` wrote")
     if not manifest_path.is_file():
         raise BundleIncompleteError(
             f"{path} has no {MANIFEST}. It is written last, so this export never finished: run it again"
@@ -153,9 +149,7 @@ def _read_manifest(path: Path) -> Manifest:
             )
         return Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise BundleError(
-            f"{path} is damaged or no manifest of a bundle; export the bundle again. {error}"
-        ) from error
+        raise BundleError(f"{path} is damaged or no manifest of a bundle; export the bundle again. {error}") from error
 
 
 @contextmanager
@@ -173,9 +167,7 @@ def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
     """
     # Before the work, and before anything is touched.
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise BundleError(
-            f"{path} exists and is not a bundle; it was left as it is. Choose another output folder"
-        )
+        raise BundleError(f"{path} exists and is not a bundle; it was left as it is. Choose another output folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{manifest.uuid}")
     partial.mkdir()

@@ -85,7 +85,7 @@ class CatalogueIndex:
         return self.leaf_items[self.leaf_starts[leaf] : self.leaf_starts[leaf + 1]]
 
     def allowed_leaves(self, allowed_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """bool ``[n_leaves]``: leaves that hold at least one allowed item (``allowed_items`` is ``[n_items]``)."""
+        """Bool ``[n_leaves]``: leaves that hold at least one allowed item (``allowed_items`` is ``[n_items]``)."""
         return np.logical_or.reduceat(allowed_items[self.leaf_items], self.leaf_starts[:-1])
 
     def allowed_nodes(self, allowed_leaves: NDArray[np.bool_]) -> Allowed:

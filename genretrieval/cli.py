@@ -58,7 +58,9 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingExtraError(f"{error.name} is not installed; `pip install 'genretrieval[{name}]'` brings it") from error
+        raise MissingExtraError(
+            f"{error.name} is not installed; `pip install 'genretrieval[{name}]'` brings it"
+        ) from error
 
 
 def _recipe_file(recipe: str) -> Path:
@@ -113,7 +115,9 @@ def run(
 def evaluate(
     bundle: BundleFolder,
     data: Annotated[Path | None, typer.Option(help="Logs; by default those that the bundle was trained on.")] = None,
-    split: Annotated[SplitName, typer.Option(help="`test` is for the last look and is counted.")] = SplitName.validation,
+    split: Annotated[
+        SplitName, typer.Option(help="`test` is for the last look and is counted.")
+    ] = SplitName.validation,
     endpoint: Annotated[
         str | None, typer.Option(help="Ask a live server instead (grpc://HOST:PORT or http://HOST:PORT) and compare.")
     ] = None,
@@ -200,6 +204,13 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(help="Requests waiting; one more is rejected at once rather than answered too late.")
     ] = 256,
+    max_batch: Annotated[int, typer.Option(help="Requests answered together, at most 32.")] = 32,
+    drain_delay: Annotated[
+        float, typer.Option(help="Seconds between a failing /readyz and closed ports, for load balancers to notice.")
+    ] = 0.0,
+    drain_seconds: Annotated[float, typer.Option(help="Seconds that accepted requests get to finish.")] = 20.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    quiet: Annotated[bool, typer.Option(help="Log no line for each request.")] = False,
     insecure: Annotated[bool, typer.Option(help="Listen beyond loopback without authentication.")] = False,
 ) -> None:
     """Serve a bundle by gRPC and REST until SIGTERM."""
@@ -212,6 +223,11 @@ def serve(
         grpc_port=grpc_port,
         threads=threads,
         max_queue=max_queue,
+        max_batch=max_batch,
+        drain_delay=drain_delay,
+        drain_seconds=drain_seconds,
+        log_level=log_level,
+        quiet=quiet,
         insecure=insecure,
     )
 
@@ -242,7 +258,9 @@ def retrieve(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where the shop, the bundle and intermediate results go.")] = Path("runs/demo"),
+    folder: Annotated[Path, typer.Option(help="Where the shop, the bundle and intermediate results go.")] = Path(
+        "runs/demo"
+    ),
     once: Annotated[bool, typer.Option(help="Stop after the answers instead of serving until Ctrl-C.")] = False,
 ) -> None:
     """A made shop from logs to answers: make, train, export, serve, ask."""
@@ -250,16 +268,23 @@ def demo(
         from genretrieval_pipelines.demo import build_demo
     from genretrieval_serving.demo import show_demo
 
-    figures = build_demo(folder, _recipe_file("demo"), _open_backend, Console(stderr=True))
+    with _extra("serve"):
+        from genretrieval_serving.demo import show_demo
+    from genretrieval.bundle import load_bundle
+
+    figures, requests = build_demo(folder, _recipe_file("demo"), _open_backend, Console(stderr=True))
     _report_figures(figures, None)
-    show_demo(folder, [sys.executable, "-m", "genretrieval.cli"], Console(), once=once)
+    command = [sys.executable, "-m", "genretrieval.cli"]
+    show_demo(load_bundle(folder / "bundle"), requests, command, Console(), once=once)
 
 
 @bench_app.command("decode")
 def bench_decode(
     items: Annotated[list[int] | None, typer.Option(help="Catalogue sizes; repeat.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give tighter medians.")] = 15,
-    bundle: Annotated[Path | None, typer.Option(help="Bundle for row B; by default the shipped sizes, untrained.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle for row B; by default the shipped sizes, untrained.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="A few rounds of the smallest sizes; for a smoke test.")] = False,
     json_file: JsonFile = None,
 ) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from genretrieval.histories import NO_TIME
+from tokenizers import Tokenizer
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 # Upper ends of the buckets of the time since the previous interaction; bucket 0 is unknown.
@@ -97,9 +97,7 @@ class RequestFeatures:
         """int64 ``[n_features]``: each feature's name and value, hashed together."""
         return np.asarray(
             [
-                int.from_bytes(
-                    hashlib.blake2b(f"{name}={profile.get(name)}".encode(), digest_size=8).digest(), "big"
-                )
+                int.from_bytes(hashlib.blake2b(f"{name}={profile.get(name)}".encode(), digest_size=8).digest(), "big")
                 % self.n_profile_buckets
                 for name in self.profile_features
             ],

@@ -94,9 +94,7 @@ def write_json_document(path: Path, content: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise InvalidInputError(
-            f"{path} was not written: a figure is infinite or not a number ({error})"
-        ) from error
+        raise InvalidInputError(f"{path} was not written: a figure is infinite or not a number ({error})") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(text + "\n", encoding="utf-8")
@@ -134,6 +132,4 @@ def _check_names(figures: Mapping[str, Figure]) -> None:
     """Names are read by machines: refuse one that would be hard to match."""
     for name in figures:
         if not _NAME.fullmatch(name):
-            raise InvalidInputError(
-                f"figure name {name!r} is not dotted lower case such as 'quality.recall10'"
-            )
+            raise InvalidInputError(f"figure name {name!r} is not dotted lower case such as 'quality.recall10'")

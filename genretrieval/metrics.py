@@ -209,9 +209,7 @@ def long_tail(train_counts: NDArray[np.int64], share: float = 0.2) -> NDArray[np
     return (train_counts > 0) & np.isin(train_counts, levels[reached])
 
 
-def cohorts(
-    relevant: Rows, offsets: Offsets, train_counts: NDArray[np.int64]
-) -> dict[str, NDArray[np.bool_]]:
+def cohorts(relevant: Rows, offsets: Offsets, train_counts: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
     """Disjoint masks over cases by their target's popularity; of several targets the most popular one counts.
 
     Returns:
@@ -246,9 +244,7 @@ def _relevant_keys(ranked: Rows, relevant: Rows, offsets: Offsets) -> NDArray[np
         raise InvalidInputError(f"{len(ranked)} ranked lists, but offsets for {len(offsets) - 1} cases")
     lengths = np.diff(offsets)
     if (lengths < 1).any():
-        raise InvalidInputError(
-            f"case {np.argmin(lengths)} has no relevant item; leave such cases out of the metric"
-        )
+        raise InvalidInputError(f"case {np.argmin(lengths)} has no relevant item; leave such cases out of the metric")
     return np.repeat(np.arange(len(ranked), dtype=np.int64), lengths) << 32 | relevant
 
 
@@ -260,6 +256,4 @@ def _n_relevant(ranked: Rows, relevant: Rows, offsets: Offsets) -> NDArray[np.in
 def _check_k(ranked: Rows, k: int) -> None:
     """A metric at k of shorter lists would be another metric under the same name."""
     if not 1 <= k <= ranked.shape[1]:
-        raise InvalidInputError(
-            f"metric at {k} asked of lists of {ranked.shape[1]}; retrieve at least {k} items"
-        )
+        raise InvalidInputError(f"metric at {k} asked of lists of {ranked.shape[1]}; retrieve at least {k} items")

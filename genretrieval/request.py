@@ -85,9 +85,7 @@ class RetrieveResponse(_Message):
     """Items, best first; equal scores are ordered by leaf, then by popularity within a leaf."""
 
     items: list[RetrievedItem]
-    missing_ids: list[str] = Field(
-        default_factory=list, description="Ids of the request not in the catalogue."
-    )
+    missing_ids: list[str] = Field(default_factory=list, description="Ids of the request not in the catalogue.")
     degraded: list[str] = Field(
         default_factory=list,
         description="Why this is less than asked: `fewer_than_top_k`, `query_ignored`, `history_truncated`.",

@@ -122,17 +122,13 @@ class Catalogue:
                 conditions.append(pl.col(column).cast(pl.String).is_in(values))
         if filters.min_price is not None or filters.max_price is not None:
             if not schema.get("price", pl.String()).is_numeric():
-                raise RequestError(
-                    "filter on a price range, but this catalogue has no numeric attribute 'price'"
-                )
+                raise RequestError("filter on a price range, but this catalogue has no numeric attribute 'price'")
             low = -np.inf if filters.min_price is None else filters.min_price
             high = np.inf if filters.max_price is None else filters.max_price
             conditions.append(pl.col("price").is_between(low, high))
         if filters.in_stock is not None:
             if schema.get("in_stock") != pl.Boolean:
-                raise RequestError(
-                    "filter on in_stock, but this catalogue has no boolean attribute 'in_stock'"
-                )
+                raise RequestError("filter on in_stock, but this catalogue has no boolean attribute 'in_stock'")
             conditions.append(pl.col("in_stock") == filters.in_stock)
         return conditions
 
@@ -153,9 +149,7 @@ class MaskRows:
         self.catalogue = catalogue
         self.n_rows = n_rows
         widths = [max(2, len(tokens)) for tokens in catalogue.index.tokens]
-        self.arrays = {
-            f"allowed_{level}": np.ones((n_rows, width), bool) for level, width in enumerate(widths)
-        }
+        self.arrays = {f"allowed_{level}": np.ones((n_rows, width), bool) for level, width in enumerate(widths)}
         self.items = np.ones((n_rows, len(catalogue.table)), bool)
         self._free = list(range(n_rows - 1, 0, -1))
         self._rows: OrderedDict[str, int] = OrderedDict()
@@ -325,9 +319,7 @@ class Retriever:
         if request.exclude_history != "off":
             everything = request.exclude_history == "all"
             excluded.update(
-                int(row)
-                for position, row in history
-                if everything or request.history[position].event == PURCHASE
+                int(row) for position, row in history if everything or request.history[position].event == PURCHASE
             )
         items: list[RetrievedItem] = []
         for beam in np.lexsort((found.leaves, -found.scores)):

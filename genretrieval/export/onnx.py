@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from genretrieval.model import Generator
-from genretrieval.model.search import IndexTensors, Retrieved, RetrievalGraph
+from genretrieval.model.search import IndexTensors, RetrievalGraph, Retrieved
 from genretrieval.retrieval import Leaves
 
 # The first opset with the Attention operator.
@@ -101,6 +101,7 @@ def example_inputs(
     """Small inputs to trace with; every dynamic dimension differs from the others and from one."""
     rows, length, query, beams, mask_rows = 3, 5, 4, 6, 2
     given: dict[str, Tensor] = {
+        "context_tokens": torch.ones(rows, length, dtype=torch.long),
         "history_codes": torch.zeros(rows, length, graph.n_levels, dtype=torch.long),
         "history_events": torch.zeros(rows, length, dtype=torch.long),
         "history_gaps": torch.zeros(rows, length, dtype=torch.long),

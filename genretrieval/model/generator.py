@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from genretrieval.model.configuration import GeneratorConfig
-from genretrieval.model.layers import Attention, Decoder, Encoder, FeedForward
+from genretrieval.model.layers import Attention, Decoder, Encoder, FeedForward, RelativeBias
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +89,13 @@ class ContextEncoder(nn.Module):
         if self.profile is not None and profile is not None:
             first_BD = first_BD + self.profile(profile).sum(-2)
         x_BSD = torch.cat([first_BD[:, None], x_BSD], 1)
-        mask_BS = torch.cat([torch.ones_like(history_mask[:, :1]), history_mask], 1)
+        mask_BS = torch.cat([history_mask.new_ones(history_mask.shape[0], 1), history_mask], 1)
         return cast(Tensor, self.encoder(x_BSD, mask_BS))
 
     def query(self, query_tokens: Tensor, query_mask: Tensor) -> Tensor:
         """Encode queries: int64 ``[N, Q]`` and bool ``[N, Q]`` to float ``[N, Q, D]``."""
-        assert self.query_tokens is not None and self.query_encoder is not None
+        assert self.query_tokens is not None
+        assert self.query_encoder is not None
         return cast(Tensor, self.query_encoder(self.query_tokens(query_tokens), query_mask))
 
     def forward(
@@ -111,11 +112,52 @@ class ContextEncoder(nn.Module):
         memory_BSD = self.history(history_codes, history_events, history_gaps, history_mask, profile)
         last = history_mask.sum(1)[:, None, None].expand(-1, 1, memory_BSD.shape[-1])
         start_BD = self.start(memory_BSD.gather(1, last)[:, 0])
-        mask_BS = torch.cat([torch.ones_like(history_mask[:, :1]), history_mask], 1)
+        mask_BS = torch.cat([history_mask.new_ones(history_mask.shape[0], 1), history_mask], 1)
         if query_tokens is not None and query_mask is not None:
             memory_BSD = torch.cat([memory_BSD, self.query(query_tokens, query_mask)], 1)
             mask_BS = torch.cat([mask_BS, query_mask], 1)
         return Context(memory_BSD, mask_BS, start_BD)
+
+
+@dataclass
+class EncodedRequest(ModelOutput):
+    """A `Context` in the form that Hugging Face ``generate`` repeats for every beam; it wants defaults."""
+
+    last_hidden_state: Tensor | None = None
+    mask: Tensor | None = None
+    start: Tensor | None = None
+
+    def context(self) -> Context:
+        """As it was before."""
+        assert self.last_hidden_state is not None
+        assert self.mask is not None
+        assert self.start is not None
+        return Context(self.last_hidden_state, self.mask, self.start)
+
+
+class RequestEncoder(nn.Module):
+    """A `ContextEncoder` in the form that Hugging Face ``generate`` calls."""
+
+    def __init__(self, context: ContextEncoder) -> None:
+        super().__init__()
+        self.context = context
+
+    def forward(
+        self,
+        history_codes: Tensor,
+        history_events: Tensor,
+        history_gaps: Tensor,
+        history_mask: Tensor,
+        query_tokens: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        profile: Tensor | None = None,
+        **_: Any,
+    ) -> EncodedRequest:
+        """Encode requests; shapes as in `ContextEncoder.forward`."""
+        found: Context = self.context(
+            history_codes, history_events, history_gaps, history_mask, query_tokens, query_mask, profile
+        )
+        return EncodedRequest(found.memory_BSD, found.mask_BS, found.start_BD)
 
 
 class Generator(PreTrainedModel, GenerationMixin):
@@ -139,9 +181,16 @@ class Generator(PreTrainedModel, GenerationMixin):
         )
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.post_init()
+        # What ``generate`` needs to write whole semantic IDs, scored by the probability of their codes.
+        self.generation_config.update(
+            use_cache=False, max_new_tokens=c.n_levels, renormalize_logits=True
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
-        """T5's initialisation (its query weights carry the 1/sqrt(E) that its attention leaves out)."""
+        """T5's initialisation (its query weights carry the 1/sqrt(E) that its attention leaves out).
+
+        ``from_pretrained`` builds the model without memory behind it, so tables that no file holds are made here too.
+        """
         d = self.config.d_model
         if isinstance(module, Attention):
             nn.init.normal_(module.query.weight, std=d**-0.5 * (d // module.n_heads) ** -0.5)
@@ -152,7 +201,10 @@ class Generator(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.outer.weight, std=module.inner.weight.shape[0] ** -0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5 if module.embedding_dim == d else 0.1)
+        elif isinstance(module, RelativeBias):
+            module.lookup.copy_(module.buckets())
         elif isinstance(module, ContextEncoder):
+            module.level_offsets.copy_(torch.tensor(self.config.level_offsets))
             nn.init.normal_(module.begin, std=0.5)
             nn.init.normal_(module.start.weight, std=d**-0.5)
         elif isinstance(module, Generator):
@@ -211,9 +263,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         query_mask: Tensor | None = None,
         profile: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
-        encoder_outputs: BaseModelOutput | None = None,
-        decoder_start: Tensor | None = None,
-        memory_mask: Tensor | None = None,
+        encoder_outputs: EncodedRequest | None = None,
         objective: Callable[[Generator, dict[str, Tensor]], Tensor] | None = None,
         batch: dict[str, Tensor] | None = None,
         **_: Any,
@@ -227,18 +277,14 @@ class Generator(PreTrainedModel, GenerationMixin):
             assert batch is not None
             return objective(self, batch)
         if encoder_outputs is None:
-            assert history_codes is not None and history_events is not None
-            assert history_gaps is not None and history_mask is not None
-            context = self.context(
+            encoder_outputs = self.get_encoder()(
                 history_codes, history_events, history_gaps, history_mask, query_tokens, query_mask, profile
             )
-            memory_BSD, memory_mask, decoder_start = context.memory_BSD, context.mask_BS, context.start_BD
-        else:
-            memory_BSD = encoder_outputs[0]
-        assert decoder_input_ids is not None and memory_mask is not None and decoder_start is not None
+        assert decoder_input_ids is not None
+        context = encoder_outputs.context()
         x_BLD = self.context.codes(decoder_input_ids)
-        x_BLD = torch.cat([x_BLD[:, :1] + decoder_start[:, None], x_BLD[:, 1:]], 1)
-        states = self.decoder(x_BLD[:, None], memory_BSD, memory_mask[:, None])[:, 0]
+        x_BLD = torch.cat([x_BLD[:, :1] + context.start_BD[:, None], x_BLD[:, 1:]], 1)
+        states = self.decoder(x_BLD[:, None], context.memory_BSD, context.mask_BS[:, None])[:, 0]
         logits = states.new_full((*states.shape[:2], self.config.vocab_size), float("-inf"))
         for level in range(min(states.shape[1], self.config.n_levels)):
             first = self.config.level_offsets[level]
@@ -246,23 +292,10 @@ class Generator(PreTrainedModel, GenerationMixin):
             logits[:, level, first:last] = self.level_logits(states[:, level], level)
         return Seq2SeqLMOutput(logits=logits)
 
-    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
+    def get_encoder(self, *_: Any, **__: Any) -> RequestEncoder:
         """The part that reads a request (Hugging Face asks an encoder-decoder for it)."""
-        return self.context
-
-    def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *_: Any, **__: Any
-    ) -> dict[str, Any]:
-        """Encode once; ``generate`` then repeats the encoded tensors for every beam."""
-        names = ("history_events", "history_gaps", "history_mask", "query_tokens", "query_mask", "profile")
-        given = {name: model_kwargs.pop(name, None) for name in names}
-        context = self.context(inputs_tensor, **given)
-        model_kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=context.memory_BSD)
-        model_kwargs["decoder_start"] = context.start_BD
-        model_kwargs["memory_mask"] = context.mask_BS
-        return model_kwargs
+        return RequestEncoder(self.context)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """No cache: a semantic ID is a handful of codes."""
-        names = ("encoder_outputs", "decoder_start", "memory_mask")
-        return {"decoder_input_ids": input_ids, **{name: kwargs[name] for name in names}}
+        return {"decoder_input_ids": input_ids, "encoder_outputs": kwargs["encoder_outputs"]}

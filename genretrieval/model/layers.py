@@ -37,9 +37,14 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(n_buckets, n_heads)
         self.max_distance = max_distance
-        distance = torch.arange(-max_distance, max_distance + 1)
-        buckets = _bucket(distance, n_buckets, max_distance, bidirectional=bidirectional)
-        self.register_buffer("lookup", buckets, persistent=False)
+        self.bidirectional = bidirectional
+        self.register_buffer("lookup", self.buckets(), persistent=False)
+
+    def buckets(self) -> Tensor:
+        """int64 ``[2 * max_distance + 1]``: the bucket of every distance, from ``-max_distance`` on."""
+        distance = torch.arange(-self.max_distance, self.max_distance + 1)
+        n_buckets = self.embedding.num_embeddings
+        return _bucket(distance, n_buckets, self.max_distance, bidirectional=self.bidirectional)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Bias ``[1, H, n_queries, n_keys]`` for two vectors of integer positions."""

@@ -40,19 +40,23 @@ class NextItemObjective(nn.Module):
             self.register_buffer(f"child_start_{level}", torch.from_numpy(index.child_starts[level]))
 
     def existing_codes(self, items_N: Tensor, level: int) -> Tensor:
-        """bool ``[N, V]``: codes of `level` that some item has under the prefix of each of `items_N`."""
+        """Bool ``[N, V]``: codes of `level` that some item has under the prefix of each of `items_N`."""
         token, start = getattr(self, f"token_{level}"), getattr(self, f"child_start_{level}")
         parent = self.item_nodes[items_N, level - 1] if level else torch.zeros_like(items_N)
         slots = torch.arange(self.max_children[level], device=items_N.device)
         # Slots past the last child repeat it, which marks it once more.
         child = torch.minimum(start[parent][:, None] + slots, start[parent + 1][:, None] - 1)
-        exists = torch.zeros(
-            len(items_N), self.codebook_sizes[level], dtype=torch.bool, device=items_N.device
-        )
+        exists = torch.zeros(len(items_N), self.codebook_sizes[level], dtype=torch.bool, device=items_N.device)
         return exists.scatter_(1, token[child], True)
 
     def forward(self, model: Generator, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss over the targets that ``batch["learn"]`` marks."""
+        learn = batch["learn"]
+        states_NLD = self.decode(model, batch)[learn]
+        return self.loss(model, states_NLD, batch["target_items"][learn], batch["target_codes"][learn])
+
+    def decode(self, model: Generator, batch: dict[str, Tensor]) -> Tensor:
+        """Decoder states of all targets, float ``[B, T, L, D]``."""
         states = model.context.history(
             batch["history_codes"],
             batch["history_events"],
@@ -60,18 +64,15 @@ class NextItemObjective(nn.Module):
             batch["history_mask"],
             batch["profile"],
         )
-        decoded = model.decode_targets(
+        return model.decode_targets(
             batch["target_codes"], states, batch["query_rows"], batch["query_tokens"], batch["query_mask"]
         )
-        learn = batch["learn"]
-        decoded_NLD, items_N, codes_NL = (
-            decoded[learn],
-            batch["target_items"][learn],
-            batch["target_codes"][learn],
-        )
+
+    def loss(self, model: Generator, states_NLD: Tensor, items_N: Tensor, codes_NL: Tensor) -> Tensor:
+        """Mean loss of N targets from the decoder's states before each of their codes."""
         losses = []
         for level in range(len(self.codebook_sizes)):
-            logits = model.level_logits(decoded_NLD[:, level], level).float()
+            logits = model.level_logits(states_NLD[:, level], level).float()
             logits = logits.masked_fill(~self.existing_codes(items_N, level), float("-inf"))
             losses.append(nn.functional.cross_entropy(logits, codes_NL[:, level]))
         return torch.stack(losses).mean()

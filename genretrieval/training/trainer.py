@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from genretrieval.model import Generator
@@ -59,7 +59,6 @@ class GeneratorTrainer(Trainer):
         validate: Recall@10 of a generator on validation cases.
         config: schedule and sizes.
         output: folder of checkpoints.
-        quiet: print nothing.
     """
 
     def __init__(
@@ -70,8 +69,6 @@ class GeneratorTrainer(Trainer):
         validate: Callable[[Generator], float],
         config: TrainingConfig,
         output: Path,
-        *,
-        quiet: bool = False,
     ) -> None:
         self.objective = objective
         self.validate = validate
@@ -106,7 +103,7 @@ class GeneratorTrainer(Trainer):
             remove_unused_columns=False,
             dataloader_pin_memory=gpu,
             ddp_find_unused_parameters=True,
-            disable_tqdm=quiet,
+            disable_tqdm=True,  # progress is the caller's: see the callbacks of `train`
         )
         super().__init__(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.remove_callback(PrinterCallback)
@@ -144,12 +141,19 @@ def train(
 ) -> float:
     """Train `model` in place, or go on where a killed run left off, and load its best checkpoint.
 
+    Args:
+        model: the generator.
+        objective: loss of a batch.
+        dataset: training windows.
+        validate: Recall@10 of a generator on validation cases.
+        config: schedule and sizes.
+        output: folder of checkpoints.
+        callbacks: hooks of the Hugging Face trainer: progress, TensorBoard, W&B.
+
     Returns:
         Validation Recall@10 of the best checkpoint.
     """
-    trainer = GeneratorTrainer(model, objective, dataset, validate, config, output, quiet=bool(callbacks))
-    if callbacks:
-        trainer.remove_callback(ProgressCallback)
+    trainer = GeneratorTrainer(model, objective, dataset, validate, config, output)
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))

@@ -42,6 +42,7 @@ from genretrieval_pipelines.embed import EmbeddingPart, item_texts, text_embedde
 from genretrieval_pipelines.quality_report import Protocol, QualityReport, Row
 from genretrieval_pipelines.shop import Shop
 from genretrieval_pipelines.synth import Oracle
+from genretrieval_pipelines.synth.propensity import TRUTH_FILE
 
 Answer = Callable[[list[RetrieveRequest]], list[RetrieveResponse]]
 
@@ -108,9 +109,7 @@ def ask(
     order = np.argsort(cases.ends - cases.starts, kind="stable")
     pending = requests(shop, cases.take(order), max_history, beam_width)
     starts = range(0, len(cases), _REQUESTS)
-    for start in track(
-        starts, "retrieving", console=console, transient=True, disable=not console.is_terminal
-    ):
+    for start in track(starts, "retrieving", console=console, transient=True, disable=not console.is_terminal):
         part = order[start : start + _REQUESTS]
         for case, response in zip(part, answer([next(pending) for _ in part]), strict=True):
             found[case, : len(response.items)] = [rows[item.item_id] for item in response.items]
@@ -166,9 +165,7 @@ class Evaluation:
         self.popularity = Popularity.fit(shop.histories, self.train_ends, n_items)
         self.has_histories = shop.histories.n_users > 0
 
-    def report(
-        self, ask_for: Callable[[Cases], Answers], split: Split, *, seed: int, beam_width: int
-    ) -> QualityReport:
+    def report(self, ask_for: Callable[[Cases], Answers], split: Split, *, seed: int, beam_width: int) -> QualityReport:
         """Measure.
 
         Args:
@@ -262,22 +259,18 @@ class Evaluation:
     def _blended(self, ours: Ranked, ask_for: Callable[[Cases], Answers], cases: Cases, split: Split) -> Row:
         """Our list and Markov's, fused by rank with the weight that is best on validation."""
         validation = self.shop.cases("validation")
-        on_validation = (
-            ours if split == "validation" else self._filtered(ask_for(validation).items, validation)
-        )
+        on_validation = ours if split == "validation" else self._filtered(ask_for(validation).items, validation)
         exclude, histories = self.shop.exclude_seen, self.shop.histories
         width = ours.shape[1]
         markov = self._markov("validation").rank(histories, validation, width, exclude_seen=exclude)
         weight = choose_weight(on_validation, markov, validation)
         here = self._markov(split).rank(histories, cases, width, exclude_seen=exclude)
         ranked = blend([ours, here], [1 - weight, weight], K)
-        return self._row(
-            "quality.blend_markov", f"generator blended with Markov ({weight:g} of it)", ranked, cases
-        )
+        return self._row("quality.blend_markov", f"generator blended with Markov ({weight:g} of it)", ranked, cases)
 
     def _oracle(self, cases: Cases) -> Row | None:
         """A ranker that knows the truth behind a made shop."""
-        if not Oracle.known(self.shop.data):
+        if not (self.shop.data / TRUTH_FILE).exists():
             return None
         oracle, h = Oracle.load(self.shop.data), self.shop.histories
         ranked = np.full((len(cases), K), NOTHING, np.int32)
@@ -289,9 +282,7 @@ class Evaluation:
             ranked[i] = top_items(scores[None].astype(np.float32), K)[0]
         return self._row("oracle", "oracle (knows the truth)", ranked, cases)
 
-    def _extra(
-        self, answers: Answers, ours: Ranked, cases: Cases, searches: NDArray[np.bool_]
-    ) -> dict[str, Figure]:
+    def _extra(self, answers: Answers, ours: Ranked, cases: Cases, searches: NDArray[np.bool_]) -> dict[str, Figure]:
         n_items = len(self.shop.items)
         extra = {
             "quality.collision_rate": Figure(self.groups.collision_rate(), "share of items"),
@@ -309,12 +300,8 @@ class Evaluation:
                 if part.any():
                     figure = mean_with_interval(per_case[part], seed=BOOTSTRAP_SEED)
                     extra[f"quality.cohort.{name}.recall10"] = figure
-            other = (
-                answers.items if self.shop.exclude_seen else without_seen(ours, self.shop.histories, cases)
-            )
-            figure = mean_with_interval(
-                recall(other, cases.relevant, cases.relevant_offsets, K), seed=BOOTSTRAP_SEED
-            )
+            other = answers.items if self.shop.exclude_seen else without_seen(ours, self.shop.histories, cases)
+            figure = mean_with_interval(recall(other, cases.relevant, cases.relevant_offsets, K), seed=BOOTSTRAP_SEED)
             kept = "kept" if self.shop.exclude_seen else "removed"
             extra[f"quality.seen_{kept}.recall10"] = figure
         return extra

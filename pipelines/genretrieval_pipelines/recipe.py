@@ -67,9 +67,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(
-            f"no recipe at {path}; `genretrieval run --help` lists the ones that are shipped"
-        ) from error
+        raise RecipeError(f"no recipe at {path}; `genretrieval run --help` lists the ones that are shipped") from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from genretrieval_tokenizers.report import report as tokenizer_report
 from genretrieval_tokenizers.rq_kmeans import RqKMeans
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from safetensors.torch import load_file, save_file
-from transformers import set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.utils import logging as transformers_logging
 
 from genretrieval import __version__
 from genretrieval.bundle import (
@@ -54,7 +57,7 @@ from genretrieval.retrieval import Backend, Retriever
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.training.data import HistoryDataset, cut_windows
 from genretrieval.training.objectives import NextItemObjective
-from genretrieval.training.trainer import train
+from genretrieval.training.trainer import METRIC, train
 from genretrieval_pipelines import quality_report
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.embed import EmbeddingPart, embed_items, item_texts
@@ -110,6 +113,7 @@ def run(
         Figures of the validation table.
     """
     work.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
     with stage(console, "reading and checking logs"):
         shop = open_shop(data, work)
     with stage(console, "embedding and tokenizing the catalogue"):
@@ -117,8 +121,9 @@ def run(
     with stage(console, "preparing requests"):
         features = request_features(recipe, shop)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
-    with stage(console, "training the generator"):
-        generator = train_generator(recipe, shop, tokenized, draft, work)
+    started = time.perf_counter()
+    generator = train_generator(recipe, shop, tokenized, draft, work, console)
+    console.print(f"training the generator: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
     evaluation = make_evaluation(recipe, shop, tokenized.ids, work, console)
     graph = named_graph(generator)
     draft = Draft(draft.manifest.model_copy(update={"graph_inputs": graph.names}), features, draft.table)
@@ -142,8 +147,6 @@ def run(
 @contextmanager
 def stage(console: Console, name: str) -> Iterator[None]:
     """Say what is being done and how long it took."""
-    import time
-
     started = time.perf_counter()
     with console.status(name) if console.is_terminal else _nothing():
         yield
@@ -248,7 +251,9 @@ def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
     return Draft(manifest, features, table)
 
 
-def train_generator(recipe: Recipe, shop: Shop, tokenized: Tokenized, draft: Draft, work: Path) -> Generator:
+def train_generator(
+    recipe: Recipe, shop: Shop, tokenized: Tokenized, draft: Draft, work: Path, console: Console
+) -> Generator:
     """Train the generator, or read it back if this very training has finished before."""
     sizes, features, ids = recipe.generator, draft.request_features, tokenized.ids
     config = GeneratorConfig(
@@ -287,11 +292,48 @@ def train_generator(recipe: Recipe, shop: Shop, tokenized: Tokenized, draft: Dra
     index = build_index(ids, order=-draft.table["popularity"].to_numpy())
     dataset = training_set(recipe, shop, ids, features)
     validate = partial(validation_recall, shop, draft, ids, recipe)
-    train(model, NextItemObjective(index), dataset, validate, recipe.training, folder)
+    train(
+        model,
+        NextItemObjective(index),
+        dataset,
+        validate,
+        recipe.training,
+        folder,
+        callbacks=(TrainingProgress(console),),
+    )
     partial_file = folder / "generator.partial.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial_file)
     os.replace(partial_file, finished)
     return model.eval()
+
+
+class TrainingProgress(TrainerCallback):
+    """A rich progress bar on a terminal; one line an evaluation elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self.task: TaskID | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Show the bar."""
+        self.task = self.bar.add_task("training the generator", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Move it."""
+        if self.task is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Say how good it has become."""
+        value = metrics[f"eval_{METRIC}"]
+        line = f"epoch {state.epoch or 0:.0f} of {state.num_train_epochs}: validation Recall@10 {value:.4f}"
+        self.console.print(line, style="dim", highlight=False)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Remove it."""
+        self.bar.stop()
 
 
 def training_set(recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures) -> HistoryDataset:
@@ -341,9 +383,7 @@ def make_evaluation(recipe: Recipe, shop: Shop, ids: SemanticIds, work: Path, co
     )
 
 
-def _ask(
-    answer: Answer, shop: Shop, recipe: Recipe, ids: SemanticIds, console: Console, cases: Cases
-) -> Answers:
+def _ask(answer: Answer, shop: Shop, recipe: Recipe, ids: SemanticIds, console: Console, cases: Cases) -> Answers:
     beams = recipe.evaluation.beam_width
     return ask(answer, shop, cases, ids, recipe.generator.max_history, beams, console)
 
@@ -373,9 +413,7 @@ def _fill_bundle(
     (folder / MODEL_CARD).write_text(_model_card(shop, draft.manifest, generator, quality), "utf-8")
 
 
-def _model_card(
-    shop: Shop, manifest: Manifest, generator: Generator, quality: quality_report.QualityReport
-) -> str:
+def _model_card(shop: Shop, manifest: Manifest, generator: Generator, quality: quality_report.QualityReport) -> str:
     parameters = sum(p.numel() for p in generator.parameters())
     return f"""---
 library_name: genretrieval

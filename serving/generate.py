@@ -1,0 +1,36 @@
+"""Write what is generated and committed: the gRPC code beside retrieval.proto, and docs/openapi.json.
+
+Run from anywhere: ``python serving/generate.py``. Needs grpcio-tools (dependency group ``dev``).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from genretrieval_serving.rest import openapi
+from grpc_tools import protoc
+
+from genretrieval.errors import GenRetrievalError
+
+SERVING = Path(__file__).resolve().parent
+# Relative to the import root: generated code says `from genretrieval_serving._proto...`.
+PROTO = "genretrieval_serving/_proto/genretrieval/v1/retrieval.proto"
+OPENAPI = SERVING.parent / "docs" / "openapi.json"
+
+
+def generate_grpc(output: Path) -> None:
+    """Generate messages, stubs and type stubs under `output`, which stands for ``serving/``."""
+    outputs = [f"--{kind}_out={output}" for kind in ("python", "pyi", "grpc_python")]
+    if protoc.main(["protoc", f"-I{SERVING}", *outputs, str(SERVING / PROTO)]):
+        raise GenRetrievalError(f"protoc could not compile {PROTO}; it printed why")
+
+
+def generate_openapi(file: Path) -> None:
+    """Write the OpenAPI description of the REST interface."""
+    file.write_text(json.dumps(openapi(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    generate_grpc(SERVING)
+    generate_openapi(OPENAPI)

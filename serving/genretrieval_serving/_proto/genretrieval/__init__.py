@@ -1,0 +1,1 @@
+"""Generated from retrieval.proto by serving/generate.py."""

@@ -1,0 +1,189 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ExcludeHistory(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXCLUDE_HISTORY_UNSPECIFIED: _ClassVar[ExcludeHistory]
+    EXCLUDE_HISTORY_OFF: _ClassVar[ExcludeHistory]
+    EXCLUDE_HISTORY_PURCHASED: _ClassVar[ExcludeHistory]
+    EXCLUDE_HISTORY_ALL: _ClassVar[ExcludeHistory]
+EXCLUDE_HISTORY_UNSPECIFIED: ExcludeHistory
+EXCLUDE_HISTORY_OFF: ExcludeHistory
+EXCLUDE_HISTORY_PURCHASED: ExcludeHistory
+EXCLUDE_HISTORY_ALL: ExcludeHistory
+
+class HistoryEvent(_message.Message):
+    __slots__ = ("item_id", "event", "timestamp")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    event: str
+    timestamp: int
+    def __init__(self, item_id: _Optional[str] = ..., event: _Optional[str] = ..., timestamp: _Optional[int] = ...) -> None: ...
+
+class StringList(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Filters(_message.Message):
+    __slots__ = ("attributes", "min_price", "max_price", "in_stock")
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: StringList
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[StringList, _Mapping]] = ...) -> None: ...
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    MIN_PRICE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PRICE_FIELD_NUMBER: _ClassVar[int]
+    IN_STOCK_FIELD_NUMBER: _ClassVar[int]
+    attributes: _containers.MessageMap[str, StringList]
+    min_price: float
+    max_price: float
+    in_stock: bool
+    def __init__(self, attributes: _Optional[_Mapping[str, StringList]] = ..., min_price: _Optional[float] = ..., max_price: _Optional[float] = ..., in_stock: _Optional[bool] = ...) -> None: ...
+
+class RetrieveRequest(_message.Message):
+    __slots__ = ("user_id", "query", "history", "profile", "filters", "exclude_item_ids", "exclude_history", "top_k", "beam_width")
+    class ProfileEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    FILTERS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_HISTORY_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    user_id: str
+    query: str
+    history: _containers.RepeatedCompositeFieldContainer[HistoryEvent]
+    profile: _containers.ScalarMap[str, str]
+    filters: Filters
+    exclude_item_ids: _containers.RepeatedScalarFieldContainer[str]
+    exclude_history: ExcludeHistory
+    top_k: int
+    beam_width: int
+    def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ...) -> None: ...
+
+class RetrievedItem(_message.Message):
+    __slots__ = ("item_id", "score", "semantic_id", "level_scores")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    SEMANTIC_ID_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_SCORES_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    score: float
+    semantic_id: _containers.RepeatedScalarFieldContainer[int]
+    level_scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., semantic_id: _Optional[_Iterable[int]] = ..., level_scores: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("queue_ms", "inference_ms", "total_ms")
+    QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    INFERENCE_MS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
+    queue_ms: float
+    inference_ms: float
+    total_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., inference_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
+
+class RetrieveResponse(_message.Message):
+    __slots__ = ("items", "missing_ids", "degraded", "revision", "bundle_version", "attribution_token", "timings")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_IDS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTION_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
+    missing_ids: _containers.RepeatedScalarFieldContainer[str]
+    degraded: _containers.RepeatedScalarFieldContainer[str]
+    revision: int
+    bundle_version: str
+    attribution_token: str
+    timings: Timings
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., missing_ids: _Optional[_Iterable[str]] = ..., degraded: _Optional[_Iterable[str]] = ..., revision: _Optional[int] = ..., bundle_version: _Optional[str] = ..., attribution_token: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+
+class BatchRetrieveRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RetrieveRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[RetrieveRequest, _Mapping]]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("reason", "detail")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    detail: str
+    def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class BatchResult(_message.Message):
+    __slots__ = ("response", "error")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    response: RetrieveResponse
+    error: Error
+    def __init__(self, response: _Optional[_Union[RetrieveResponse, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class BatchRetrieveResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[BatchResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[BatchResult, _Mapping]]] = ...) -> None: ...
+
+class GetInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_top_k", "max_beam_width", "max_history_events", "max_batch_requests", "max_body_bytes")
+    MAX_TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_HISTORY_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_top_k: int
+    max_beam_width: int
+    max_history_events: int
+    max_batch_requests: int
+    max_body_bytes: int
+    def __init__(self, max_top_k: _Optional[int] = ..., max_beam_width: _Optional[int] = ..., max_history_events: _Optional[int] = ..., max_batch_requests: _Optional[int] = ..., max_body_bytes: _Optional[int] = ...) -> None: ...
+
+class GetInfoResponse(_message.Message):
+    __slots__ = ("server_version", "bundle_version", "bundle_uuid", "n_items", "default_beam_width", "max_history", "reads_queries", "limits")
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_UUID_FIELD_NUMBER: _ClassVar[int]
+    N_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_HISTORY_FIELD_NUMBER: _ClassVar[int]
+    READS_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    server_version: str
+    bundle_version: str
+    bundle_uuid: str
+    n_items: int
+    default_beam_width: int
+    max_history: int
+    reads_queries: bool
+    limits: Limits
+    def __init__(self, server_version: _Optional[str] = ..., bundle_version: _Optional[str] = ..., bundle_uuid: _Optional[str] = ..., n_items: _Optional[int] = ..., default_beam_width: _Optional[int] = ..., max_history: _Optional[int] = ..., reads_queries: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,211 @@
+"""The client, one class for both transports: ``Client("grpc://host:port")`` or ``Client("http://host:port")``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
+
+import grpc
+import httpx
+from pydantic import ValidationError
+
+from genretrieval.errors import (
+    DeadlineError,
+    GenRetrievalError,
+    InvalidInputError,
+    RequestError,
+    UnavailableError,
+)
+from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval_serving import wire
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
+from genretrieval_serving.messages import (
+    BatchRetrieveRequest,
+    BatchRetrieveResponse,
+    ServerInfo,
+    error_from,
+    error_from_status,
+    request_error,
+)
+
+ATTEMPTS = 4
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": "genretrieval.v1.RetrievalService"}],
+            "retryPolicy": {
+                "maxAttempts": ATTEMPTS,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+class _Transport(Protocol):
+    def retrieve(self, request: RetrieveRequest) -> RetrieveResponse: ...
+    def batch_retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse | GenRetrievalError]: ...
+    def info(self) -> ServerInfo: ...
+    def close(self) -> None: ...
+
+
+class Client:
+    """Talks to one server. Safe to share between threads.
+
+    A server that cannot be reached is tried again a few times (gRPC: also one that is draining). Errors of the
+    server arrive as the same classes of `genretrieval.errors` that it raised.
+    """
+
+    def __init__(self, url: str, timeout: float = 10.0) -> None:
+        """Connect lazily.
+
+        Args:
+            url: ``grpc://host:port``, ``http://host:port`` or ``https://host``.
+            timeout: seconds for a call with its retries; the server gives up on it then, too.
+
+        Raises:
+            InvalidInputError: `url` has another scheme.
+        """
+        scheme, address = urlsplit(url).scheme, urlsplit(url).netloc
+        if scheme not in ("grpc", "http", "https") or not address:
+            raise InvalidInputError(f"{url!r} is no server's address; expected grpc://host:port or http://...")
+        self._transport: _Transport = _Grpc(address, timeout) if scheme == "grpc" else _Http(url.rstrip("/"), timeout)
+
+    def retrieve(self, request: RetrieveRequest | None = None, /, **fields: Any) -> RetrieveResponse:
+        """Items for a request, given whole or by its fields.
+
+        Raises:
+            RequestError: the request is malformed, or the server cannot answer it as asked.
+            UnavailableError: the server cannot be reached, is not ready, or is overloaded (`OverloadedError`).
+            DeadlineError: the timeout passed.
+        """
+        if request is not None and fields:
+            raise InvalidInputError("give a RetrieveRequest or its fields, not both")
+        if request is None:
+            try:
+                request = RetrieveRequest.model_validate(fields)
+            except ValidationError as error:
+                raise request_error(error.errors()) from error
+        return self._transport.retrieve(request)
+
+    def batch_retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse | GenRetrievalError]:
+        """A response or an error for each request, in order; raises as `retrieve` if the call fails."""
+        return self._transport.batch_retrieve(requests)
+
+    def info(self) -> ServerInfo:
+        """What is being served, and its limits."""
+        return self._transport.info()
+
+    def close(self) -> None:
+        """Close connections."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close connections."""
+        self.close()
+
+
+class _Grpc:
+    """Retries by the channel's retry policy."""
+
+    def __init__(self, address: str, timeout: float) -> None:
+        options = [("grpc.service_config", json.dumps(_RETRIES)), ("grpc.enable_retries", 1)]
+        self.channel = grpc.insecure_channel(address, options=options)
+        self.stub = stubs.RetrievalServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.timeout = timeout
+
+    def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+        return wire.response_from_proto(self._call(self.stub.Retrieve, wire.request_to_proto(request)))
+
+    def batch_retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse | GenRetrievalError]:
+        message = pb.BatchRetrieveRequest(requests=[wire.request_to_proto(request) for request in requests])
+        answer = self._call(self.stub.BatchRetrieve, message)
+        return [wire.outcome_from_proto(result) for result in answer.results]
+
+    def info(self) -> ServerInfo:
+        return wire.info_from_proto(self._call(self.stub.GetInfo, pb.GetInfoRequest()))
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def _call(self, method: Any, message: Any) -> Any:
+        try:
+            return method(message, timeout=self.timeout)
+        except grpc.RpcError as error:
+            raise _grpc_error(error) from error
+
+
+def _grpc_error(error: Any) -> GenRetrievalError:
+    """The error of a failed call; without a `reason` of ours, gRPC itself failed and its code decides."""
+    reason = dict(error.trailing_metadata() or ()).get("reason", "")
+    kinds = {
+        grpc.StatusCode.UNAVAILABLE: UnavailableError,
+        grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+        # Not our queue, which has a reason: a message over the size limit.
+        grpc.StatusCode.RESOURCE_EXHAUSTED: RequestError,
+        grpc.StatusCode.INVALID_ARGUMENT: RequestError,
+    }
+    return error_from(reason, error.details() or "", otherwise=kinds.get(error.code(), GenRetrievalError))
+
+
+class _Http:
+    """Retries connecting, by httpx."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.client = httpx.Client(
+            base_url=url,
+            timeout=timeout,
+            headers={"X-Request-Timeout": str(timeout)},
+            transport=httpx.HTTPTransport(retries=ATTEMPTS - 1),
+        )
+
+    def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+        body = self._call("POST", "/v1/retrieve", request.model_dump_json())
+        return RetrieveResponse.model_validate_json(body)
+
+    def batch_retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse | GenRetrievalError]:
+        # Built without a check: an empty batch is refused by the server, as by gRPC.
+        batch = BatchRetrieveRequest.model_construct(requests=list(requests))
+        body = self._call("POST", "/v1/retrieve:batch", batch.model_dump_json())
+        results = BatchRetrieveResponse.model_validate_json(body).results
+        outcomes: list[RetrieveResponse | GenRetrievalError] = []
+        for result in results:
+            if result.error is not None:
+                outcomes.append(error_from(result.error.reason, result.error.detail, otherwise=GenRetrievalError))
+            elif result.response is not None:
+                outcomes.append(result.response)
+        return outcomes
+
+    def info(self) -> ServerInfo:
+        return ServerInfo.model_validate_json(self._call("GET", "/v1/info", None))
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _call(self, method: str, path: str, body: str | None) -> bytes:
+        try:
+            answer = self.client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+        except httpx.TimeoutException as error:
+            raise DeadlineError(f"no answer from {self.client.base_url} in time") from error
+        except httpx.TransportError as error:
+            raise UnavailableError(f"{self.client.base_url} cannot be reached: {error}") from error
+        if answer.is_success:
+            return answer.content
+        try:
+            problem = answer.json()
+        except ValueError:
+            problem = {}
+        raise error_from_status(answer.status_code, problem if isinstance(problem, dict) else {}, answer.text)

@@ -1,0 +1,108 @@
+"""gRPC: the same operations as REST, health by service name, reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from genretrieval.errors import GenRetrievalError
+from genretrieval_serving import wire
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
+from genretrieval_serving.messages import MAX_BODY_BYTES
+from genretrieval_serving.observability import request_id
+from genretrieval_serving.service import RetrievalService
+
+log = structlog.get_logger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+# The names a health check may ask for: the server as a whole, and its one service.
+HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE)
+
+
+class _Servicer(stubs.RetrievalServiceServicer):
+    """Between messages and `RetrievalService`."""
+
+    def __init__(self, service: RetrievalService, *, quiet: bool) -> None:
+        self.service, self.quiet = service, quiet
+
+    async def Retrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
+        async def call() -> Any:
+            request = wire.request_from_proto(message)
+            return wire.response_to_proto(await self.service.retrieve(request, context.time_remaining()))
+
+        return await self._call("retrieve", call, context)
+
+    async def BatchRetrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
+        async def call() -> Any:
+            requests = wire.batch_from_proto(message)
+            outcomes = await self.service.batch_retrieve(requests, context.time_remaining())
+            return pb.BatchRetrieveResponse(results=[wire.outcome_to_proto(outcome) for outcome in outcomes])
+
+        return await self._call("batchRetrieve", call, context)
+
+    async def GetInfo(self, message: Any, context: Any) -> Any:  # noqa: N802
+        async def call() -> Any:
+            return wire.info_to_proto(self.service.info())
+
+        return await self._call("getInfo", call, context)
+
+    async def _call(self, method: str, call: Callable[[], Awaitable[Any]], context: Any) -> Any:
+        """Around every call: its request id, its error's code, its metric and its log line."""
+        given = dict(context.invocation_metadata() or ()).get("x-request-id")
+        id_ = request_id(given if isinstance(given, str) else None)
+        # What gRPC answers for an error that is none of ours.
+        code, begun = "UNKNOWN", time.perf_counter()
+        with structlog.contextvars.bound_contextvars(request_id=id_):
+            try:
+                await context.send_initial_metadata((("x-request-id", id_),))
+                try:
+                    answer = await call()
+                except GenRetrievalError as error:
+                    code = error.grpc_code
+                    reason = (("reason", error.reason),)
+                    await context.abort(grpc.StatusCode[code], str(error), trailing_metadata=reason)
+                code = "OK"
+                return answer
+            except asyncio.CancelledError:
+                # The caller went away, or its deadline passed.
+                code = "CANCELLED"
+                raise
+            finally:
+                seconds = time.perf_counter() - begun
+                self.service.metrics.request_duration.labels("grpc", method, code).observe(seconds)
+                if not self.quiet:
+                    log.info("request", transport="grpc", method=method, code=code, ms=round(seconds * 1e3, 3))
+
+
+def create_server(
+    service: RetrievalService, *, quiet: bool = False
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+    """The gRPC server over `service`, without a port, and its health, which says not serving."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", MAX_BODY_BYTES),
+            # A port that is taken is an error, not a second server behind it.
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    servicer = _Servicer(service, quiet=quiet)
+    stubs.add_RetrievalServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    probes = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(probes, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return server, probes
+
+
+async def set_health(servicer: health.aio.HealthServicer, *, serving: bool) -> None:
+    """Tell health checks whether to send requests here."""
+    status = health_pb2.HealthCheckResponse
+    for name in HEALTH_NAMES:
+        await servicer.set(name, status.SERVING if serving else status.NOT_SERVING)

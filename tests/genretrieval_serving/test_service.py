@@ -1,0 +1,344 @@
+"""One service behind two transports: the same answers, the same errors, over real sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from genretrieval_serving import wire
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
+from genretrieval_serving.client import Client
+from genretrieval_serving.messages import MAX_BODY_BYTES
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from genretrieval import errors
+from genretrieval.request import RetrieveRequest, RetrieveResponse, Timings
+
+POISON = "item-23"
+
+
+def kinds(kind: type[errors.GenRetrievalError]) -> Iterator[type[errors.GenRetrievalError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from kinds(child)
+
+
+ALL_ERRORS = sorted(set(kinds(errors.GenRetrievalError)), key=lambda kind: kind.__name__)
+
+
+def untimed(response: RetrieveResponse) -> RetrieveResponse:
+    return response.model_copy(update={"timings": Timings()})
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    """Raw calls, beside those of the client."""
+    with httpx.Client(timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(params=["grpc", "http"])
+def url(request: Any, running: Any) -> str:
+    return str(getattr(running, request.param))
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+def test_both_transports_answer_as_the_retriever_does(running, example) -> None:
+    requests = [
+        example,
+        RetrieveRequest(),
+        RetrieveRequest(top_k=3, exclude_history="all", history=[{"item_id": "item-5"}]),
+    ]
+    for request in requests:
+        direct = untimed(running.retriever.retrieve([request])[0])
+        with Client(running.grpc) as by_grpc, Client(running.http) as by_rest:
+            assert untimed(by_grpc.retrieve(request)) == direct
+            assert untimed(by_rest.retrieve(request)) == direct
+
+
+def test_a_response_says_what_it_could_not_use(client, example) -> None:
+    response = client.retrieve(example)
+    assert response.missing_ids == ["gone", "unknown"]
+    assert "query_ignored" in response.degraded
+    assert "item-1" not in [item.item_id for item in response.items]
+    assert response.attribution_token.startswith(response.bundle_version)
+    assert response.timings.total_ms >= response.timings.inference_ms
+
+
+def test_filters_and_exclusions_hold(client) -> None:
+    filters = {"attributes": {"brand": ["acme"]}, "min_price": 3, "max_price": 15}
+    response = client.retrieve(filters=filters, exclude_item_ids=["item-6"], top_k=10)
+    assert {item.item_id for item in response.items} == {"item-3", "item-9", "item-12", "item-15"}
+    assert response.degraded == ["fewer_than_top_k"]
+    nothing = client.retrieve(filters={"attributes": {"brand": ["nobody"]}})
+    assert nothing.items == []
+    assert nothing.degraded == ["fewer_than_top_k"]
+
+
+def test_a_batch_answers_each_request_as_if_alone(client, example) -> None:
+    requests = [
+        example,
+        RetrieveRequest(filters={"attributes": {"colour": ["red"]}}),
+        RetrieveRequest(top_k=1),
+        RetrieveRequest(history=[{"item_id": POISON}]),
+        RetrieveRequest(history=[{"item_id": "item-4"}], beam_width=3),
+    ]
+    answers = client.batch_retrieve(requests)
+    assert [type(answer) for answer in answers] == [
+        RetrieveResponse,
+        errors.RequestError,
+        RetrieveResponse,
+        errors.GenRetrievalError,
+        RetrieveResponse,
+    ]
+    assert "colour" in str(answers[1])
+    for i in (0, 2, 4):
+        assert untimed(answers[i]) == untimed(client.retrieve(requests[i]))
+
+
+def test_info(client, bundle) -> None:
+    info = client.info()
+    assert (info.bundle_version, info.bundle_uuid) == (bundle.manifest.version, bundle.manifest.uuid)
+    assert (info.n_items, info.default_beam_width, info.max_history) == (24, 12, 5)
+    assert info.limits.max_batch_requests == 32
+    assert info.limits.max_top_k == 500
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 501}, "top_k"),
+        ({"beam_width": 513}, "beam_width"),
+        ({"history": [{"item_id": "i"}] * 1001}, "history"),
+        ({"history": [{"item_id": ""}]}, "history.0.item_id"),
+        ({"history": [{"item_id": "i", "timestamp": 1_700_000_000_000}]}, "history.0.timestamp"),
+        ({"query": "x" * 2049}, "query"),
+        ({"exclude_item_ids": ["x" * 513]}, "exclude_item_ids.0"),
+    ],
+)
+def test_limits_are_the_same_everywhere(running, fields, message, http) -> None:
+    with Client(running.http) as client, pytest.raises(errors.RequestError, match=message):
+        client.retrieve(**fields)
+    answer = http.post(f"{running.http}/v1/retrieve", json=fields)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(message)
+    with grpc.insecure_channel(running.grpc_address) as channel, pytest.raises(grpc.RpcError) as caught:
+        stubs.RetrievalServiceStub(channel).Retrieve(pb.RetrieveRequest(**fields), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == answer.json()["detail"]
+
+
+@pytest.mark.parametrize("n", [0, 33])
+def test_the_size_of_a_batch_is_limited(client, n) -> None:
+    with pytest.raises(errors.RequestError, match="requests"):
+        client.batch_retrieve([RetrieveRequest()] * n)
+
+
+def test_a_body_over_the_limit_is_refused(client) -> None:
+    with pytest.raises(errors.RequestError):
+        client.batch_retrieve([RetrieveRequest(profile={"x": "x" * MAX_BODY_BYTES})])
+
+
+def test_an_unknown_filter_is_the_callers_fault(client, running) -> None:
+    with pytest.raises(errors.RequestError, match=r"'colour'.*the catalogue has brand"):
+        client.retrieve(filters={"attributes": {"colour": ["red"]}})
+
+
+def test_a_fault_of_ours_is_shown_without_its_insides(client) -> None:
+    with pytest.raises(errors.GenRetrievalError, match="inference_failed") as caught:
+        client.retrieve(history=[{"item_id": POISON}])
+    assert type(caught.value) is errors.GenRetrievalError
+    assert "poisoned" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ALL_ERRORS, ids=lambda kind: kind.__name__)
+def test_every_error_arrives_as_what_it_was(running, monkeypatch, kind, http) -> None:
+    async def fail(*_: object) -> RetrieveResponse:
+        raise kind("what was wrong")
+
+    monkeypatch.setattr(running.server.service, "retrieve", fail)
+    # Without the client's retries, which would answer an unavailable server by waiting.
+    with grpc.insecure_channel(running.grpc_address) as channel, pytest.raises(grpc.RpcError) as caught:
+        stubs.RetrievalServiceStub(channel).Retrieve(pb.RetrieveRequest(), timeout=10)
+    assert caught.value.code().name == kind.grpc_code
+    assert dict(caught.value.trailing_metadata())["reason"] == kind("").reason
+    answer = http.post(f"{running.http}/v1/retrieve", json={})
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.status_code == answer.json()["status"] == kind.http_status
+    assert answer.json()["reason"] == kind("").reason
+    assert answer.json()["detail"] == "what was wrong"
+    assert ("retry-after" in answer.headers) == (kind.http_status in (429, 503))
+    with Client(running.http) as client, pytest.raises(kind) as raised:
+        client.retrieve()
+    assert type(raised.value) is kind
+    with Client(running.grpc) as client, pytest.raises(kind) as raised:
+        client.retrieve()
+    assert type(raised.value) is kind
+
+
+def test_an_unforeseen_error_has_the_same_shape(running, monkeypatch, http) -> None:
+    async def fail(*_: object) -> RetrieveResponse:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(running.server.service, "retrieve", fail)
+    answer = http.post(f"{running.http}/v1/retrieve", json={})
+    assert (answer.status_code, answer.json()["reason"]) == (500, "GEN_RETRIEVAL")
+    assert "secret" not in answer.text
+    with Client(running.grpc) as client, pytest.raises(errors.GenRetrievalError):
+        client.retrieve()
+
+
+def test_a_request_id_is_echoed_or_made(running, http) -> None:
+    given = http.get(f"{running.http}/v1/info", headers={"X-Request-ID": "abc-1"})
+    assert given.headers["x-request-id"] == "abc-1"
+    made = http.get(f"{running.http}/v1/info", headers={"X-Request-ID": "spaces are refused"})
+    assert len(made.headers["x-request-id"]) == 32
+    with grpc.insecure_channel(running.grpc_address) as channel:
+        call = stubs.RetrievalServiceStub(channel).GetInfo.with_call
+        _, answer = call(pb.GetInfoRequest(), metadata=(("x-request-id", "abc-2"),), timeout=10)
+    assert dict(answer.initial_metadata())["x-request-id"] == "abc-2"
+
+
+def test_rest_errors_of_the_framework_have_the_same_shape(running, http) -> None:
+    calls = {
+        404: http.get(f"{running.http}/v1/nothing"),
+        405: http.get(f"{running.http}/v1/retrieve"),
+        400: http.post(f"{running.http}/v1/retrieve", content=b"{"),
+        413: http.post(f"{running.http}/v1/retrieve", content=b" " * (MAX_BODY_BYTES + 1)),
+    }
+    for status, answer in calls.items():
+        assert answer.status_code == status
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert set(answer.json()) == {"type", "title", "status", "detail", "reason"}
+
+
+@pytest.mark.parametrize("header", ["soon", "nan", "0", "-1", "inf"])
+def test_a_deadline_must_be_a_positive_number(running, header, http) -> None:
+    answer = http.post(f"{running.http}/v1/retrieve", json={}, headers={"X-Request-Timeout": header})
+    assert answer.status_code == 400
+    assert "X-Request-Timeout" in answer.json()["detail"]
+
+
+def test_health_and_reflection(running) -> None:
+    with grpc.insecure_channel(running.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "genretrieval.v1.RetrievalService"):
+            status = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = reflect(iter([question]), timeout=10)
+        services = {service.name for service in answer.list_services_response.service}
+    assert "genretrieval.v1.RetrievalService" in services
+
+
+def test_metrics(start, example, http) -> None:
+    with start() as running, Client(running.http) as by_rest, Client(running.grpc) as by_grpc:
+        by_rest.retrieve(example)
+        by_grpc.retrieve(filters={"attributes": {"brand": ["nobody"]}})
+        text = http.get(f"{running.http}/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    name = "genretrieval_request_duration_seconds_count"
+    assert lines[f'{name}{{code="200",method="retrieve",transport="rest"}}'] == "1.0"
+    assert lines[f'{name}{{code="OK",method="retrieve",transport="grpc"}}'] == "1.0"
+    assert lines["genretrieval_empty_results_total"] == "1.0"
+    assert lines["genretrieval_results_returned_count"] == "2.0"
+    assert lines["genretrieval_batch_size_count"] == "2.0"
+    assert lines["genretrieval_in_flight_requests"] == "0.0"
+    assert lines["genretrieval_queue_depth"] == "0.0"
+    assert lines["genretrieval_queue_duration_seconds_count"] == "2.0"
+    assert lines["genretrieval_inference_duration_seconds_count"] == "2.0"
+    assert any(line.startswith("genretrieval_model_info{") for line in lines)
+
+
+def test_a_full_queue_rejects_at_once_and_what_waits_is_batched(start, backend, http) -> None:
+    with start(max_queue=2, max_batch=2) as running, ThreadPoolExecutor(4) as pool:
+        backend.gate.clear()
+        with Client(running.http) as client, Client(running.grpc) as by_grpc:
+            first = pool.submit(client.retrieve, top_k=1)
+            assert backend.entered.acquire(timeout=10)
+            queued = [pool.submit(client.retrieve, top_k=1) for _ in range(2)]
+            wait_for(running, "genretrieval_queue_depth", 2)
+            for overloaded in (client, by_grpc):
+                with pytest.raises(errors.OverloadedError, match="2 requests are waiting"):
+                    overloaded.retrieve(top_k=1)
+            assert http.get(f"{running.http}/livez").status_code == 200
+            assert http.get(f"{running.http}/readyz").status_code == 200
+            backend.gate.set()
+            assert all(len(future.result(10).items) == 1 for future in [first, *queued])
+            text = http.get(f"{running.http}/metrics").text
+        assert 'genretrieval_rejected_total{reason="OVERLOADED"} 2.0' in text
+    assert backend.batches == [1, 2]
+
+
+def wait_for(running: Any, metric: str, value: float) -> None:
+    while running.server.service.metrics.registry.get_sample_value(metric) != value:
+        time.sleep(0.005)
+
+
+def test_a_request_whose_deadline_passes_in_the_queue_is_never_run(start, backend, http) -> None:
+    with start() as running, ThreadPoolExecutor(4) as pool:
+        backend.gate.clear()
+        with (
+            Client(running.http) as patient,
+            Client(running.http, timeout=0.05) as by_rest,
+            Client(running.grpc, timeout=0.05) as by_grpc,
+        ):
+            first = pool.submit(patient.retrieve)
+            assert backend.entered.acquire(timeout=10)
+            for client in (by_rest, by_grpc):
+                with pytest.raises(errors.DeadlineError):
+                    client.retrieve()
+            by_header = http.post(f"{running.http}/v1/retrieve", json={}, headers={"X-Request-Timeout": "0.02"})
+            assert by_header.status_code == 504
+            assert by_header.json()["reason"] == "DEADLINE"
+            wait_for(running, "genretrieval_in_flight_requests", 1)
+            backend.gate.set()
+            first.result(10)
+            patient.retrieve()
+    assert backend.batches == [1, 1]
+
+
+def test_a_poisoned_request_fails_alone(start, backend, http) -> None:
+    with start() as running, ThreadPoolExecutor(4) as pool, Client(running.grpc) as client:
+        backend.gate.clear()
+        first = pool.submit(client.retrieve)
+        assert backend.entered.acquire(timeout=10)
+        waiting = [pool.submit(client.retrieve, history=[{"item_id": item}]) for item in ("item-1", POISON, "item-2")]
+        wait_for(running, "genretrieval_queue_depth", 3)
+        backend.gate.set()
+        assert isinstance(waiting[1].exception(10), errors.GenRetrievalError)
+        assert all(len(future.result(10).items) == 10 for future in (first, waiting[0], waiting[2]))
+        assert http.get(f"{running.http}/livez").status_code == 200
+    assert backend.batches == [1, 3, 1, 1, 1]
+
+
+def test_wire_keeps_every_field(example) -> None:
+    assert wire.request_from_proto(wire.request_to_proto(example)) == example
+    assert wire.request_from_proto(pb.RetrieveRequest()) == RetrieveRequest()
+    assert set(pb.RetrieveRequest.DESCRIPTOR.fields_by_name) == set(RetrieveRequest.model_fields)
+    assert set(pb.RetrieveResponse.DESCRIPTOR.fields_by_name) == set(RetrieveResponse.model_fields)
+
+
+def test_the_client_refuses_other_addresses_and_mixed_arguments() -> None:
+    for url in ("localhost:80", "ftp://localhost", "grpc://"):
+        with pytest.raises(errors.InvalidInputError, match="grpc://host:port"):
+            Client(url)
+    with Client("http://127.0.0.1:9") as client:
+        with pytest.raises(errors.InvalidInputError, match="not both"):
+            client.retrieve(RetrieveRequest(), top_k=1)
+        with pytest.raises(errors.UnavailableError, match="cannot be reached"):
+            client.retrieve()
