@@ -4,13 +4,13 @@
 
 Three ways to train the same sizes on the same semantic IDs (hashing + collaborative embeddings):
 
-- item, one pass: one position an item (the sum of its codes' embeddings); a causal encoder, so that one pass over a
-  history trains every item of it. What `Generator` does.
+- item, one pass: one position an item (the sum of its codes' embeddings); a causal encoder, so that one pass over
+  a history trains every item of it. What `Generator` does.
 - item, windows: the same model, but every interaction is a training example of its own with the history before it.
 - code, one pass: one position a code, n_levels times longer.
 
-Prints validation Recall@10 of each, and how many interactions it has learnt from in that time. The decision that rests on
-it: docs/decisions/0001-context-layout.md.
+Prints validation Recall@10 of each, and how many interactions it has learnt from in that time. The decision that
+rests on it: docs/decisions/0001-context-layout.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from genretrieval_pipelines.recipe import Recipe
+from genretrieval_pipelines.run import draft_bundle, request_features, tokenize, training_set, validation_recall
+from genretrieval_pipelines.shop import Shop, open_shop
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -33,9 +36,6 @@ from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.model.generator import Context, ContextEncoder
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, Windows, collate
 from genretrieval.training.objectives import NextItemObjective
-from genretrieval_pipelines.recipe import Recipe
-from genretrieval_pipelines.run import draft_bundle, request_features, tokenize, training_set, validation_recall
-from genretrieval_pipelines.shop import Shop, open_shop
 
 RECIPE = {
     "embedding": [{"name": "hashing"}, {"name": "collaborative"}],
@@ -58,7 +58,9 @@ class CodePositions(ContextEncoder):
         about_item = (self.events(history_events) + self.gaps(history_gaps))[:, :, None]
         x_BSD = (self.embed(history_codes) + about_item).flatten(1, 2)
         first = self.begin.expand(x_BSD.shape[0], 1, -1)
-        mask_BS = torch.cat([history_mask.new_ones(history_mask.shape[0], 1), history_mask.repeat_interleave(n_levels, 1)], 1)
+        mask_BS = torch.cat(
+            [history_mask.new_ones(history_mask.shape[0], 1), history_mask.repeat_interleave(n_levels, 1)], 1
+        )
         return self.encoder(torch.cat([first, x_BSD], 1), mask_BS)
 
     def forward(
@@ -74,7 +76,9 @@ class CodePositions(ContextEncoder):
         n_levels = history_codes.shape[-1]
         memory = self.history(history_codes, history_events, history_gaps, history_mask)
         last = (history_mask.sum(1) * n_levels)[:, None, None].expand(-1, 1, memory.shape[-1])
-        mask = torch.cat([history_mask.new_ones(history_mask.shape[0], 1), history_mask.repeat_interleave(n_levels, 1)], 1)
+        mask = torch.cat(
+            [history_mask.new_ones(history_mask.shape[0], 1), history_mask.repeat_interleave(n_levels, 1)], 1
+        )
         return Context(memory, mask, self.start(memory.gather(1, last)[:, 0]))
 
 
@@ -118,9 +122,7 @@ def expanded(windows: Windows) -> Windows:
     return Windows(windows.users[repeat], windows.starts[repeat], target + 1, target)
 
 
-def train_for(
-    model: Generator, objective: nn.Module, dataset: HistoryDataset, cpu_seconds: float, peak: float
-) -> int:
+def train_for(model: Generator, objective: nn.Module, dataset: HistoryDataset, cpu_seconds: float, peak: float) -> int:
     """Train on a cosine over CPU time; returns how many interactions were learnt from."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     sampler = LengthBatchSampler(dataset.windows.lengths, 2048, seed=0)
@@ -175,7 +177,9 @@ def main(
             if name == "code_one_pass":
                 model.context = CodePositions(config)
                 model.context.apply(model._init_weights)
-            objective = {"item_one_pass": NextItemObjective, "item_windows": WindowPass, "code_one_pass": CodePass}[name]
+            objective = {"item_one_pass": NextItemObjective, "item_windows": WindowPass, "code_one_pass": CodePass}[
+                name
+            ]
             data = one_each if name == "item_windows" else dataset
             learnt = train_for(model, objective(index), data, cpu_minutes * 60, peak=2e-3)
             recalls.append(validation_recall(shop, draft, tokenized.ids, recipe, model.eval()))

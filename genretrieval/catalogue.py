@@ -165,7 +165,7 @@ def graph_inputs(index: CatalogueIndex) -> dict[str, NDArray[np.int64]]:
 
 
 def mask_inputs(rows: list[Allowed]) -> dict[str, NDArray[np.bool_]]:
-    """Mask rows as inputs of the retrieval graph: ``allowed_l`` is bool ``[n_rows, n_nodes_l]`` (padded like tokens)."""
+    """Mask rows as inputs of the retrieval graph: ``allowed_l`` is bool ``[n_rows, n_nodes_l]``, padded like tokens."""
     return {
         f"allowed_{level}": np.stack([np.pad(r[level], (0, max(0, 2 - len(r[level])))) for r in rows])
         for level in range(len(rows[0]))

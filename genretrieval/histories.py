@@ -72,7 +72,7 @@ class LeaveOneOut:
     min_length: int = 3
 
     def train_ends(self) -> NDArray[np.int64]:
-        """int64 ``[n_users]``: user u trains on ``[offsets[u], train_ends()[u])``."""
+        """End of each user's training part, int64 ``[n_users]``: user u trains on ``[offsets[u], ends[u])``."""
         lengths = self.histories.lengths()
         return self.histories.offsets[1:] - np.where(lengths >= self.min_length, 2, 0)
 

@@ -34,7 +34,7 @@ class SemanticIds:
         """Check the contract once, here, so that nothing downstream has to."""
         if self.codes.ndim != 2 or self.codes.shape[1] != len(self.codebook_sizes):
             raise DataError(
-                f"semantic IDs have shape {self.codes.shape}, but {len(self.codebook_sizes)} codebook sizes were given; "
+                f"semantic IDs have shape {self.codes.shape}, but {len(self.codebook_sizes)} codebook sizes are given; "
                 "expected [n_items, n_levels] with one size a level"
             )
         if self.codes.dtype != np.int32:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from genretrieval.histories import NO_QUERY, Histories
 from genretrieval.semantic_ids import SemanticIds
 
 if TYPE_CHECKING:
@@ -92,5 +93,31 @@ def make_requests() -> MakeRequests:
         if config.n_profile_buckets:
             made["profile"] = rng.integers(0, config.n_profile_buckets, (n, 2))
         return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_histories() -> Callable[..., Histories]:
+    """Histories in which item i + 1 follows item i, so that there is something to learn; some with a query."""
+
+    def make(n_users: int = 60, n_items: int = 30, seed: int = 0, max_length: int = 12) -> Histories:
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, max_length + 1, n_users)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        starts = rng.integers(0, n_items, n_users)
+        n = int(offsets[-1])
+        items = np.concatenate([(start + np.arange(length)) % n_items for start, length in zip(starts, lengths, strict=True)])
+        return Histories(
+            user_ids=[f"u{user}" for user in range(n_users)],
+            offsets=offsets,
+            items=items.astype(np.int32),
+            events=rng.integers(0, 2, n).astype(np.int16),
+            times=np.cumsum(rng.integers(1, 10**6, n)).astype(np.int64),
+            query_rows=np.where(rng.random(n) < 0.3, items % 3, NO_QUERY).astype(np.int32),
+            event_names=("click", "purchase"),
+            queries=["red", "red blue", "?!"],
+            order_rule="made up",
+        )
 
     return make

@@ -20,7 +20,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from genretrieval.model.configuration import GeneratorConfig
-from genretrieval.model.layers import Attention, Decoder, Encoder, FeedForward, RelativeBias
+from genretrieval.model.layers import Decoder, Encoder, RelativeBias
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,28 +187,19 @@ class Generator(PreTrainedModel, GenerationMixin):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        """T5's initialisation (its query weights carry the 1/sqrt(E) that its attention leaves out).
+        """Wide embeddings, as nothing scales them up later; matrices keep PyTorch's default, but for `start`.
 
-        ``from_pretrained`` builds the model without memory behind it, so tables that no file holds are made here too.
+        T5's initialisation of the matrices was measured and learns more slowly at this size. ``from_pretrained`` builds
+        the model without memory behind it, so tables that no file holds are filled here too.
         """
-        d = self.config.d_model
-        if isinstance(module, Attention):
-            nn.init.normal_(module.query.weight, std=d**-0.5 * (d // module.n_heads) ** -0.5)
-            for projection in (module.key, module.value, module.output):
-                nn.init.normal_(projection.weight, std=d**-0.5)
-        elif isinstance(module, FeedForward):
-            nn.init.normal_(module.inner.weight, std=d**-0.5)
-            nn.init.normal_(module.outer.weight, std=module.inner.weight.shape[0] ** -0.5)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5 if module.embedding_dim == d else 0.1)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5 if module.embedding_dim == self.config.d_model else 0.1)
         elif isinstance(module, RelativeBias):
             module.lookup.copy_(module.buckets())
         elif isinstance(module, ContextEncoder):
             module.level_offsets.copy_(torch.tensor(self.config.level_offsets))
             nn.init.normal_(module.begin, std=0.5)
-            nn.init.normal_(module.start.weight, std=d**-0.5)
-        elif isinstance(module, Generator):
-            nn.init.normal_(module.head.weight, std=d**-0.5)
+            nn.init.normal_(module.start.weight, std=self.config.d_model**-0.5)
 
     def decode_targets(
         self,

@@ -10,6 +10,8 @@ K beams, D model width, H heads, E head width, F feed-forward width, V codes of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +71,7 @@ def _bucket(distance: Tensor, n_buckets: int, max_distance: int, *, bidirectiona
 
 
 class Attention(nn.Module):
-    """Multi-head attention without scaling: T5 leaves 1/sqrt(E) to the initialisation of the query weights."""
+    """Multi-head attention without the factor 1/sqrt(E), which T5 leaves to the weights."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
@@ -150,7 +152,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.causal = causal
         self.bias = RelativeBias(n_heads, n_position_buckets, max_distance, bidirectional=not causal)
-        self.layers = nn.ModuleList(EncoderLayer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        layers = nn.ModuleList(EncoderLayer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = cast("Sequence[EncoderLayer]", layers)
         self.norm = RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -191,6 +194,23 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff)
         self.dropout = nn.Dropout(dropout)
 
+    def forward(
+        self,
+        x_BTLD: Tensor,
+        bias_HLL: Tensor,
+        memory_BSD: Tensor,
+        memory_bias_BHTS: Tensor,
+        query_BTQD: Tensor | None,
+        query_mask_BTQ: Tensor | None,
+    ) -> Tensor:
+        """``[B, T, L, D]`` to ``[B, T, L, D]``; the other shapes as in `Decoder.forward`, masks as biases."""
+        normed = self.attention_norm(x_BTLD)
+        x_BTLD = x_BTLD + self.dropout(self.attention(normed, normed, bias_HLL))
+        normed = self.cross_norm(x_BTLD)
+        crossed = _cross(self.cross, normed, memory_BSD, memory_bias_BHTS, query_BTQD, query_mask_BTQ)
+        x_BTLD = x_BTLD + self.dropout(crossed)
+        return x_BTLD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTLD)))
+
 
 class Decoder(nn.Module):
     """A stack of `DecoderLayer` that writes one code after another.
@@ -211,7 +231,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.bias = RelativeBias(n_heads, n_position_buckets, max_distance, bidirectional=False)
-        self.layers = nn.ModuleList(DecoderLayer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        layers = nn.ModuleList(DecoderLayer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = cast("Sequence[DecoderLayer]", layers)
         self.norm = RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -243,12 +264,7 @@ class Decoder(nn.Module):
         memory_bias = torch.where(memory_mask_BTS, 0.0, hidden).repeat_interleave(n_levels, 1)[:, None]
         x_BTLD = self.dropout(x_BTLD)
         for layer in self.layers:
-            normed = layer.attention_norm(x_BTLD)
-            x_BTLD = x_BTLD + layer.dropout(layer.attention(normed, normed, bias))
-            normed = layer.cross_norm(x_BTLD)
-            crossed = _cross(layer.cross, normed, memory_BSD, memory_bias, query_BTQD, query_mask_BTQ)
-            x_BTLD = x_BTLD + layer.dropout(crossed)
-            x_BTLD = x_BTLD + layer.dropout(layer.feed_forward(layer.feed_forward_norm(x_BTLD)))
+            x_BTLD = layer(x_BTLD, bias, memory_BSD, memory_bias, query_BTQD, query_mask_BTQ)
         return self.dropout(self.norm(x_BTLD))
 
 

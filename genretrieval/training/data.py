@@ -90,7 +90,8 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
         self.windows = windows
         self.ids = ids
         self.profiles = profiles
-        self.event_ids = features.event_ids(histories.event_names)
+        # One more entry, for the event -1 of a query that stands alone.
+        self.event_ids = np.append(features.event_ids(histories.event_names), 0)
         self.gap_buckets = features.gap_buckets
         self.query_tokens = [features.query_tokens(query) for query in histories.queries]
 
@@ -174,7 +175,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.targets_per_batch = targets_per_batch
         self.seed = seed
         self.epoch = 0
-        self.batch_size = 1  # accelerate reads it; every batch here is already whole
+        # What accelerate reads to share batches among processes: their size varies, and none is left out.
+        self.batch_size = None
         self.drop_last = False
 
     def set_epoch(self, epoch: int) -> None:

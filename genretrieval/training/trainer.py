@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from genretrieval.model import Generator
@@ -61,6 +62,8 @@ class GeneratorTrainer(Trainer):
         output: folder of checkpoints.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         model: Generator,
@@ -76,7 +79,6 @@ class GeneratorTrainer(Trainer):
         gpu = torch.cuda.is_available()
         bf16 = not gpu or torch.cuda.is_bf16_supported()
         self.sampler = LengthBatchSampler(dataset.windows.lengths, config.targets_per_batch, config.seed)
-        steps = len(self.sampler) * config.evaluate_every
         arguments = TrainingArguments(
             output_dir=str(output),
             num_train_epochs=config.epochs,
@@ -90,21 +92,22 @@ class GeneratorTrainer(Trainer):
             use_cpu=not gpu,
             seed=config.seed,
             eval_strategy="steps",
-            eval_steps=steps,
             save_strategy="steps",
-            save_steps=steps,
             save_total_limit=1,
             load_best_model_at_end=True,
             metric_for_best_model=METRIC,
             greater_is_better=True,
             logging_strategy="steps",
-            logging_steps=steps,
             report_to="none",
             remove_unused_columns=False,
             dataloader_pin_memory=gpu,
             ddp_find_unused_parameters=True,
             disable_tqdm=True,  # progress is the caller's: see the callbacks of `train`
         )
+        # Processes share the batches of an epoch; a checkpoint stands at the end of one, where nothing is half read.
+        epoch_steps = math.ceil(len(self.sampler) / arguments.world_size)
+        steps = epoch_steps * config.evaluate_every
+        arguments.eval_steps = arguments.save_steps = arguments.logging_steps = steps
         super().__init__(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.remove_callback(PrinterCallback)
         if isinstance(objective, torch.nn.Module):
@@ -156,8 +159,11 @@ def train(
     trainer = GeneratorTrainer(model, objective, dataset, validate, config, output)
     for callback in callbacks:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output))
-    return float(trainer.state.best_metric or 0.0)
+    with trainer.args.main_process_first(local=False):
+        checkpoint = last_complete_checkpoint(output)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.best_metric is not None, "a run is judged at its end at the latest"
+    return float(trainer.state.best_metric)
 
 
 def last_complete_checkpoint(output: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -19,11 +20,9 @@ def made_queries(items: pl.DataFrame) -> pl.DataFrame:
 
     For a shop whose logs hold no query. Returns the columns ``query`` and ``item_row``.
     """
-    frames = []
     rows = items.with_row_index("item_row").with_columns(pl.col("item_row").cast(pl.Int32))
-    for name in ("title", "brand"):
-        if name in items.columns:
-            frames.append(rows.select(pl.col(name).alias("query"), "item_row"))
+    named = [name for name in ("title", "brand") if name in items.columns]
+    frames = [rows.select(pl.col(name).alias("query"), "item_row") for name in named]
     if "categories" in items.columns:
         leaf = pl.col("categories").list.last()
         frames.append(rows.select(leaf.alias("query"), "item_row"))
@@ -46,13 +45,11 @@ def split_queries(pairs: pl.DataFrame) -> pl.DataFrame:
 
 def _stable_share(text: str) -> float:
     """A number in [0, 1) that depends on `text` alone, on every machine."""
-    import zlib
-
     return zlib.crc32(text.encode()) / 2**32
 
 
 def with_query_pairs(histories: Histories, pairs: pl.DataFrame) -> Histories:
-    """Append each (query, item) pair as a visitor of one interaction, after all users."""
+    """Append each (query, item) pair as a visitor of one interaction, after all users; its event is -1, none."""
     known = {query: row for row, query in enumerate(histories.queries)}
     rows = np.asarray([known.setdefault(query, len(known)) for query in pairs["query"]], np.int32)
     n = len(pairs)
@@ -61,7 +58,7 @@ def with_query_pairs(histories: Histories, pairs: pl.DataFrame) -> Histories:
         user_ids=[*histories.user_ids, *[""] * n],
         offsets=np.concatenate([histories.offsets, histories.offsets[-1] + 1 + np.arange(n, dtype=np.int64)]),
         items=np.concatenate([histories.items, pairs["item_row"].to_numpy().astype(np.int32)]),
-        events=np.concatenate([histories.events, np.zeros(n, np.int16)]),
+        events=np.concatenate([histories.events, np.full(n, -1, np.int16)]),
         times=np.concatenate([histories.times, np.full(n, NO_TIME, np.int64)]),
         query_rows=np.concatenate([histories.query_rows, rows]),
         queries=list(known),

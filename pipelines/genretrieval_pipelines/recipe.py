@@ -31,7 +31,7 @@ class GeneratorSection(_Section):
     n_query_layers: int = 1
     max_history: int = 50
     max_query_tokens: int = 16
-    query_vocab_size: int = Field(4096, description="At most; a small corpus has fewer tokens.")
+    query_vocab_size: int = Field(default=4096, description="At most; a small corpus has fewer tokens.")
     n_profile_buckets: int = 4096
     dropout: float = 0.2
 
@@ -39,7 +39,7 @@ class GeneratorSection(_Section):
 class EvaluationSection(_Section):
     """How quality is measured; see docs/evaluation.md."""
 
-    beam_width: int = Field(50, description="Also the default of the served bundle.")
+    beam_width: int = Field(default=50, description="Also the default of the served bundle.")
     sasrec: SasrecConfig = SasrecConfig()
 
 

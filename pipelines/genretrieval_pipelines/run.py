@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import torch
 import yaml
+from accelerate import PartialState
 from genretrieval_tokenizers.report import report as tokenizer_report
 from genretrieval_tokenizers.rq_kmeans import RqKMeans
 from numpy.typing import NDArray
@@ -110,20 +111,25 @@ def run(
         console: progress and tables.
 
     Returns:
-        Figures of the validation table.
+        Figures of the validation table; under torchrun, nothing in all processes but the first.
     """
     work.mkdir(parents=True, exist_ok=True)
     transformers_logging.disable_progress_bar()
-    with stage(console, "reading and checking logs"):
-        shop = open_shop(data, work)
-    with stage(console, "embedding and tokenizing the catalogue"):
-        tokenized = tokenize(recipe, shop, work)
-    with stage(console, "preparing requests"):
-        features = request_features(recipe, shop)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with processes.main_process_first():
+        # Under torchrun the first process prepares; the others then find everything in the work folder.
+        with stage(console, "reading and checking logs"):
+            shop = open_shop(data, work)
+        with stage(console, "embedding and tokenizing the catalogue"):
+            tokenized = tokenize(recipe, shop, work)
+        with stage(console, "preparing requests"):
+            features = request_features(recipe, shop)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
     started = time.perf_counter()
     generator = train_generator(recipe, shop, tokenized, draft, work, console)
     console.print(f"training the generator: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
+    if not processes.is_main_process:
+        return {}
     evaluation = make_evaluation(recipe, shop, tokenized.ids, work, console)
     graph = named_graph(generator)
     draft = Draft(draft.manifest.model_copy(update={"graph_inputs": graph.names}), features, draft.table)
@@ -148,14 +154,9 @@ def run(
 def stage(console: Console, name: str) -> Iterator[None]:
     """Say what is being done and how long it took."""
     started = time.perf_counter()
-    with console.status(name) if console.is_terminal else _nothing():
+    with console.status(name) if console.is_terminal else nullcontext():
         yield
     console.print(f"{name}: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
@@ -280,7 +281,7 @@ def train_generator(
         shop.histories.items.tobytes(),
         shop.histories.offsets.tobytes(),
         shop.histories.query_rows.tobytes(),
-        shop.pairs.hash_rows().sum() if len(shop.pairs) else 0,
+        *(table.write_ipc(None).getvalue() for table in (shop.pairs, shop.users)),
     )
     folder = work / f"generator-{key}"
     finished = folder / "generator.safetensors"

@@ -177,20 +177,22 @@ def test_configuration_numbers_the_flat_tokens() -> None:
     assert config.vocab_size == 16
 
 
-def test_matrices_start_as_t5_s_do(tiny_config: GeneratorConfig) -> None:
+def test_every_part_starts_as_wide_as_it_is_said_to(tiny_config: GeneratorConfig) -> None:
     torch.manual_seed(0)
     generator = Generator(GeneratorConfig(**{**tiny_config.to_dict(), "d_model": 64, "d_ff": 256}))
-    attention, feed_forward = generator.decoder.layers[0].cross, generator.decoder.layers[0].feed_forward
+    layer = generator.decoder.layers[0]
     expected = {
-        attention.query.weight: 64**-0.5 * 32**-0.5,
-        attention.key.weight: 64**-0.5,
-        attention.output.weight: 64**-0.5,
-        feed_forward.inner.weight: 64**-0.5,
-        feed_forward.outer.weight: 256**-0.5,
-        generator.head.weight: 64**-0.5,
+        generator.context.codes.weight: 0.5,
+        generator.context.start.weight: 64**-0.5,
+        generator.decoder.bias.embedding.weight: 0.1,
+        # PyTorch's default: uniform within 1 / sqrt(inputs).
+        layer.cross.query.weight: (3 * 64) ** -0.5,
+        layer.feed_forward.outer.weight: (3 * 256) ** -0.5,
+        generator.head.weight: (3 * 64) ** -0.5,
     }
     for weight, std in expected.items():
-        assert float(weight.detach().std()) == pytest.approx(std, rel=0.1)
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.35 if weight.numel() < 100 else 0.1)
+    assert layer.cross_norm.weight.tolist() == [1.0] * 64
 
 
 def test_saved_and_loaded_it_is_the_same(generator: Generator, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class EmbeddingPart(BaseModel):
         description="hashing, minilm, hf:<name or path>, collaborative, or column:<name>, a list<float32> "
         "column of the items."
     )
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     dim: int | None = Field(
         None,
         ge=1,

@@ -1,0 +1,173 @@
+"""The exported graph answers as the torch graph does, at every size that it was not traced with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from genretrieval.catalogue import build_index, graph_inputs, mask_inputs
+from genretrieval.export.onnx import OPSET, OUTPUTS, GraphBackend, NamedGraph, example_inputs, export_graph, named_graph
+from genretrieval.model import GeneratorConfig
+from genretrieval.retrieval import CLOSED_BELOW, Leaves
+
+SIZES = (12, 16, 14)
+
+
+class Exported:
+    """A torch graph and the session of its export."""
+
+    def __init__(self, graph: NamedGraph, path: Path) -> None:
+        export_graph(graph, example_inputs(graph, 2), path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.graph, self.path = graph, path
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        return Leaves(*self.session.run(list(OUTPUTS), {name: inputs[name] for name in self.graph.names}))
+
+
+@pytest.fixture(scope="module")
+def whole(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Queries, profile and all."""
+    generator = make_generator(codebook_sizes=SIZES)
+    return Exported(named_graph(generator), tmp_path_factory.mktemp("export") / "retriever.onnx")
+
+
+@pytest.fixture(scope="module")
+def plain(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """History alone, two levels, one layer each."""
+    generator = make_generator(
+        codebook_sizes=(12, 16), query_vocab_size=0, n_profile_buckets=0, n_encoder_layers=1, n_decoder_layers=1
+    )
+    return Exported(named_graph(generator), tmp_path_factory.mktemp("export") / "retriever.onnx")
+
+
+def assert_parity(
+    exported: Exported,
+    make_ids: Any,
+    requests: dict[str, NDArray[Any]],
+    n_items: int,
+    width: int,
+    n_masks: int,
+) -> None:
+    """Scores within 1e-4, and equal leaves wherever the gap to the scores beside them is larger than 1e-5."""
+    sizes = exported.graph.retrieval.search.codebook_sizes
+    index = build_index(make_ids(n_items, seed=n_items, sizes=sizes))
+    rng = np.random.default_rng(width)
+    masks = [rng.random(index.n_leaves) < share for share in np.linspace(1.0, 0.05, n_masks)]
+    inputs = {
+        **requests,
+        **graph_inputs(index),
+        **mask_inputs([index.allowed_nodes(mask) for mask in masks]),
+        "beams": np.arange(width),
+        "mask_row": rng.integers(0, n_masks, len(requests["history_codes"])),
+    }
+    expected, found = GraphBackend(exported.graph).run(inputs), exported.run(inputs)
+    for one, other in zip(expected, found, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    live = expected.scores > CLOSED_BELOW
+    assert np.array_equal(live, found.scores > CLOSED_BELOW)
+    np.testing.assert_allclose(found.scores[live], expected.scores[live], rtol=0, atol=1e-4)
+    gaps = np.diff(expected.scores, axis=1, prepend=np.inf, append=-np.inf)
+    clear = live & (-gaps[:, :-1] > 1e-5) & (-gaps[:, 1:] > 1e-5)
+    assert np.array_equal(found.leaves[clear], expected.leaves[clear])
+    np.testing.assert_allclose(found.level_scores[clear], expected.level_scores[clear], rtol=0, atol=1e-4)
+    for leaves, alive, row in zip(found.leaves, live, inputs["mask_row"], strict=True):
+        assert masks[row][leaves[alive]].all()
+        assert alive.sum() == len(set(leaves[alive])) <= min(width, masks[row].sum())
+
+
+@pytest.mark.parametrize(
+    ("n_items", "n", "length", "n_query_tokens", "width", "n_masks"),
+    [
+        (300, 1, 1, 1, 1, 1),
+        (300, 1, 8, 3, 10, 2),
+        (300, 3, 2, 1, 5, 3),
+        (2000, 8, 8, 6, 50, 4),
+        (2000, 3, 1, 2, 100, 1),
+        (5, 8, 5, 4, 20, 2),
+        (1, 1, 3, 2, 1, 1),
+        (1, 3, 1, 1, 7, 2),
+    ],
+)
+def test_parity(
+    whole: Exported,
+    make_ids: Any,
+    make_requests: Any,
+    n_items: int,
+    n: int,
+    length: int,
+    n_query_tokens: int,
+    width: int,
+    n_masks: int,
+) -> None:
+    config = GeneratorConfig(codebook_sizes=SIZES, query_vocab_size=11, n_events=3, n_gaps=4, n_profile_buckets=7)
+    requests = make_requests(config, n, length, n_query_tokens, seed=n_items + n)
+    assert_parity(whole, make_ids, requests, n_items, width, n_masks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n_items", "n", "length", "width", "n_masks"),
+    [(150, 1, 1, 1, 1), (150, 3, 7, 10, 2), (190, 8, 2, 50, 3), (1, 3, 1, 5, 1)],
+)
+def test_parity_without_queries_and_profile(
+    plain: Exported, make_ids: Any, make_requests: Any, n_items: int, n: int, length: int, width: int, n_masks: int
+) -> None:
+    config = GeneratorConfig(codebook_sizes=(12, 16), n_events=3, n_gaps=4)
+    requests = make_requests(config, n, length, seed=n)
+    assert_parity(plain, make_ids, requests, n_items, width, n_masks)
+
+
+def test_the_graph_says_what_it_reads(whole: Exported) -> None:
+    model = onnx.load(whole.path)
+    assert tuple(value.name for value in model.graph.input) == whole.graph.names
+    assert tuple(value.name for value in model.graph.output) == OUTPUTS
+    assert {o.version for o in model.opset_import if o.domain in ("", "ai.onnx")} == {OPSET}
+    # Weights, the only thing that a bundle's graph owns, are inside the file.
+    assert all(not tensor.external_data for tensor in model.graph.initializer)
+    # The catalogue index is none of them: it is an input.
+    sizes = {value.name: [d.dim_param for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
+    for name in ("token_0", "child_start_1", "slot_2", "beams", "mask_row"):
+        assert all(sizes[name]), name
+    for name in ("allowed_2", "history_mask", "query_tokens"):
+        assert all(sizes[name]), name
+    assert all(sizes["history_codes"][:2])
+
+
+def test_a_graph_without_queries_and_profile_does_not_ask_for_them(make_generator: Any) -> None:
+    names = named_graph(make_generator(query_vocab_size=0, n_profile_buckets=0)).names
+    assert not {"query_tokens", "query_mask", "profile"} & set(names)
+    everything = named_graph(make_generator()).names
+    assert set(everything) - set(names) == {"query_tokens", "query_mask", "profile"}
+
+
+def test_the_example_has_no_two_equal_dimensions(make_generator: Any) -> None:
+    graph = named_graph(make_generator())
+    example = example_inputs(graph, 2)
+    assert tuple(example) == graph.names
+    sizes = [
+        example["history_codes"].shape[0],
+        example["history_codes"].shape[1],
+        example["query_tokens"].shape[1],
+        len(example["beams"]),
+        len(example["allowed_0"]),
+    ]
+    assert len({*sizes, 1}) == len(sizes) + 1
+
+
+def test_the_trained_model_is_left_as_it_was(make_generator: Any, make_requests: Any) -> None:
+    generator = make_generator()
+    before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+    encoder = generator.context.encoder
+    named_graph(generator)
+    assert generator.context.encoder is encoder
+    assert all(torch.equal(before[name], tensor) for name, tensor in generator.state_dict().items())

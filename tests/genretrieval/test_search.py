@@ -1,0 +1,308 @@
+"""Beam search against three oracles: exact scoring, a beam search over a dict trie, Hugging Face ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from genretrieval import __version__
+from genretrieval.bundle import Manifest
+from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs, mask_inputs
+from genretrieval.export.onnx import GraphBackend, named_graph
+from genretrieval.features import RequestFeatures
+from genretrieval.model import Generator
+from genretrieval.request import RetrieveRequest
+from genretrieval.retrieval import CLOSED_BELOW, Leaves, Retriever
+
+Requests = dict[str, NDArray[Any]]
+Ranking = list[tuple[int, float]]
+SAME = 1e-5
+
+
+@pytest.fixture(scope="module")
+def generator(make_generator: Any) -> Generator:
+    made: Generator = make_generator()
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(make_generator: Any) -> Generator:
+    """A model that reads neither queries nor profiles."""
+    made: Generator = make_generator(1, query_vocab_size=0, n_profile_buckets=0)
+    return made
+
+
+def search(
+    generator: Generator,
+    requests: Requests,
+    index: CatalogueIndex,
+    width: int,
+    allowed: NDArray[np.bool_] | None = None,
+) -> list[Ranking]:
+    """Leaves and scores of every request, best first; `allowed` is a leaf mask for each request."""
+    n = len(requests["history_codes"])
+    masks = np.ones((n, index.n_leaves), bool) if allowed is None else allowed
+    inputs = {
+        **requests,
+        **graph_inputs(index),
+        **mask_inputs([index.allowed_nodes(mask) for mask in masks]),
+        "beams": np.arange(width),
+        "mask_row": np.arange(n),
+    }
+    found = GraphBackend(named_graph(generator)).run(inputs)
+    assert found.leaves.shape == found.scores.shape == (n, width)
+    assert found.scores.dtype == np.float32
+    rankings = []
+    for leaves, scores, parts in zip(*found, strict=True):
+        assert (np.diff(scores) <= 0).all()
+        live = scores > CLOSED_BELOW
+        np.testing.assert_allclose(parts[live].sum(-1), scores[live], atol=1e-5)
+        rankings.append(list(zip(leaves[live].tolist(), scores[live].tolist(), strict=True)))
+    return rankings
+
+
+def one(requests: Requests, row: int) -> Requests:
+    return {name: array[row : row + 1] for name, array in requests.items()}
+
+
+def tensors(requests: Requests) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in requests.items()}
+
+
+def assert_same(found: Ranking, expected: Ranking) -> None:
+    """Equal scores; equal leaves wherever the gap to the next score is larger than rounding."""
+    assert len(found) == len(expected)
+    np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], rtol=0, atol=SAME)
+    scores = [score for _, score in expected]
+    cuts = [0, *(i for i in range(1, len(scores)) if scores[i - 1] - scores[i] > SAME), len(scores)]
+    # The last group may continue past the beam: its leaves are any of the tied ones.
+    for start, end in list(zip(cuts, cuts[1:], strict=False))[:-1] if len(cuts) > 2 else []:
+        assert {leaf for leaf, _ in found[start:end]} == {leaf for leaf, _ in expected[start:end]}
+
+
+@torch.inference_mode()
+def exact(generator: Generator, request: Requests, index: CatalogueIndex) -> Ranking:
+    """Teacher-force every leaf; each softmax is over the codes that exist under the leaf's prefix."""
+    codes = index.leaf_codes(np.arange(index.n_leaves))
+    n = int(request["history_mask"].sum())
+    rows = len(codes)
+    history = {name: t[:, :n].expand(rows, n, *t.shape[2:]) for name, t in tensors(request).items() if "history" in name}
+    profile = torch.from_numpy(request["profile"]).expand(rows, -1)
+    states = generator.context.history(**history, profile=profile)
+    target = torch.zeros(rows, n + 1, index.n_levels, dtype=torch.long)
+    target[:, -1] = torch.from_numpy(codes)
+    decoded = generator.decode_targets(
+        target,
+        states,
+        torch.arange(rows) * (n + 1) + n,
+        torch.from_numpy(request["query_tokens"]).expand(rows, -1),
+        torch.from_numpy(request["query_mask"]).expand(rows, -1),
+    )[:, -1]
+    score = np.zeros(rows)
+    for level in range(index.n_levels):
+        logits = generator.level_logits(decoded[:, level], level).double().numpy()
+        for row, code in enumerate(codes):
+            siblings = {c[level] for c in codes.tolist() if c[:level] == code[:level].tolist()}
+            score[row] += logits[row, code[level]] - np.log(sum(np.exp(logits[row, c]) for c in siblings))
+    return sorted(enumerate(score.tolist()), key=lambda pair: -pair[1])
+
+
+def dict_beam_search(
+    generator: Generator, request: Requests, index: CatalogueIndex, width: int, allowed: NDArray[np.bool_]
+) -> Ranking:
+    """The search in plain Python: one prefix at a time, children from the catalogue's code tuples."""
+    codes = [tuple(row) for row in index.leaf_codes(np.arange(index.n_leaves)).tolist()]
+    leaf_of = {code: leaf for leaf, code in enumerate(codes)}
+    offsets = generator.config.level_offsets
+    beams: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+    for level in range(index.n_levels):
+        flat = torch.tensor([[0, *(offsets[i] + code for i, code in enumerate(prefix))] for prefix, _ in beams])
+        if not len(flat):
+            return []
+        repeated = {name: t.expand(len(beams), *t.shape[1:]) for name, t in tensors(request).items()}
+        with torch.inference_mode():
+            logits = generator(**repeated, decoder_input_ids=flat).logits[:, -1].double().numpy()
+        grown = []
+        for (prefix, score), scores in zip(beams, logits, strict=True):
+            children = {code[level] for code in codes if code[:level] == prefix}
+            norm = np.log(sum(np.exp(scores[offsets[level] + child]) for child in children))
+            for child in sorted(children):
+                longer = (*prefix, child)
+                if any(allowed[leaf_of[code]] for code in codes if code[: level + 1] == longer):
+                    grown.append((longer, score + float(scores[offsets[level] + child] - norm)))
+        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+    return [(leaf_of[prefix], score) for prefix, score in beams]
+
+
+def hugging_face(
+    generator: Generator, requests: Requests, index: CatalogueIndex, width: int
+) -> list[Ranking]:
+    """``generate`` held to the catalogue by ``prefix_allowed_tokens_fn``."""
+    codes = index.leaf_codes(np.arange(index.n_leaves)).astype(np.int64)
+    flat = (codes + np.array(generator.config.level_offsets)).tolist()
+    children: dict[tuple[int, ...], list[int]] = {}
+    for path in flat:
+        for level in range(len(path)):
+            children.setdefault(tuple(path[:level]), []).append(path[level])
+    given_tensors = tensors(requests)
+    out = generator.generate(
+        given_tensors.pop("history_codes"),
+        **given_tensors,
+        num_beams=width,
+        num_return_sequences=width,
+        do_sample=False,
+        length_penalty=0.0,
+        renormalize_logits=True,
+        max_new_tokens=index.n_levels,
+        prefix_allowed_tokens_fn=lambda _, written: children[tuple(written[1:].tolist())],
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    leaf_of = {tuple(path): leaf for leaf, path in enumerate(flat)}
+    leaves = [leaf_of[tuple(path)] for path in out.sequences[:, 1:].tolist()]
+    pairs = list(zip(leaves, out.sequences_scores.tolist(), strict=True))
+    return [pairs[start : start + width] for start in range(0, len(pairs), width)]
+
+
+def test_a_beam_for_every_leaf_is_exact_scoring(
+    generator: Generator, make_ids: Any, make_requests: Any
+) -> None:
+    index = build_index(make_ids(40))
+    requests = make_requests(generator.config, 4, seed=3)
+    found = search(generator, requests, index, index.n_leaves + 5)
+    for row, ranking in enumerate(found):
+        assert_same(ranking, exact(generator, one(requests, row), index))
+        # All of the catalogue's probability is there.
+        assert np.exp([score for _, score in ranking]).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n_items=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    width=st.integers(1, 12),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+)
+def test_it_is_the_beam_search_over_a_dict_trie(
+    generator: Generator, make_ids: Any, make_requests: Any, n_items: int, seed: int, width: int, share: float
+) -> None:
+    index = build_index(make_ids(n_items, seed))
+    requests = make_requests(generator.config, 2, seed=seed)
+    allowed = np.random.default_rng(seed).random((2, index.n_leaves)) < share
+    for row, ranking in enumerate(search(generator, requests, index, width, allowed)):
+        assert_same(ranking, dict_beam_search(generator, one(requests, row), index, width, allowed[row]))
+        leaves = [leaf for leaf, _ in ranking]
+        assert len(leaves) == len(set(leaves)) <= min(width, allowed[row].sum())
+        assert allowed[row][leaves].all()
+        if width >= allowed[row].sum():
+            assert len(leaves) == allowed[row].sum()
+
+
+@pytest.mark.parametrize("width", [2, 4, 11])
+@pytest.mark.parametrize("model", ["generator", "plain"])
+def test_hugging_face_generate_finds_the_same(
+    request: pytest.FixtureRequest, model: str, width: int, make_ids: Any, make_requests: Any
+) -> None:
+    generator: Generator = request.getfixturevalue(model)
+    index = build_index(make_ids(60, seed=5))
+    requests = make_requests(generator.config, 3, seed=6)
+    theirs = hugging_face(generator, requests, index, width)
+    for ours, expected in zip(search(generator, requests, index, width), theirs, strict=True):
+        assert_same(ours, expected)
+
+
+def test_a_batch_answers_like_its_requests_alone(
+    generator: Generator, make_ids: Any, make_requests: Any
+) -> None:
+    index = build_index(make_ids(60))
+    requests = make_requests(generator.config, 5, length=6, seed=8)
+    allowed = np.random.default_rng(0).random((5, index.n_leaves)) < 0.5
+    together = search(generator, requests, index, 6, allowed)
+    for row, ranking in enumerate(together):
+        alone = search(generator, one(requests, row), index, 6, allowed[row : row + 1])
+        assert_same(ranking, alone[0])
+
+
+def test_padding_changes_nothing(generator: Generator, make_ids: Any, make_requests: Any) -> None:
+    index = build_index(make_ids(60))
+    requests = make_requests(generator.config, 4, seed=9)
+    padded = {}
+    for name, array in requests.items():
+        # Of any content: the mask alone tells.
+        more = np.full((4, 3, *array.shape[2:]), array.dtype.type(0 if array.dtype == bool else 1))
+        padded[name] = array if name == "profile" else np.concatenate([array, more], 1)
+    for found, expected in zip(
+        search(generator, padded, index, 6), search(generator, requests, index, 6), strict=True
+    ):
+        assert_same(found, expected)
+
+
+def test_a_wider_beam_never_scores_worse_at_the_top(
+    generator: Generator, make_ids: Any, make_requests: Any
+) -> None:
+    index = build_index(make_ids(80, seed=2))
+    requests = make_requests(generator.config, 6, seed=4)
+    full = search(generator, requests, index, index.n_leaves)
+    for narrow, wide in zip(search(generator, requests, index, 3), full, strict=True):
+        assert narrow[0][1] <= wide[0][1] + SAME
+
+
+@pytest.fixture
+def make_retriever(make_ids: Any) -> Callable[..., Retriever]:
+    """A retriever over the eight IDs of two codes a level, item i under leaf 7 - i."""
+
+    def make(backend: Any, graph_inputs: tuple[str, ...]) -> Retriever:
+        codes = [[leaf >> 2 & 1, leaf >> 1 & 1, leaf & 1] for leaf in range(7, -1, -1)]
+        table = pl.DataFrame(
+            {"item_id": [f"i{row}" for row in range(8)], "semantic_id": codes, "popularity": [0] * 8},
+            schema_overrides={"semantic_id": pl.List(pl.Int32)},
+        )
+        manifest = Manifest(
+            genretrieval_version=__version__,
+            n_items=8,
+            codebook_sizes=(5, 6, 4),
+            opset=1,
+            minimum_onnxruntime="1",
+            graph_inputs=graph_inputs,
+            events=(),
+            profile_features=(),
+            n_profile_buckets=0,
+            max_history=8,
+            max_query_tokens=4,
+            reads_queries=False,
+            beam_width=8,
+            exclude_seen=False,
+        )
+        bundle = SimpleNamespace(manifest=manifest, features=RequestFeatures, catalogue=lambda: table)
+        return Retriever(bundle, backend)
+
+    return make
+
+
+def test_ties_are_listed_by_leaf(make_generator: Any, make_retriever: Callable[..., Retriever]) -> None:
+    generator = make_generator(query_vocab_size=0, n_profile_buckets=0)
+    torch.nn.init.zeros_(generator.head.weight)
+    graph = named_graph(generator)
+    (response,) = make_retriever(GraphBackend(graph), graph.names).retrieve([RetrieveRequest(top_k=8)])
+    assert [item.score for item in response.items] == pytest.approx([3 * np.log(0.5)] * 8, abs=1e-6)
+    assert [item.item_id for item in response.items] == [f"i{row}" for row in range(7, -1, -1)]
+
+
+def test_the_order_of_tied_beams_does_not_matter(make_retriever: Callable[..., Retriever]) -> None:
+    class Backend:
+        def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+            leaves = np.array([[5, 2, 7, 0, 0, 0, 0, 0]])
+            scores = np.array([[-1.0, -1.0, -1.0, -0.5, *[-2e9] * 4]], np.float32)
+            return Leaves(leaves, scores, np.zeros((1, 8, 3), np.float32))
+
+    (response,) = make_retriever(Backend(), ("beams",)).retrieve([RetrieveRequest(top_k=8)])
+    assert [item.item_id for item in response.items] == ["i7", "i5", "i2", "i0"]

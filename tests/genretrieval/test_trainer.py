@@ -1,0 +1,297 @@
+"""Training learns, repeats itself, survives a kill, and shares its work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from genretrieval.catalogue import build_index
+from genretrieval.features import RequestFeatures
+from genretrieval.histories import LeaveOneOut
+from genretrieval.model import Generator
+from genretrieval.training.data import HistoryDataset, collate, cut_windows
+from genretrieval.training.objectives import NextItemObjective
+from genretrieval.training.trainer import GeneratorTrainer, TrainingConfig, last_complete_checkpoint, train
+
+GOLDEN = Path(__file__).parent / "golden" / "next_item_loss.json"
+CONFIG = TrainingConfig(epochs=4, learning_rate=1e-2, targets_per_batch=64, evaluate_every=2, warmup_share=0.25)
+
+
+class Setting:
+    """A dataset with a rule in it, and fresh models for it."""
+
+    def __init__(self, make_generator: Any, make_histories: Any, make_ids: Any) -> None:
+        histories = make_histories()
+        ids = make_ids(30)
+        windows = cut_windows(histories.offsets, LeaveOneOut(histories).train_ends(), 8)
+        profiles = torch.arange(2 * histories.n_users).reshape(-1, 2).numpy() % 7
+        features = RequestFeatures(events=histories.event_names)
+        self.make_generator = make_generator
+        self.objective = NextItemObjective(build_index(ids))
+        self.dataset = HistoryDataset(histories, windows, ids, features, profiles)
+
+    def generator(self, **changes: Any) -> Generator:
+        made: Generator = self.make_generator(n_gaps=12, query_vocab_size=0, **changes)
+        return made
+
+    def loss(self, generator: Generator) -> float:
+        """Over everything, without dropout."""
+        generator.eval()
+        with torch.no_grad():
+            batch = collate([self.dataset[row] for row in range(len(self.dataset))])
+            return float(generator(objective=self.objective, batch=batch))
+
+
+@pytest.fixture(scope="module")
+def setting(make_generator: Any, make_histories: Any, make_ids: Any) -> Setting:
+    return Setting(make_generator, make_histories, make_ids)
+
+
+class Steps(TrainerCallback):
+    """Writes down what happens at every step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
+
+
+def test_losses_of_ten_steps_are_the_known_ones(setting: Setting) -> None:
+    """Any change of the model, the data, the objective or the seed shows here.
+
+    Renew the file, after a change that is meant to move it, with ``RENEW_GOLDEN=1 pytest`` on this test.
+    """
+    generator = setting.generator(dropout=0.0).train()
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=3e-3)
+    losses = []
+    for step in range(10):
+        rows = range(step % 3, len(setting.dataset), 3)
+        loss = generator(objective=setting.objective, batch=collate([setting.dataset[row] for row in rows]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    if os.environ.get("RENEW_GOLDEN") == "1":
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps({"losses": [round(loss, 6) for loss in losses]}, indent=1) + "\n", "utf-8")
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text("utf-8"))["losses"], rel=1e-4)
+
+
+def test_it_learns_and_keeps_the_best_checkpoint(setting: Setting, tmp_path: Path) -> None:
+    generator = setting.generator()
+    before = setting.loss(generator)
+    judged: list[dict[str, torch.Tensor]] = []
+
+    def validate(model: Generator) -> float:
+        assert not model.training
+        judged.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return [0.25, 0.75, 0.5][len(judged) - 1]
+
+    config = TrainingConfig(epochs=5, learning_rate=1e-2, targets_per_batch=64, evaluate_every=2)
+    assert train(generator, setting.objective, setting.dataset, validate, config, tmp_path) == 0.75
+    # Judged after epochs 2 and 4, and at the end.
+    assert len(judged) == 3
+    assert all(torch.equal(tensor, judged[1][name]) for name, tensor in generator.state_dict().items())
+    assert setting.loss(generator) < 0.8 * before
+
+
+def test_a_finished_run_is_not_trained_again(setting: Setting, tmp_path: Path) -> None:
+    first, second = setting.generator(), setting.generator(seed=1)
+    scores = iter([0.5, 0.25])
+    assert train(first, setting.objective, setting.dataset, lambda _: next(scores), CONFIG, tmp_path) == 0.5
+
+    def never(_: Generator) -> float:
+        raise AssertionError("nothing is left to judge")
+
+    assert train(second, setting.objective, setting.dataset, never, CONFIG, tmp_path) == 0.5
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+
+
+def test_the_rate_rises_over_the_share_and_falls_as_a_cosine(setting: Setting, tmp_path: Path) -> None:
+    steps = Steps()
+    train(setting.generator(), setting.objective, setting.dataset, lambda _: 0.0, CONFIG, tmp_path, callbacks=(steps,))
+    n = len(steps.rates)
+    warmup = -(-n // 4)
+    peak = steps.rates.index(max(steps.rates)) + 1
+    assert peak == warmup
+    assert steps.rates[peak - 1] == pytest.approx(CONFIG.learning_rate)
+    assert steps.rates[0] == pytest.approx(CONFIG.learning_rate / warmup)
+    assert steps.rates[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_every_epoch_has_its_own_order(setting: Setting, tmp_path: Path) -> None:
+    trainer = GeneratorTrainer(
+        setting.generator(), setting.objective, setting.dataset, lambda _: 0.0, CONFIG, tmp_path
+    )
+    orders: list[list[list[int]]] = []
+    original = type(trainer.sampler).__iter__
+
+    def record(sampler: Any) -> Any:
+        orders.append(list(original(sampler)))
+        return iter(orders[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.sampler), "__iter__", record)
+        trainer.train()
+    assert len(orders) == CONFIG.epochs
+    for epoch, order in enumerate(orders):
+        trainer.sampler.set_epoch(epoch)
+        assert order == list(trainer.sampler)
+        assert order not in orders[:epoch]
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 9, "epo'])
+def test_a_half_written_checkpoint_is_removed(tmp_path: Path, state: str | None) -> None:
+    for name, content in {"checkpoint-2": '{"global_step": 2}', "checkpoint-10": '{"global_step": 10}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(content, "utf-8")
+    broken = tmp_path / "checkpoint-12"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    if state is not None:
+        (broken / "trainer_state.json").write_text(state, "utf-8")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not broken.exists()
+    assert (tmp_path / "checkpoint-2").exists()
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "missing") is None
+
+
+# A run of its own process: trains, writes what it ended with, and at `die_at` steps stops to be killed.
+RUN = textwrap.dedent(
+    """
+    import json, sys, time
+    from pathlib import Path
+    import numpy as np, torch
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback, set_seed
+    from genretrieval.catalogue import build_index
+    from genretrieval.features import RequestFeatures
+    from genretrieval.histories import Histories
+    from genretrieval.model import Generator, GeneratorConfig
+    from genretrieval.semantic_ids import SemanticIds
+    from genretrieval.training.data import HistoryDataset, cut_windows
+    from genretrieval.training.objectives import NextItemObjective
+    from genretrieval.training.trainer import TrainingConfig, train
+
+    folder, die_at = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    n_users, length = 40, 6
+    n = n_users * length
+    items = (rng.integers(0, 30, (n_users, 1)) + np.arange(length)) % 30
+    histories = Histories(
+        [str(u) for u in range(n_users)], np.arange(0, n + 1, length), items.ravel().astype(np.int32),
+        np.zeros(n, np.int16), np.full(n, -1), np.full(n, -1, np.int32), ("click",), [], "made up",
+    )
+    ids = SemanticIds(rng.integers(0, 5, (30, 3)).astype(np.int32), (5, 5, 5))
+    windows = cut_windows(histories.offsets, histories.offsets[1:] - rng.integers(0, 4, n_users), 8)
+    dataset = HistoryDataset(histories, windows, ids, RequestFeatures(), np.zeros((n_users, 0), np.int64))
+    set_seed(0)
+    model = Generator(GeneratorConfig(
+        codebook_sizes=(5, 5, 5), d_model=16, n_heads=2, d_ff=32, n_gaps=12, dropout=0.2,
+    ))
+    config = TrainingConfig(epochs=4, learning_rate=1e-2, targets_per_batch=32, evaluate_every=1)
+
+    class Wait(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == die_at:
+                (folder / "reached").touch()
+                time.sleep(60)
+
+    def validate(model):
+        return -float(model.head.weight.detach().abs().sum())
+
+    started = []
+    class Start(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            started.append(state.global_step)
+
+    best = train(model, NextItemObjective(build_index(ids)), dataset, validate, config, folder / "run",
+                 callbacks=(Wait(), Start()))
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+        torch.distributed.destroy_process_group()
+    else:
+        rank = 0
+    save_file(model.state_dict(), folder / f"weights-{rank}.safetensors")
+    (folder / f"end-{rank}.json").write_text(json.dumps({"best": best, "began_at": started[0]}))
+    """
+)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run(folder: Path, die_at: int = -1, launcher: tuple[str, ...] = ()) -> None:
+    folder.mkdir(exist_ok=True)
+    script = folder / "run.py"
+    script.write_text(RUN, "utf-8")
+    command = [sys.executable, *launcher, str(script), str(folder), str(die_at)]
+    if die_at < 0:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (folder / "reached").exists():
+            assert process.poll() is None, "the run ended before it was to be killed"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+
+
+def steps_of_an_epoch(folder: Path) -> int:
+    return min(int(path.name.removeprefix("checkpoint-")) for path in (folder / "run").glob("checkpoint-*"))
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole)
+    # In the middle of the third epoch.
+    run(killed, die_at=20)
+    assert steps_of_an_epoch(killed) > 0
+    assert not (killed / "end-0.json").exists()
+    run(killed)
+    ends = [json.loads((folder / "end-0.json").read_text("utf-8")) for folder in (whole, killed)]
+    assert ends[0]["began_at"] == 0
+    assert ends[1]["began_at"] > 0
+    assert ends[0]["best"] == ends[1]["best"]
+    weights = [load_file(folder / "weights-0.safetensors") for folder in (whole, killed)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_end_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    run(folder, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"))
+    ends = [json.loads((folder / f"end-{rank}.json").read_text("utf-8")) for rank in range(2)]
+    assert ends[0] == ends[1]
+    weights = [load_file(folder / f"weights-{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    steps = [json.loads(path.read_text("utf-8")) for path in (folder / "run").glob("checkpoint-*/trainer_state.json")]
+    alone = tmp_path / "alone"
+    run(alone)
+    (last,) = [s for s in steps if s["global_step"] == max(t["global_step"] for t in steps)]
+    single = max(
+        json.loads(path.read_text("utf-8"))["global_step"]
+        for path in (alone / "run").glob("checkpoint-*/trainer_state.json")
+    )
+    # Half the steps, and still a checkpoint after every epoch.
+    assert last["global_step"] == 4 * -(-(single // 4) // 2)
+    assert last["eval_steps"] == last["global_step"] // 4

@@ -1,0 +1,169 @@
+"""Whole runs on tiny shops. The graph runs in torch here: its export has tests of its own and takes longer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+from genretrieval.bundle import MANIFEST, load_bundle
+from genretrieval.errors import BundleIncompleteError
+from genretrieval.export import GraphBackend
+from genretrieval.export.onnx import NamedGraph
+from genretrieval.figures import Figure
+from genretrieval.request import Filters, HistoryEvent, RetrieveRequest
+from genretrieval.retrieval import Retriever
+from genretrieval_pipelines import run as run_module
+from genretrieval_pipelines.agreement import Agreement
+from genretrieval_pipelines.recipe import Recipe
+from genretrieval_pipelines.run import evaluate_bundle, run
+from genretrieval_pipelines.synth import ShopConfig, synthesize
+
+QUIET = Console(quiet=True)
+RECIPE = Recipe.model_validate(
+    {
+        "embedding": [{"name": "hashing", "dim": 32}, {"name": "collaborative", "dim": 16}],
+        "tokenizer": {"codebook_sizes": [8, 8, 8]},
+        "generator": {
+            "d_model": 32,
+            "n_heads": 2,
+            "d_ff": 64,
+            "n_encoder_layers": 1,
+            "n_decoder_layers": 1,
+            "max_history": 10,
+            "query_vocab_size": 300,
+            "n_profile_buckets": 32,
+        },
+        "training": {"epochs": 2, "evaluate_every": 1, "validation_users": 20},
+        "evaluation": {"beam_width": 20, "sasrec": {"dim": 16, "max_epochs": 1}},
+    }
+)
+
+
+@pytest.fixture
+def torch_graph(monkeypatch: pytest.MonkeyPatch) -> dict[str, NamedGraph]:
+    """Keep the graph instead of exporting it."""
+    kept: dict[str, NamedGraph] = {}
+
+    def keep(graph: NamedGraph, example: object, path: Path) -> None:
+        kept["graph"] = graph
+        path.write_bytes(b"torch")
+
+    monkeypatch.setattr(run_module, "export_graph", keep)
+    return kept
+
+
+@pytest.fixture(scope="module")
+def demo_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shop")
+    synthesize(folder, ShopConfig(n_items=120, n_users=30, seed=3))
+    return folder
+
+
+def run_tiny(data: Path, folder: Path, kept: dict[str, NamedGraph]) -> dict[str, Figure]:
+    return run(
+        RECIPE,
+        data,
+        folder / "bundle",
+        folder / "work",
+        open_backend=lambda _: GraphBackend(kept["graph"]),
+        console=QUIET,
+    )
+
+
+def test_logs_become_a_bundle_with_figures_beside_baselines(
+    demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph]
+) -> None:
+    figures = run_tiny(demo_shop, tmp_path, torch_graph)
+    rows = ("quality", "quality.blend_markov", "oracle", "baseline.popularity", "baseline.markov", "baseline.sasrec")
+    searches = ("baseline.bm25", "baseline.dense", "baseline.popularity_per_query")
+    for row in (*rows, *searches):
+        assert 0 <= figures[f"{row}.recall10"].value <= 1
+    assert figures["quality.invalid_rate"].value == 0
+    assert figures["oracle.recall10"].value > figures["baseline.popularity.recall10"].value
+
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.manifest.reads_queries
+    assert bundle.manifest.n_items == 120
+    assert {"generator.safetensors", "codebooks.safetensors", "config.yaml", "metrics.json", "README.md"} <= set(
+        bundle.manifest.files
+    )
+    retriever = Retriever(bundle, GraphBackend(torch_graph["graph"]))
+    items = pl.read_parquet(demo_shop / "items.parquet")
+    brand = items["brand"][0]
+    request = RetrieveRequest(
+        query=items["title"][0],
+        history=[HistoryEvent(item_id=items["item_id"][3], event="click"), HistoryEvent(item_id="gone")],
+        filters=Filters(attributes={"brand": [brand]}),
+        exclude_item_ids=[items["item_id"][0]],
+        top_k=5,
+    )
+    [response] = retriever.retrieve([request])
+    brands = dict(items.select("item_id", "brand").iter_rows())
+    assert {brands[item.item_id] for item in response.items} <= {brand}
+    assert items["item_id"][0] not in {item.item_id for item in response.items}
+    assert response.missing_ids == ["gone"]
+
+
+def test_a_second_run_repeats_the_figures_and_trains_nothing(
+    demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_tiny(demo_shop, tmp_path, torch_graph)
+    monkeypatch.setattr(run_module, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert run_tiny(demo_shop, tmp_path, torch_graph) == first
+
+
+def test_evaluation_of_a_bundle_agrees_with_its_run_and_with_a_second_retriever(
+    demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph]
+) -> None:
+    figures = run_tiny(demo_shop, tmp_path, torch_graph)
+    bundle = load_bundle(tmp_path / "bundle")
+    offline = Retriever(bundle, GraphBackend(torch_graph["graph"])).retrieve
+    live = Retriever(bundle, GraphBackend(torch_graph["graph"])).retrieve
+    # The other side answers one request at a time, as a server may.
+    agreement = Agreement(offline, lambda requests: [live([request])[0] for request in requests])
+    report = evaluate_bundle(bundle, None, "validation", agreement, QUIET)
+    assert report["rows"][0]["metrics"]["recall10"] == figures["quality.recall10"]
+    counted = agreement.figures()
+    assert counted["agreement.disagreeing"].value == 0
+    assert counted["agreement.requests"].value > 0
+
+
+def test_a_run_killed_while_it_writes_the_bundle_leaves_none(
+    demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_model_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_tiny(demo_shop, tmp_path, torch_graph)
+    with pytest.raises(BundleIncompleteError):
+        load_bundle(tmp_path / "bundle")
+    assert not list(tmp_path.glob(f"**/{MANIFEST}"))
+
+
+@pytest.mark.parametrize("with_queries", [True, False], ids=["items and queries", "items alone"])
+def test_a_shop_without_interactions_is_served_by_search(
+    demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph], with_queries: bool
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(demo_shop / "items.parquet", data)
+    items = pl.read_parquet(data / "items.parquet")
+    if with_queries:
+        words = items["title"].str.split(" ").list.first()
+        queries = words.unique(maintain_order=True)
+        ids = {query: f"q{i}" for i, query in enumerate(queries)}
+        pl.DataFrame({"query_id": list(ids.values()), "query": list(ids)}).write_parquet(data / "queries.parquet")
+        pl.DataFrame({"query_id": [ids[word] for word in words], "item_id": items["item_id"]}).write_parquet(
+            data / "qrels.parquet"
+        )
+    figures = run_tiny(data, tmp_path, torch_graph)
+    assert "baseline.bm25.recall10" in figures
+    assert "baseline.markov.recall10" not in figures
+    retriever = Retriever(load_bundle(tmp_path / "bundle"), GraphBackend(torch_graph["graph"]))
+    [found, nobody] = retriever.retrieve([RetrieveRequest(query=items["title"][0]), RetrieveRequest()])
+    assert len(found.items) == len(nobody.items) == 10
+    assert np.isfinite([item.score for item in found.items]).all()
