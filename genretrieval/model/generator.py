@@ -20,7 +20,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from genretrieval.model.configuration import GeneratorConfig
-from genretrieval.model.layers import Decoder, Encoder, RelativeBias
+from genretrieval.model.layers import Decoder, Encoder, Queries, RelativeBias
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,16 +226,10 @@ class Generator(PreTrainedModel, GenerationMixin):
         written = self.context.embed(target_codes[..., :-1])
         x_BTLD = torch.cat([start[:, :, None], written], 2)
         seen = torch.ones(n_targets, n_targets, dtype=torch.bool, device=start.device).tril()
-        query_BTQD = query_mask_BTQ = None
+        queries = None
         if query_rows is not None and query_tokens is not None and query_mask is not None and len(query_rows):
-            states = self.context.query(query_tokens, query_mask)
-            flat = states.new_zeros(n_rows * n_targets, *states.shape[1:])
-            query_BTQD = flat.index_copy(0, query_rows, states).unflatten(0, (n_rows, n_targets))
-            flat_mask = query_mask.new_zeros(n_rows * n_targets, query_mask.shape[1])
-            query_mask_BTQ = flat_mask.index_copy(0, query_rows, query_mask).unflatten(0, (n_rows, n_targets))
-        decoded = self.decoder(
-            x_BTLD, history_states, seen.expand(n_rows, -1, -1), query_BTQD, query_mask_BTQ
-        )
+            queries = Queries(query_rows, self.context.query(query_tokens, query_mask), query_mask)
+        decoded = self.decoder(x_BTLD, history_states, seen.expand(n_rows, -1, -1), queries)
         return cast(Tensor, decoded)
 
     def level_logits(self, states_XD: Tensor, level: int) -> Tensor:

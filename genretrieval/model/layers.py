@@ -10,6 +10,7 @@ K beams, D model width, H heads, E head width, F feed-forward width, V codes of 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 from collections.abc import Sequence
 from typing import cast
 
@@ -181,6 +182,25 @@ class Encoder(nn.Module):
         return self.dropout(self.norm(x_BSD))
 
 
+class Queries(NamedTuple):
+    """Encoded queries of some of the targets of a batch.
+
+    Attributes:
+        rows_N: int64, the target of each query, flat: ``b * T + t``.
+        states_NQD: encoded tokens.
+        mask_NQ: bool, which tokens are real.
+    """
+
+    rows_N: Tensor
+    states_NQD: Tensor
+    mask_NQ: Tensor
+
+    def place(self, x_NX: Tensor, shape: tuple[int, int]) -> Tensor:
+        """``[N, ...]`` to ``[B, T, ...]``, zeros for targets without a query."""
+        empty = x_NX.new_zeros(shape[0] * shape[1], *x_NX.shape[1:])
+        return empty.index_copy(0, self.rows_N, x_NX).unflatten(0, shape)
+
+
 class DecoderLayer(nn.Module):
     """Self-attention over the codes written so far, cross-attention to the context, feed-forward."""
 
@@ -200,14 +220,13 @@ class DecoderLayer(nn.Module):
         bias_HLL: Tensor,
         memory_BSD: Tensor,
         memory_bias_BHTS: Tensor,
-        query_BTQD: Tensor | None,
-        query_mask_BTQ: Tensor | None,
+        queries: Queries | None,
     ) -> Tensor:
         """``[B, T, L, D]`` to ``[B, T, L, D]``; the other shapes as in `Decoder.forward`, masks as biases."""
         normed = self.attention_norm(x_BTLD)
         x_BTLD = x_BTLD + self.dropout(self.attention(normed, normed, bias_HLL))
         normed = self.cross_norm(x_BTLD)
-        crossed = _cross(self.cross, normed, memory_BSD, memory_bias_BHTS, query_BTQD, query_mask_BTQ)
+        crossed = _cross(self.cross, normed, memory_BSD, memory_bias_BHTS, queries)
         x_BTLD = x_BTLD + self.dropout(crossed)
         return x_BTLD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTLD)))
 
@@ -241,8 +260,7 @@ class Decoder(nn.Module):
         x_BTLD: Tensor,
         memory_BSD: Tensor,
         memory_mask_BTS: Tensor,
-        query_BTQD: Tensor | None = None,
-        query_mask_BTQ: Tensor | None = None,
+        queries: Queries | None = None,
     ) -> Tensor:
         """Decode every target of every row.
 
@@ -250,8 +268,7 @@ class Decoder(nn.Module):
             x_BTLD: embedded codes, shifted right (position 0 is the start of a semantic ID).
             memory_BSD: encoded context.
             memory_mask_BTS: bool, which context positions each target may see.
-            query_BTQD: encoded query tokens of each target.
-            query_mask_BTQ: bool, which of them are real.
+            queries: encoded queries of the targets that were asked for with one.
 
         Returns:
             Float ``[B, T, L, D]``.
@@ -264,36 +281,31 @@ class Decoder(nn.Module):
         memory_bias = torch.where(memory_mask_BTS, 0.0, hidden).repeat_interleave(n_levels, 1)[:, None]
         x_BTLD = self.dropout(x_BTLD)
         for layer in self.layers:
-            x_BTLD = layer(x_BTLD, bias, memory_BSD, memory_bias, query_BTQD, query_mask_BTQ)
+            x_BTLD = layer(x_BTLD, bias, memory_BSD, memory_bias, queries)
         return self.dropout(self.norm(x_BTLD))
 
 
 def _cross(
-    attention: Attention,
-    x_BTLD: Tensor,
-    memory_BSD: Tensor,
-    memory_bias: Tensor,
-    query_BTQD: Tensor | None,
-    query_mask_BTQ: Tensor | None,
+    attention: Attention, x_BTLD: Tensor, memory_BSD: Tensor, memory_bias: Tensor, queries: Queries | None
 ) -> Tensor:
     """Cross-attention over the shared context and, in one softmax with it, each target's own query."""
-    n_targets, n_levels = x_BTLD.shape[1:3]
+    n_rows, n_targets, n_levels = x_BTLD.shape[:3]
     q = attention.split(attention.query(x_BTLD.flatten(1, 2)))
     k = attention.split(attention.key(memory_BSD))
     v = attention.split(attention.value(memory_BSD))
     scores = q @ k.transpose(-1, -2) + memory_bias.to(q.dtype)
-    if query_BTQD is None:
+    if queries is None:
         mixed = attention.merge(scores.softmax(-1) @ v)
         return attention.output(mixed).unflatten(1, (n_targets, n_levels))
-    assert query_mask_BTQ is not None
     n_memory = memory_BSD.shape[1]
+    shape = (n_rows, n_targets)
     q_own = q.unflatten(2, (n_targets, n_levels)).transpose(1, 2)  # [B, T, H, L, E]
-    k_own = attention.split(attention.key(query_BTQD))
-    v_own = attention.split(attention.value(query_BTQD))
-    own_bias = torch.where(query_mask_BTQ, 0.0, torch.finfo(torch.float32).min)[:, :, None, None, :]
+    k_own = attention.split(queries.place(attention.key(queries.states_NQD), shape))
+    v_own = attention.split(queries.place(attention.value(queries.states_NQD), shape))
+    hidden = torch.finfo(torch.float32).min
+    own_bias = torch.where(queries.place(queries.mask_NQ, shape), 0.0, hidden)[:, :, None, None, :]
     own = q_own @ k_own.transpose(-1, -2) + own_bias.to(q.dtype)
-    own_BHXQ = own.transpose(1, 2).flatten(2, 3)
-    weights = torch.cat([scores, own_BHXQ], -1).softmax(-1)
+    weights = torch.cat([scores, own.transpose(1, 2).flatten(2, 3)], -1).softmax(-1)
     own_weights = weights[..., n_memory:].unflatten(2, (n_targets, n_levels)).transpose(1, 2)
     mixed_own = (own_weights @ v_own).transpose(1, 2).flatten(2, 3)
     mixed = attention.merge(weights[..., :n_memory] @ v + mixed_own)

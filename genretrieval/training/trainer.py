@@ -43,7 +43,7 @@ class TrainingConfig:
     learning_rate: float = 2e-3
     warmup_share: float = 0.05
     weight_decay: float = 0.01
-    targets_per_batch: int = 2048
+    targets_per_batch: int = 512
     max_grad_norm: float = 1.0
     seed: int = 0
     validation_users: int = 4000
