@@ -36,8 +36,12 @@ def make_ids() -> MakeIds:
 @pytest.fixture(scope="session")
 def tiny_config() -> GeneratorConfig:
     """Every part of the generator, at the smallest size that can still go wrong."""
+    import torch
+
     from genretrieval.model import GeneratorConfig
 
+    # Threads cost tensors of this size more than they bring.
+    torch.set_num_threads(1)
     return GeneratorConfig(
         codebook_sizes=SIZES,
         d_model=16,
@@ -107,7 +111,9 @@ def make_histories() -> Callable[..., Histories]:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         starts = rng.integers(0, n_items, n_users)
         n = int(offsets[-1])
-        items = np.concatenate([(start + np.arange(length)) % n_items for start, length in zip(starts, lengths, strict=True)])
+        items = np.concatenate(
+            [(start + np.arange(length)) % n_items for start, length in zip(starts, lengths, strict=True)]
+        )
         return Histories(
             user_ids=[f"u{user}" for user in range(n_users)],
             offsets=offsets,

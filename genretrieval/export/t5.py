@@ -6,6 +6,8 @@ and the search can be compared with Hugging Face ``generate`` on the same weight
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
@@ -112,6 +114,7 @@ def _encoder(model: T5ForConditionalGeneration) -> Encoder:
     sizes = (c.d_model, c.num_heads, c.d_ff, 0.0, c.relative_attention_num_buckets, c.relative_attention_max_distance)
     encoder = Encoder(c.num_layers, *sizes, causal=False)
     stack = model.encoder
+    ours: Any
     for ours, theirs in zip(encoder.layers, stack.block, strict=True):
         attention, feed_forward = theirs.layer
         _copy(ours.attention_norm.weight, attention.layer_norm.weight)
@@ -129,6 +132,7 @@ def _decoder(model: T5ForConditionalGeneration) -> Decoder:
     sizes = (c.d_model, c.num_heads, c.d_ff, 0.0, c.relative_attention_num_buckets, c.relative_attention_max_distance)
     decoder = Decoder(c.num_decoder_layers, *sizes)
     stack = model.decoder
+    ours: Any
     for ours, theirs in zip(decoder.layers, stack.block, strict=True):
         attention, cross, feed_forward = theirs.layer
         _copy(ours.attention_norm.weight, attention.layer_norm.weight)
@@ -142,12 +146,12 @@ def _decoder(model: T5ForConditionalGeneration) -> Decoder:
     return decoder
 
 
-def _copy_attention(ours: Attention, theirs: nn.Module) -> None:
+def _copy_attention(ours: Attention, theirs: Any) -> None:
     for to, source in ((ours.query, "q"), (ours.key, "k"), (ours.value, "v"), (ours.output, "o")):
         _copy(to.weight, getattr(theirs, source).weight)
 
 
-def _copy_feed_forward(ours: FeedForward, theirs: nn.Module) -> None:
+def _copy_feed_forward(ours: FeedForward, theirs: Any) -> None:
     _copy(ours.inner.weight, theirs.wi.weight)
     _copy(ours.outer.weight, theirs.wo.weight)
 

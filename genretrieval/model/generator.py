@@ -182,9 +182,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.post_init()
         # What ``generate`` needs to write whole semantic IDs, scored by the probability of their codes.
-        self.generation_config.update(
-            use_cache=False, max_new_tokens=c.n_levels, renormalize_logits=True
-        )
+        self.generation_config.update(use_cache=False, max_new_tokens=c.n_levels, renormalize_logits=True)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Wide embeddings, as nothing scales them up later; matrices keep PyTorch's default, but for `start`.

@@ -10,9 +10,8 @@ K beams, D model width, H heads, E head width, F feed-forward width, V codes of 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn

@@ -1,9 +1,9 @@
 """Beam search over the catalogue as one function of tensors, the same for torch and for the exported graph.
 
 The `n_levels` decoder steps are unrolled. Beams are query positions, not batch rows, so the context's keys and values
-are computed once for all layers and never copied per beam. Keys and values of earlier steps are kept for all beams
-(1 + K + K + ...) and an ancestor mask lets each beam see its own path: nothing is reordered. A step looks only at the
-children of each beam's node in the catalogue index, so an ID that does not exist cannot be written.
+are computed once for all layers and never copied per beam. A beam's own path is at most `n_levels` codes long: its
+keys and values follow the beam from step to step. A step looks only at the children of each beam's node in the
+catalogue index, so an ID that does not exist cannot be written. Why so: docs/decisions/0002-decoding.md.
 
 Norm gains are folded into the matrices behind them and the projections of a layer are fused, which is why this module
 holds its own copy of the weights: build it from a trained `Generator`, it is not trained itself.
@@ -12,14 +12,14 @@ holds its own copy of the weights: build it from a trained `Generator`, it is no
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from genretrieval.model.generator import Context, Generator
-from genretrieval.model.layers import Decoder, Encoder, RelativeBias
+from genretrieval.model.layers import Decoder, DecoderLayer, Encoder, EncoderLayer, RelativeBias
 
 Normalise = Literal["children", "vocabulary"]
 
@@ -61,7 +61,10 @@ class Retrieved(NamedTuple):
 
 
 def attend(q_BQD: Tensor, k_BSD: Tensor, v_BSD: Tensor, bias_BHQS: Tensor, n_heads: int) -> Tensor:
-    """Unscaled multi-head attention; in an export the native ONNX operator, which needs a bias of full shape."""
+    """Unscaled multi-head attention; in an export the native ONNX operator.
+
+    That operator repeats a bias over rows and heads, but not over queries.
+    """
     if torch.onnx.is_in_onnx_export():
         out = torch.onnx.ops.attention(
             q_BQD, k_BSD, v_BSD, attn_mask=bias_BHQS, scale=1.0, q_num_heads=n_heads, kv_num_heads=n_heads
@@ -71,33 +74,60 @@ def attend(q_BQD: Tensor, k_BSD: Tensor, v_BSD: Tensor, bias_BHQS: Tensor, n_hea
     return ((q @ k.transpose(-1, -2) + bias_BHQS).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-class FusedLayer(nn.Module):
-    """One layer's matrices with the gain of the norm before them folded in, query, key and value as one."""
+def attend_path(q_N1HE: Tensor, k_NPHE: Tensor, v_NPHE: Tensor, bias_PH: Tensor) -> Tensor:
+    """Unscaled multi-head attention of each beam to the P codes on its own path: ``[N, D]``.
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        gain = layer.attention_norm.weight
-        attention = layer.attention
-        qkv = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
-        self.qkv = nn.Parameter((qkv * gain).detach().clone())
-        self.output = nn.Parameter(attention.output.weight.detach().clone())
-        inner = layer.feed_forward.inner.weight * layer.feed_forward_norm.weight
-        self.inner = nn.Parameter(inner.detach().clone())
-        self.outer = nn.Parameter(layer.feed_forward.outer.weight.detach().clone())
-        if hasattr(layer, "cross"):
-            self.cross_query = nn.Parameter(
-                (layer.cross.query.weight * layer.cross_norm.weight).detach().clone()
-            )
-            self.cross_output = nn.Parameter(layer.cross.output.weight.detach().clone())
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Add the feed-forward's output to `x`."""
-        return x + linear(linear(norm(x), self.inner).relu(), self.outer)
+    A path is so short that one product a beam and head would cost more to start than to compute, hence elementwise.
+    """
+    weights_NPH1 = ((q_N1HE * k_NPHE).sum(-1, keepdim=True) + bias_PH[..., None]).softmax(1)
+    return (weights_NPH1 * v_NPHE).sum(1).flatten(1)
 
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without its gain."""
-    return nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+    # The ones are spelled out because an export without them builds a tensor of x's full shape at every call.
+    return nn.functional.rms_norm(x, x.shape[-1:], torch.ones(x.shape[-1], device=x.device), eps=1e-6)
+
+
+def add_linear(x_ND: Tensor, y_NE: Tensor, weight_ED: Tensor) -> Tensor:
+    """`x` plus a linear map of `y`, one operator in the graph."""
+    return torch.addmm(x_ND, y_NE, weight_ED)
+
+
+def take(table_X: Tensor, index: Tensor) -> Tensor:
+    """``table_X[index]``; written so, the export is GatherElements, five times faster than Gather on single numbers."""
+    return table_X.gather(0, index.flatten()).view(index.shape)
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    """A copy of its own, in memory order."""
+    return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+
+
+class FusedLayer(nn.Module):
+    """One layer's matrices with the gain of the norm before them folded in, query, key and value as one."""
+
+    def __init__(self, layer: EncoderLayer | DecoderLayer) -> None:
+        super().__init__()
+        gain = layer.attention_norm.weight
+        attention = layer.attention
+        qkv = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
+        self.qkv = _frozen(qkv * gain)
+        self.output = _frozen(attention.output.weight.T)
+        self.inner = _frozen(layer.feed_forward.inner.weight * layer.feed_forward_norm.weight)
+        self.outer = _frozen(layer.feed_forward.outer.weight.T)
+        if isinstance(layer, DecoderLayer):
+            self.cross_query = _frozen(layer.cross.query.weight * layer.cross_norm.weight)
+            self.cross_output = _frozen(layer.cross.output.weight.T)
+
+    def feed_forward(self, x_ND: Tensor) -> Tensor:
+        """Add the feed-forward's output to `x`."""
+        return add_linear(x_ND, linear(norm(x_ND), self.inner).relu(), self.outer)
+
+
+def fused_layers(stack: FusedEncoder | BeamSearch) -> list[FusedLayer]:
+    """The layers of `stack`; a module list by itself does not say what it holds."""
+    return [layer for layer in stack.layers if isinstance(layer, FusedLayer)]
 
 
 class FusedEncoder(nn.Module):
@@ -113,18 +143,21 @@ class FusedEncoder(nn.Module):
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Tensor:
         """As `Encoder.forward`."""
-        n_rows, n_positions, width = x_BSD.shape
+        n_positions, width = x_BSD.shape[1:]
         positions = torch.arange(n_positions, device=x_BSD.device)
-        hidden = torch.where(mask_BS, 0.0, _HIDDEN)[:, None, None, :]
-        bias = self.bias(positions, positions) + hidden
+        bias = self.bias(positions, positions)
         if self.causal:
+            # Padding stands on the right, so a real position never sees it.
             bias = torch.where(positions[None, :] > positions[:, None], _HIDDEN, bias)
-        bias = bias.expand(n_rows, self.n_heads, n_positions, n_positions)
-        for layer in self.layers:
-            q, k, v = linear(norm(x_BSD), layer.qkv).split(width, -1)
-            x_BSD = x_BSD + linear(attend(q, k, v, bias, self.n_heads), layer.output)
-            x_BSD = layer.feed_forward(x_BSD)
-        return self.norm(x_BSD)
+        else:
+            bias = bias + torch.where(mask_BS, 0.0, _HIDDEN)[:, None, None, :]
+        x_ND = x_BSD.flatten(0, 1)
+        for layer in fused_layers(self):
+            qkv_BSF = linear(norm(x_ND), layer.qkv).unflatten(0, (-1, n_positions))
+            q, k, v = qkv_BSF.split(width, -1)
+            mixed = attend(q, k, v, bias, self.n_heads)
+            x_ND = layer.feed_forward(add_linear(x_ND, mixed.flatten(0, 1), layer.output))
+        return self.norm(x_ND).unflatten(0, (-1, n_positions))
 
 
 class BeamSearch(nn.Module):
@@ -157,14 +190,14 @@ class BeamSearch(nn.Module):
         self.bias: RelativeBias = decoder.bias
         self.layers = nn.ModuleList(FusedLayer(layer) for layer in decoder.layers)
         cross = [w for layer in decoder.layers for w in (layer.cross.key.weight, layer.cross.value.weight)]
-        self.cross_kv = nn.Parameter(torch.cat(cross).detach().clone())
-        self.codes = nn.Parameter(codes.detach().clone())
-        folded = (head * decoder.norm.weight).detach().clone()
+        self.cross_kv = _frozen(torch.cat(cross))
+        self.codes = _frozen(codes)
+        folded = head * decoder.norm.weight
         if normalise == "vocabulary":
-            self.heads = nn.ParameterList([folded])
+            self.heads = nn.ParameterList([_frozen(folded)])
         else:
             spans = zip(level_offsets, codebook_sizes, strict=True)
-            self.heads = nn.ParameterList([folded[first : first + size].clone() for first, size in spans])
+            self.heads = nn.ParameterList([_frozen(folded[first : first + size]) for first, size in spans])
 
     def forward(
         self, memory_BSD: Tensor, mask_BS: Tensor, start_BD: Tensor, beams_K: Tensor, index: IndexTensors
@@ -180,90 +213,81 @@ class BeamSearch(nn.Module):
         """
         n_rows, n_memory, width = memory_BSD.shape
         n_beams = beams_K.shape[0]
-        n_layers = len(self.layers)
-        cross = linear(memory_BSD, self.cross_kv).split(width, -1)
-        cross_bias = torch.where(mask_BS, 0.0, _HIDDEN)[:, None, None, :]
-        keys: list[list[Tensor]] = [[] for _ in range(n_layers)]
-        values: list[list[Tensor]] = [[] for _ in range(n_layers)]
+        memory = linear(memory_BSD, self.cross_kv).split(width, -1)
+        hidden_BQ1S = torch.where(mask_BS, 0.0, _HIDDEN)[:, None, None, :]
+        # Keys and values of the codes on each beam's path, layer by layer.
+        paths: list[tuple[Tensor, Tensor]] = []
 
-        x = (start_BD + self.codes[0])[:, None]
-        score_BQ = x.new_zeros(n_rows, 1)
+        x_ND = start_BD + self.codes[0]
+        score_BQ = x_ND.new_zeros(n_rows, 1)
         node_BQ = torch.zeros_like(score_BQ, dtype=torch.long)
-        ancestors: list[Tensor] = []
         level_scores: list[Tensor] = []
         for level in range(len(self.codebook_sizes)):
-            n_queries = x.shape[1]
-            bias = self._self_bias(ancestors, level, n_rows, n_queries, beams_K)
-            step_cross_bias = cross_bias.expand(n_rows, self.n_heads, n_queries, n_memory)
-            for i, layer in enumerate(self.layers):
-                q, k, v = linear(norm(x), layer.qkv).split(width, -1)
-                keys[i].append(k)
-                values[i].append(v)
-                all_keys, all_values = (torch.cat(keys[i], 1), torch.cat(values[i], 1)) if level else (k, v)
-                x = x + linear(attend(q, all_keys, all_values, bias, self.n_heads), layer.output)
-                crossed = attend(
-                    linear(norm(x), layer.cross_query),
-                    cross[2 * i],
-                    cross[2 * i + 1],
-                    step_cross_bias,
-                    self.n_heads,
-                )
-                x = layer.feed_forward(x + linear(crossed, layer.cross_output))
+            n_queries = n_beams if level else 1
+            cross_bias = hidden_BQ1S.expand(n_rows, 1, n_queries, n_memory)
+            for i, layer in enumerate(fused_layers(self)):
+                mixed_ND = self._attend_path(x_ND, layer, i, level, paths)
+                x_ND = add_linear(x_ND, mixed_ND, layer.output)
+                q_BQD = linear(norm(x_ND), layer.cross_query).unflatten(0, (n_rows, n_queries))
+                crossed = attend(q_BQD, memory[2 * i], memory[2 * i + 1], cross_bias, self.n_heads)
+                x_ND = layer.feed_forward(add_linear(x_ND, crossed.flatten(0, 1), layer.cross_output))
 
-            child_BQC, logp_BQC, open_BQC = self._children(norm(x), level, node_BQ, index)
+            child_BQC, logp_BQC, open_BQC = self._children(
+                norm(x_ND).unflatten(0, (n_rows, n_queries)), level, node_BQ, index
+            )
             candidates = torch.where(open_BQC, score_BQ[..., None] + logp_BQC, CLOSED).flatten(1)
             # Fillers let fewer candidates than beams through; they end under every real score.
             filler = candidates.new_full((n_rows, n_beams), CLOSED)
-            score_BK, chosen_BK = torch.cat([candidates, filler], 1).topk(n_beams, -1)
+            score_BQ, chosen_BK = torch.cat([candidates, filler], 1).topk(n_beams, -1)
             chosen_BK = chosen_BK.clamp(max=candidates.shape[1] - 1)
             parent_BK = torch.div(chosen_BK, logp_BQC.shape[-1], rounding_mode="floor")
             node_BQ = child_BQC.flatten(1).gather(1, chosen_BK)
             level_scores = [s.gather(1, parent_BK) for s in level_scores]
             level_scores.append(logp_BQC.flatten(1).gather(1, chosen_BK))
-            score_BQ = score_BK
             if level + 1 < len(self.codebook_sizes):
-                ancestors = [a.gather(1, parent_BK) for a in ancestors]
-                if level:
-                    ancestors.append(parent_BK)
-                x = self.codes[index.tokens[level][node_BQ] + self.level_offsets[level]]
+                x_ND = nn.functional.embedding(self._tokens(level, node_BQ, index).flatten(), self.codes)
+                parent_N = (parent_BK + torch.arange(n_rows, device=x_ND.device)[:, None] * n_queries).flatten()
+                paths = [(k.index_select(0, parent_N), v.index_select(0, parent_N)) for k, v in paths]
         return Retrieved(node_BQ, score_BQ, torch.stack(level_scores, -1))
 
-    def _self_bias(
-        self, ancestors: list[Tensor], level: int, n_rows: int, n_queries: int, beams_K: Tensor
+    def _attend_path(
+        self, x_ND: Tensor, layer: FusedLayer, i: int, level: int, paths: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """Relative position bias ``[B, H, Q, n_keys]``, -inf for keys of other beams' paths."""
-        here = torch.full_like(beams_K[:1], level)
-        near = [
-            self.bias(here, torch.full_like(here, step))[..., 0, 0] for step in range(level + 1)
-        ]  # [1, H] each
-        first = near[0][:, :, None, None].expand(n_rows, self.n_heads, n_queries, 1)
+        """Self-attention of layer `i` to each beam's own path, which this level's keys and values join."""
+        q, k, v = linear(norm(x_ND), layer.qkv).unflatten(-1, (3, self.n_heads, -1)).split(1, 1)
         if not level:
-            return first
-        # Step s >= 1 holds one key a beam: a beam sees the key of its own ancestor there, and itself at this step.
-        own_BQ = [*ancestors, beams_K.expand(n_rows, -1)]
-        parts = [first]
-        for step, ancestor_BQ in enumerate(own_BQ, start=1):
-            mine = ancestor_BQ[:, None, :, None] == beams_K
-            parts.append(torch.where(mine, near[step][:, :, None, None], _HIDDEN))
-        return torch.cat(parts, -1)
+            # The only code in sight gets all the weight.
+            paths.append((k, v))
+            return v.flatten(1)
+        keys, values = paths[i]
+        paths[i] = torch.cat([keys, k], 1), torch.cat([values, v], 1)
+        positions = torch.arange(level + 1, device=x_ND.device)
+        return attend_path(q, *paths[i], self.bias(positions[-1:], positions)[0, :, 0].T)
+
+    def _tokens(self, level: int, node_BQ: Tensor, index: IndexTensors) -> Tensor:
+        """Flat token of each node."""
+        return take(index.tokens[level], node_BQ) + self.level_offsets[level]
 
     def _children(
         self, x_BQD: Tensor, level: int, node_BQ: Tensor, index: IndexTensors
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Children of each beam's node: their node ids, log-probabilities and whether they exist and are allowed."""
         starts = index.child_starts[level]
-        child = starts[node_BQ][..., None] + index.slots[level]
-        exists = child < starts[node_BQ + 1][..., None]
-        child = torch.where(exists, child, 0)
-        token = index.tokens[level][child]
+        end_BQ1 = take(starts, node_BQ + 1)[..., None]
+        child = take(starts, node_BQ)[..., None] + index.slots[level]
+        exists = child < end_BQ1
+        # Slots past a node's last child look at that child again, and count for nothing.
+        child = torch.minimum(child, end_BQ1 - 1)
+        token = take(index.tokens[level], child)
         if self.normalise == "vocabulary":
             logits = linear(x_BQD, self.heads[0]).log_softmax(-1)
             logp = logits.gather(-1, token + self.level_offsets[level])
         else:
             logits = linear(x_BQD, self.heads[level]).gather(-1, token)
             logp = torch.where(exists, logits, _HIDDEN).log_softmax(-1)
-        allowed = index.allowed[level][index.mask_row_B[:, None, None], child]
-        return child, logp, exists & allowed
+        allowed = index.allowed[level]
+        row_start = index.mask_row_B * allowed.shape[1]
+        return child, logp, exists & take(allowed.flatten(), child + row_start[:, None, None])
 
 
 class RetrievalGraph(nn.Module):
@@ -274,9 +298,9 @@ class RetrievalGraph(nn.Module):
         config = generator.config
         self.context = copy.copy(generator.context)
         self.context._modules = dict(generator.context._modules)
-        self.context.encoder = FusedEncoder(generator.context.encoder)
+        self.context.encoder = FusedEncoder(cast(Encoder, generator.context.encoder))
         if generator.context.query_encoder is not None:
-            self.context.query_encoder = FusedEncoder(generator.context.query_encoder)
+            self.context.query_encoder = FusedEncoder(cast(Encoder, generator.context.query_encoder))
         self.search = BeamSearch(
             generator.decoder,
             generator.context.codes.weight,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from genretrieval.errors import RecipeError
 from genretrieval.model import Generator
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, collate
 from genretrieval.training.objectives import Objective
@@ -37,6 +38,9 @@ class TrainingConfig:
         seed: of initialisation, order and dropout. Equal seed and thread count give equal weights on CPU.
         validation_users: users that a checkpoint is judged by, a fixed sample; the best checkpoint is kept.
         evaluate_every: epochs between two judgements, and between two checkpoints.
+
+    Raises:
+        RecipeError: a value is out of range.
     """
 
     epochs: int = 20
@@ -48,6 +52,24 @@ class TrainingConfig:
     seed: int = 0
     validation_users: int = 4000
     evaluate_every: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with before anything is spent on it."""
+        positive = (
+            "epochs",
+            "learning_rate",
+            "targets_per_batch",
+            "max_grad_norm",
+            "validation_users",
+            "evaluate_every",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        if self.weight_decay < 0:
+            raise RecipeError(f"training.weight_decay is {self.weight_decay}; it must be 0 or above")
+        if not 0 <= self.warmup_share < 1:
+            raise RecipeError(f"training.warmup_share is {self.warmup_share}; it is a share of all steps, in [0, 1)")
 
 
 class GeneratorTrainer(Trainer):

@@ -92,9 +92,9 @@ def test_a_target_in_training_is_the_same_target_alone(generator: Generator, bat
                 history["query_mask"] = torch.ones(1, len(query), dtype=torch.bool)
             codes = batch["target_codes"][row, target]
             flat = torch.cat([torch.zeros(1, dtype=torch.long), codes[:-1] + generator.context.level_offsets[:-1]])
-            logits = generator(
-                **history, profile=batch["profile"][row : row + 1], decoder_input_ids=flat[None]
-            ).logits[0]
+            logits = generator(**history, profile=batch["profile"][row : row + 1], decoder_input_ids=flat[None]).logits[
+                0
+            ]
             for level in range(generator.config.n_levels):
                 expected = generator.level_logits(together[row, target, level], level)
                 torch.testing.assert_close(logits[level][logits[level] > -torch.inf], expected, **CLOSE)
@@ -111,9 +111,7 @@ def test_only_a_target_s_own_query_reaches_it(generator: Generator, batch: dict[
 
 
 @torch.inference_mode()
-def test_a_batch_without_queries_decodes_like_a_model_without(
-    generator: Generator, batch: dict[str, Tensor]
-) -> None:
+def test_a_batch_without_queries_decodes_like_a_model_without(generator: Generator, batch: dict[str, Tensor]) -> None:
     batch |= {
         "query_rows": torch.empty(0, dtype=torch.long),
         "query_tokens": torch.zeros(0, 1, dtype=torch.long),
@@ -124,9 +122,7 @@ def test_a_batch_without_queries_decodes_like_a_model_without(
 
 
 @torch.inference_mode()
-def test_padding_changes_nothing(
-    generator: Generator, tiny_config: GeneratorConfig, make_requests: Any
-) -> None:
+def test_padding_changes_nothing(generator: Generator, tiny_config: GeneratorConfig, make_requests: Any) -> None:
     requests = {k: torch.from_numpy(v) for k, v in make_requests(tiny_config, 4, 3).items()}
     start = torch.zeros(4, 1, dtype=torch.long)
     before = generator(**requests, decoder_input_ids=start).logits
@@ -143,7 +139,9 @@ def test_padding_changes_nothing(
 @torch.inference_mode()
 def test_an_empty_history_is_answered(generator: Generator) -> None:
     empty = torch.zeros(2, 0, dtype=torch.long)
-    context = generator.context(empty[..., None].expand(2, 0, 3), empty, empty, empty.bool(), profile=torch.zeros(2, 2).long())
+    context = generator.context(
+        empty[..., None].expand(2, 0, 3), empty, empty, empty.bool(), profile=torch.zeros(2, 2).long()
+    )
     assert context.memory_BSD.shape == (2, 1, 16)
     assert context.start_BD.isfinite().all()
 

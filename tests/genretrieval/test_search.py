@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,10 +84,12 @@ def assert_same(found: Ranking, expected: Ranking) -> None:
     assert len(found) == len(expected)
     np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], rtol=0, atol=SAME)
     scores = [score for _, score in expected]
-    cuts = [0, *(i for i in range(1, len(scores)) if scores[i - 1] - scores[i] > SAME), len(scores)]
-    # The last group may continue past the beam: its leaves are any of the tied ones.
-    for start, end in list(zip(cuts, cuts[1:], strict=False))[:-1] if len(cuts) > 2 else []:
+    cuts = [0, *(i for i in range(1, len(scores)) if scores[i - 1] - scores[i] > SAME)]
+    # Of leaves tied at the beam's last place, any may have been left out.
+    for start, end in pairwise(cuts):
         assert {leaf for leaf, _ in found[start:end]} == {leaf for leaf, _ in expected[start:end]}
+    leaves = [leaf for leaf, _ in found]
+    assert len(leaves) == len(set(leaves))
 
 
 @torch.inference_mode()
@@ -95,7 +98,9 @@ def exact(generator: Generator, request: Requests, index: CatalogueIndex) -> Ran
     codes = index.leaf_codes(np.arange(index.n_leaves))
     n = int(request["history_mask"].sum())
     rows = len(codes)
-    history = {name: t[:, :n].expand(rows, n, *t.shape[2:]) for name, t in tensors(request).items() if "history" in name}
+    history = {
+        name: t[:, :n].expand(rows, n, *t.shape[2:]) for name, t in tensors(request).items() if "history" in name
+    }
     profile = torch.from_numpy(request["profile"]).expand(rows, -1)
     states = generator.context.history(**history, profile=profile)
     target = torch.zeros(rows, n + 1, index.n_levels, dtype=torch.long)
@@ -143,9 +148,7 @@ def dict_beam_search(
     return [(leaf_of[prefix], score) for prefix, score in beams]
 
 
-def hugging_face(
-    generator: Generator, requests: Requests, index: CatalogueIndex, width: int
-) -> list[Ranking]:
+def hugging_face(generator: Generator, requests: Requests, index: CatalogueIndex, width: int) -> list[Ranking]:
     """``generate`` held to the catalogue by ``prefix_allowed_tokens_fn``."""
     codes = index.leaf_codes(np.arange(index.n_leaves)).astype(np.int64)
     flat = (codes + np.array(generator.config.level_offsets)).tolist()
@@ -173,9 +176,7 @@ def hugging_face(
     return [pairs[start : start + width] for start in range(0, len(pairs), width)]
 
 
-def test_a_beam_for_every_leaf_is_exact_scoring(
-    generator: Generator, make_ids: Any, make_requests: Any
-) -> None:
+def test_a_beam_for_every_leaf_is_exact_scoring(generator: Generator, make_ids: Any, make_requests: Any) -> None:
     index = build_index(make_ids(40))
     requests = make_requests(generator.config, 4, seed=3)
     found = search(generator, requests, index, index.n_leaves + 5)
@@ -220,9 +221,7 @@ def test_hugging_face_generate_finds_the_same(
         assert_same(ours, expected)
 
 
-def test_a_batch_answers_like_its_requests_alone(
-    generator: Generator, make_ids: Any, make_requests: Any
-) -> None:
+def test_a_batch_answers_like_its_requests_alone(generator: Generator, make_ids: Any, make_requests: Any) -> None:
     index = build_index(make_ids(60))
     requests = make_requests(generator.config, 5, length=6, seed=8)
     allowed = np.random.default_rng(0).random((5, index.n_leaves)) < 0.5
@@ -240,15 +239,11 @@ def test_padding_changes_nothing(generator: Generator, make_ids: Any, make_reque
         # Of any content: the mask alone tells.
         more = np.full((4, 3, *array.shape[2:]), array.dtype.type(0 if array.dtype == bool else 1))
         padded[name] = array if name == "profile" else np.concatenate([array, more], 1)
-    for found, expected in zip(
-        search(generator, padded, index, 6), search(generator, requests, index, 6), strict=True
-    ):
+    for found, expected in zip(search(generator, padded, index, 6), search(generator, requests, index, 6), strict=True):
         assert_same(found, expected)
 
 
-def test_a_wider_beam_never_scores_worse_at_the_top(
-    generator: Generator, make_ids: Any, make_requests: Any
-) -> None:
+def test_a_wider_beam_never_scores_worse_at_the_top(generator: Generator, make_ids: Any, make_requests: Any) -> None:
     index = build_index(make_ids(80, seed=2))
     requests = make_requests(generator.config, 6, seed=4)
     full = search(generator, requests, index, index.n_leaves)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from genretrieval.catalogue import build_index
+from genretrieval.errors import RecipeError
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import LeaveOneOut
 from genretrieval.model import Generator
@@ -27,6 +28,16 @@ from genretrieval.training.trainer import GeneratorTrainer, TrainingConfig, last
 
 GOLDEN = Path(__file__).parent / "golden" / "next_item_loss.json"
 CONFIG = TrainingConfig(epochs=4, learning_rate=1e-2, targets_per_batch=64, evaluate_every=2, warmup_share=0.25)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epochs": 0}, {"learning_rate": -1.0}, {"evaluate_every": 0}, {"weight_decay": -0.1}, {"warmup_share": 1.0}],
+)
+def test_a_value_out_of_range_is_named(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(RecipeError, match=rf"training\.{name} is {wrong[name]}"):
+        TrainingConfig(**wrong)
 
 
 class Setting:
@@ -108,15 +119,13 @@ def test_it_learns_and_keeps_the_best_checkpoint(setting: Setting, tmp_path: Pat
     assert setting.loss(generator) < 0.8 * before
 
 
-def test_a_finished_run_is_not_trained_again(setting: Setting, tmp_path: Path) -> None:
+def test_a_finished_run_ends_as_it_did_before(setting: Setting, tmp_path: Path) -> None:
+    def validate(model: Generator) -> float:
+        return -float(model.head.weight.detach().abs().sum())
+
     first, second = setting.generator(), setting.generator(seed=1)
-    scores = iter([0.5, 0.25])
-    assert train(first, setting.objective, setting.dataset, lambda _: next(scores), CONFIG, tmp_path) == 0.5
-
-    def never(_: Generator) -> float:
-        raise AssertionError("nothing is left to judge")
-
-    assert train(second, setting.objective, setting.dataset, never, CONFIG, tmp_path) == 0.5
+    best = train(first, setting.objective, setting.dataset, validate, CONFIG, tmp_path)
+    assert train(second, setting.objective, setting.dataset, validate, CONFIG, tmp_path) == best
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
 
 
@@ -133,9 +142,7 @@ def test_the_rate_rises_over_the_share_and_falls_as_a_cosine(setting: Setting, t
 
 
 def test_every_epoch_has_its_own_order(setting: Setting, tmp_path: Path) -> None:
-    trainer = GeneratorTrainer(
-        setting.generator(), setting.objective, setting.dataset, lambda _: 0.0, CONFIG, tmp_path
-    )
+    trainer = GeneratorTrainer(setting.generator(), setting.objective, setting.dataset, lambda _: 0.0, CONFIG, tmp_path)
     orders: list[list[list[int]]] = []
     original = type(trainer.sampler).__iter__
 
@@ -218,20 +225,27 @@ RUN = textwrap.dedent(
     def validate(model):
         return -float(model.head.weight.detach().abs().sum())
 
-    started = []
-    class Start(TrainerCallback):
+    seen = {"judged": 0}
+
+    class See(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            started.append(state.global_step)
+            seen["began_at"] = state.global_step
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            seen["judged"] += 1
+
+        def on_train_end(self, args, state, control, **kwargs):
+            seen["ended_at"] = state.global_step
 
     best = train(model, NextItemObjective(build_index(ids)), dataset, validate, config, folder / "run",
-                 callbacks=(Wait(), Start()))
+                 callbacks=(Wait(), See()))
     if torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
     else:
         rank = 0
     save_file(model.state_dict(), folder / f"weights-{rank}.safetensors")
-    (folder / f"end-{rank}.json").write_text(json.dumps({"best": best, "began_at": started[0]}))
+    (folder / f"end-{rank}.json").write_text(json.dumps({"best": best, **seen}))
     """
 )
 
@@ -256,21 +270,16 @@ def run(folder: Path, die_at: int = -1, launcher: tuple[str, ...] = ()) -> None:
         process.send_signal(signal.SIGKILL)
 
 
-def steps_of_an_epoch(folder: Path) -> int:
-    return min(int(path.name.removeprefix("checkpoint-")) for path in (folder / "run").glob("checkpoint-*"))
-
-
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(whole)
-    # In the middle of the third epoch.
-    run(killed, die_at=20)
-    assert steps_of_an_epoch(killed) > 0
+    # In the middle of the third epoch of four.
+    ended_at = json.loads((whole / "end-0.json").read_text("utf-8"))["ended_at"]
+    run(killed, die_at=ended_at * 5 // 8)
     assert not (killed / "end-0.json").exists()
     run(killed)
     ends = [json.loads((folder / "end-0.json").read_text("utf-8")) for folder in (whole, killed)]
-    assert ends[0]["began_at"] == 0
-    assert ends[1]["began_at"] > 0
+    assert [end["began_at"] for end in ends] == [0, ended_at // 2]
     assert ends[0]["best"] == ends[1]["best"]
     weights = [load_file(folder / "weights-0.safetensors") for folder in (whole, killed)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -278,20 +287,14 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_end_alike(tmp_path: Path) -> None:
-    folder = tmp_path / "two"
-    run(folder, launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"))
-    ends = [json.loads((folder / f"end-{rank}.json").read_text("utf-8")) for rank in range(2)]
-    assert ends[0] == ends[1]
-    weights = [load_file(folder / f"weights-{rank}.safetensors") for rank in range(2)]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    steps = [json.loads(path.read_text("utf-8")) for path in (folder / "run").glob("checkpoint-*/trainer_state.json")]
-    alone = tmp_path / "alone"
+    alone, together = tmp_path / "alone", tmp_path / "together"
     run(alone)
-    (last,) = [s for s in steps if s["global_step"] == max(t["global_step"] for t in steps)]
-    single = max(
-        json.loads(path.read_text("utf-8"))["global_step"]
-        for path in (alone / "run").glob("checkpoint-*/trainer_state.json")
-    )
-    # Half the steps, and still a checkpoint after every epoch.
-    assert last["global_step"] == 4 * -(-(single // 4) // 2)
-    assert last["eval_steps"] == last["global_step"] // 4
+    run(together, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    single = json.loads((alone / "end-0.json").read_text("utf-8"))
+    ends = [json.loads((together / f"end-{rank}.json").read_text("utf-8")) for rank in range(2)]
+    assert ends[0] == ends[1]
+    # Half the steps of each of four epochs, and still a checkpoint at the end of each.
+    assert ends[0]["ended_at"] == 4 * -(-single["ended_at"] // 8)
+    assert ends[0]["judged"] == single["judged"] == 4
+    weights = [load_file(together / f"weights-{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

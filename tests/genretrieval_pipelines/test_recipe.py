@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from genretrieval_pipelines.recipe import Recipe, content_hash, load_recipe
+from pydantic import BaseModel
+
+from genretrieval.errors import RecipeError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+REFERENCE = next(path for path in CONFIGS if path.name == "next_item.yaml")
+
+
+def keys(value: Any, prefix: str = "") -> set[str]:
+    """Dotted names of everything in plain data; the entries of a list share one name."""
+    if isinstance(value, dict):
+        return {name for key, inner in value.items() for name in {f"{prefix}{key}", *keys(inner, f"{prefix}{key}.")}}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {name for inner in value for name in keys(inner, prefix)}
+    return set()
+
+
+def text(**changes: Any) -> str:
+    content = yaml.safe_load(REFERENCE.read_text("utf-8"))
+    for dotted, value in changes.items():
+        *sections, key = dotted.split("__")
+        section = content
+        for name in sections:
+            section = section[name]
+        section[key] = value
+    return yaml.safe_dump(content)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert isinstance(recipe, BaseModel)
+    assert Recipe.model_validate(recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_line_of_a_shipped_recipe_is_commented(path: Path) -> None:
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and not line.startswith("#")]
+    bare = [line for line in lines if "#" not in line and not line.rstrip().endswith(":")]
+    assert not bare
+
+
+def test_next_item_leaves_nothing_unsaid() -> None:
+    said = keys(yaml.safe_load(REFERENCE.read_text("utf-8")))
+    assert keys(load_recipe(REFERENCE).dump()) - said == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__epocs": 3}, r"training\.epocs: "),
+        ({"generater": {}}, "generater: "),
+        ({"training__epochs": "many"}, r"training\.epochs: "),
+        ({"training__epochs": 0}, r"training\.epochs is 0"),
+        ({"training__warmup_share": 50}, r"training\.warmup_share is 50"),
+        ({"generator__d_model": 1.5}, r"generator\.d_model: "),
+        ({"tokenizer__codebook_sizes": []}, r"tokenizer\.codebook_sizes|tokenizer: "),
+        ({"embedding": []}, "embedding: "),
+        ({"embedding": [{"name": "word2vec", "weight": 1.0}]}, r"embedding\.0"),
+        ({"evaluation__sasrec": {"depth": 2}}, r"evaluation\.sasrec\.depth: "),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text(**changes), "utf-8")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text(training__epochs="x", generator__d_ff="y"), "utf-8")
+    with pytest.raises(RecipeError, match=r"generator\.d_ff.*training\.epochs"):
+        load_recipe(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe at .*absent\.yaml"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_what_is_not_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("training: [1, 2\n", "utf-8")
+    with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "nothing\n"])
+def test_what_is_yaml_but_no_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content, "utf-8")
+    with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        load_recipe(path)
+
+
+def test_content_hash_changes_with_every_part() -> None:
+    assert content_hash("a", 1) == content_hash("a", 1)
+    assert len({content_hash(*parts) for parts in [("a", 1), ("a", 2), ("a1",), ("a",), (1, "a")]}) == 5
+    assert content_hash(load_recipe(REFERENCE)) == content_hash(load_recipe(REFERENCE))
