@@ -51,9 +51,7 @@ class NamedGraph(nn.Module):
     def names(self) -> tuple[str, ...]:
         """Names of all inputs, in order."""
         index = [
-            f"{kind}_{l}"
-            for kind in ("token", "child_start", "slot", "allowed")
-            for l in range(self.n_levels)
+            f"{kind}_{level}" for kind in ("token", "child_start", "slot", "allowed") for level in range(self.n_levels)
         ]
         return (*self.request_names, "beams", "mask_row", *index)
 
@@ -95,9 +93,7 @@ def named_graph(generator: Generator) -> NamedGraph:
     return NamedGraph(RetrievalGraph(generator).eval(), names, REQUEST_INPUTS, config.n_levels)
 
 
-def example_inputs(
-    graph: NamedGraph, n_profile_features: int, dtype: torch.dtype = torch.long
-) -> dict[str, Tensor]:
+def example_inputs(graph: NamedGraph, n_profile_features: int, dtype: torch.dtype = torch.long) -> dict[str, Tensor]:
     """Small inputs to trace with; every dynamic dimension differs from the others and from one."""
     rows, length, query, beams, mask_rows = 3, 5, 4, 6, 2
     given: dict[str, Tensor] = {
@@ -177,7 +173,5 @@ class GraphBackend:
     @torch.inference_mode()
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
         """Run one batch (see `genretrieval.retrieval.Backend`)."""
-        found = self.graph(
-            *(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.graph.names)
-        )
+        found = self.graph(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.graph.names))
         return Leaves(*(part.numpy() for part in found))

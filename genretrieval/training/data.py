@@ -49,10 +49,10 @@ class Windows:
 def cut_windows(offsets: NDArray[np.int64], train_ends: NDArray[np.int64], max_history: int) -> Windows:
     """Cut every training history into windows of at most `max_history` + 1 interactions.
 
-    A longer history becomes several windows that overlap by half, so that every interaction is trained once and,
-    past the first window, with at least ``max_history // 2`` interactions before it.
+    A longer history becomes several windows that overlap by a fifth, so that every interaction is trained once and,
+    past the first window, with at least ``max_history // 5`` interactions before it.
     """
-    size, stride = max_history + 1, max(1, max_history // 2)
+    size, stride = max_history + 1, max_history - max_history // 5
     users, starts, ends, learn = [], [], [], []
     for user, (begin, end) in enumerate(zip(offsets[:-1].tolist(), train_ends.tolist(), strict=True)):
         start, done = begin, begin

@@ -33,7 +33,13 @@ from genretrieval.metrics import (
 from genretrieval.request import HistoryEvent, RetrieveRequest, RetrieveResponse
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval_pipelines.baselines.blend import blend, choose_weight
-from genretrieval_pipelines.baselines.counts import Markov, Popularity, PopularityPerQuery, training_queries
+from genretrieval_pipelines.baselines.counts import (
+    Markov,
+    Popularity,
+    PopularityPerQuery,
+    Transitions,
+    training_queries,
+)
 from genretrieval_pipelines.baselines.ranking import Baseline, Ranked, history_items, top_items
 from genretrieval_pipelines.baselines.sasrec import Sasrec, SasrecConfig
 from genretrieval_pipelines.baselines.search import BM25, DenseRetrieval
@@ -221,12 +227,11 @@ class Evaluation:
         return self._row(key, baseline.name + part, ranked, cases)
 
     @staticmethod
-    def _transitions(split: Split) -> str:
+    def _transitions(split: Split) -> Transitions:
         return "training + validation" if split == "test" else "training"
 
     def _markov(self, split: Split) -> Markov:
-        transitions = "training + validation" if split == "test" else "training"
-        return Markov.fit(self.shop.histories, len(self.shop.items), transitions=transitions)
+        return Markov.fit(self.shop.histories, len(self.shop.items), transitions=self._transitions(split))
 
     def _baselines(self, split: Split) -> Iterator[tuple[str, Baseline]]:
         if not self.has_histories:

@@ -65,8 +65,8 @@ def open_shop(data: Path, work: Path) -> Shop:
     items, histories = logs.items(), logs.histories()
     judged = logs.query_items()
     if judged is not None:
-        pairs = judged.filter(pl.col("label") > 0).select("query", "item_row", "split").unique(maintain_order=True)
-        pairs = split_queries(pairs.collect())
+        positive = judged.filter(pl.col("label") > 0).select("query", "item_row", "split").unique(maintain_order=True)
+        pairs = split_queries(positive.collect())
     elif histories.n_users == 0 and not has_queries(histories):
         pairs = split_queries(made_queries(items))
     else:

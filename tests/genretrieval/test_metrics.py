@@ -39,9 +39,7 @@ def test_ndcg_by_hand() -> None:
 def test_nothing_is_never_a_hit_and_a_repeat_counts_once() -> None:
     ranked = np.array([[NOTHING, 0, 0, 0]], np.int32)
     assert metrics.recall(ranked, np.array([0], np.int32), np.array([0, 1]), 4).tolist() == [1.0]
-    assert metrics.hits(ranked, np.array([0], np.int32), np.array([0, 1])).tolist() == [
-        [False, True, False, False]
-    ]
+    assert metrics.hits(ranked, np.array([0], np.int32), np.array([0, 1])).tolist() == [[False, True, False, False]]
     empty = np.full((1, 4), NOTHING, np.int32)
     assert metrics.recall(empty, np.array([0], np.int32), np.array([0, 1]), 4).tolist() == [0.0]
 

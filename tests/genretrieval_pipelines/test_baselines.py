@@ -63,16 +63,12 @@ class TestTopItems:
             top_items(np.zeros((1, 3), np.float32), 0)
 
     @given(
-        hnp.arrays(
-            np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.floats(-3, 3, width=32)
-        ),
+        hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.floats(-3, 3, width=32)),
         st.integers(1, 9),
     )
     def test_against_a_stable_sort(self, scores: np.ndarray, k: int) -> None:
         kept = min(k, scores.shape[1])
-        assert np.array_equal(
-            top_items(scores, k)[:, :kept], np.argsort(-scores, axis=1, kind="stable")[:, :kept]
-        )
+        assert np.array_equal(top_items(scores, k)[:, :kept], np.argsort(-scores, axis=1, kind="stable")[:, :kept])
 
 
 class TestCounts:
@@ -134,9 +130,7 @@ class TestCounts:
     def test_scores_of_other_lists(self) -> None:
         popularity = Popularity.fit(SHOP, TRAIN_ENDS, N_ITEMS)
         cases = leave_one_out_cases(SHOP, "test").take(np.array([0]))
-        assert popularity.scores_of(SHOP, cases, np.array([[1, NOTHING, 0]], np.int32)).tolist() == [
-            [3, -np.inf, 2]
-        ]
+        assert popularity.scores_of(SHOP, cases, np.array([[1, NOTHING, 0]], np.int32)).tolist() == [[3, -np.inf, 2]]
 
 
 class TestSearch:
@@ -147,9 +141,7 @@ class TestSearch:
         assert tokenize("") == []
 
     def test_bm25_ranks_what_shares_words_and_nothing_else(self) -> None:
-        bm25 = BM25.fit(
-            ["green tea", "green tea cup for green tea lovers and friends", "red cup", "红葡萄酒"]
-        )
+        bm25 = BM25.fit(["green tea", "green tea cup for green tea lovers and friends", "red cup", "红葡萄酒"])
         cases = no_history(["tea", "葡萄", "unheard of", None, "RED cup"])
         ranked = bm25.rank(SHOP, cases, 3, exclude_seen=False)
         assert ranked[:4].tolist() == [[0, 1, -1], [3, -1, -1], [-1, -1, -1], [-1, -1, -1]]
@@ -163,9 +155,7 @@ class TestSearch:
         assert bm25.scores(SHOP, no_history(["tea"]))[0, :2] == pytest.approx(expected, rel=1e-5)
 
     def test_bm25_of_a_catalogue_without_words(self) -> None:
-        assert BM25.fit(["", "!"]).rank(SHOP, no_history(["tea"]), 1, exclude_seen=False).tolist() == [
-            [NOTHING]
-        ]
+        assert BM25.fit(["", "!"]).rank(SHOP, no_history(["tea"]), 1, exclude_seen=False).tolist() == [[NOTHING]]
 
     def test_dense_retrieval_is_the_cosine(self) -> None:
         items = np.array([[10.0, 0.0], [1.0, 1.0], [0.0, 0.0]], np.float32)
@@ -215,9 +205,7 @@ class TestBlend:
 
 
 class TestSasrec:
-    small = SasrecConfig(
-        dim=16, dropout=0.1, max_history=6, batch_positions=64, max_epochs=12, validation_users=50
-    )
+    small = SasrecConfig(dim=16, dropout=0.1, max_history=6, batch_positions=64, max_epochs=12, validation_users=50)
 
     @staticmethod
     def cycle(n_users: int = 60, n_items: int = 8) -> Histories:
@@ -276,9 +264,7 @@ class TestSasrec:
         log, config = self.cycle(), SasrecConfig(dim=16, max_history=6, max_epochs=1)
         first = Sasrec.fit(log, 8, config=config, cache=tmp_path)
         assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
-        other = Sasrec.fit(
-            log, 8, config=SasrecConfig(dim=16, max_history=6, max_epochs=1, seed=1), cache=tmp_path
-        )
+        other = Sasrec.fit(log, 8, config=SasrecConfig(dim=16, max_history=6, max_epochs=1, seed=1), cache=tmp_path)
         assert other.log["config"]["seed"] == 1
 
         def fail(*_: object) -> None:
@@ -327,6 +313,4 @@ def test_markov_and_popularity_reach_their_published_floor_on_beauty() -> None:
     )
     for transitions, expected in (("training", 0.0668), ("training + validation", 0.0752)):
         markov = Markov.fit(beauty, len(rows), transitions=transitions)
-        assert recall10(markov.rank(beauty, cases, 10, exclude_seen=True)) == pytest.approx(
-            expected, abs=0.0008
-        )
+        assert recall10(markov.rank(beauty, cases, 10, exclude_seen=True)) == pytest.approx(expected, abs=0.0008)

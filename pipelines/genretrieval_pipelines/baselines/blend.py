@@ -32,9 +32,7 @@ def blend(lists: Sequence[Ranked], weights: Sequence[float], k: int, *, constant
         InvalidInputError: if lists and weights differ in number, or a weight is negative.
     """
     if len(lists) != len(weights) or min(weights, default=-1.0) < 0:
-        raise InvalidInputError(
-            f"{len(lists)} lists and weights {list(weights)}: expected one weight >= 0 a list"
-        )
+        raise InvalidInputError(f"{len(lists)} lists and weights {list(weights)}: expected one weight >= 0 a list")
     n_cases = len(lists[0])
     keys, worth = [], []
     for ranked, weight in zip(lists, weights, strict=True):
@@ -68,8 +66,7 @@ def choose_weight(ours: Ranked, other: Ranked, cases: Cases, *, k: int = 10) -> 
         One of `WEIGHTS`.
     """
     recalls = [
-        recall(blend([ours, other], [1 - w, w], k), cases.relevant, cases.relevant_offsets, k).mean()
-        for w in WEIGHTS
+        recall(blend([ours, other], [1 - w, w], k), cases.relevant, cases.relevant_offsets, k).mean() for w in WEIGHTS
     ]
     return WEIGHTS[int(np.argmax(recalls))]
 

@@ -69,9 +69,7 @@ class Markov(Baseline):
         if transitions == "training + validation":
             ends = np.where(ends < histories.offsets[1:], ends + 1, ends)
         fitted = fitted_items(histories, ends)
-        fitted[histories.offsets[:-1][histories.lengths() > 0]] = (
-            False  # nothing leads to a first interaction
-        )
+        fitted[histories.offsets[:-1][histories.lengths() > 0]] = False  # nothing leads to a first interaction
         to = np.flatnonzero(fitted)
         pairs = (histories.items[to - 1], histories.items[to])
         # csr_array sums what stands on the same place.
@@ -88,8 +86,7 @@ class Markov(Baseline):
         users = cases.user_rows != NO_USER
         if (self.ends[cases.user_rows[users]] > cases.ends[users]).any():
             raise InvalidInputError(
-                f"{self.name} has counted the very targets of these cases; "
-                "for validation fit 'training' transitions"
+                f"{self.name} has counted the very targets of these cases; for validation fit 'training' transitions"
             )
         scores = np.tile(self.popularity.backoff(), (len(cases), 1))
         known = np.flatnonzero(cases.ends > cases.starts)

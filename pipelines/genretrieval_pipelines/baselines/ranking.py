@@ -77,9 +77,7 @@ class Baseline(ABC):
         """
         found = np.full(ranked.shape, -np.inf, np.float32)
         for rows in _chunks(len(cases)):
-            at = np.take_along_axis(
-                self.scores(histories, cases.take(rows)), np.maximum(ranked[rows], 0), axis=1
-            )
+            at = np.take_along_axis(self.scores(histories, cases.take(rows)), np.maximum(ranked[rows], 0), axis=1)
             found[rows] = np.where(ranked[rows] == NOTHING, -np.inf, at)
         return found
 

@@ -86,9 +86,7 @@ class Block(nn.Module):
         """``[B, L, D] -> [B, L, D]``; `future_LL` is ``-inf`` above the diagonal."""
         B, L, D = x_BLD.shape
         q, k, v = (
-            self.qkv(self.norm_attention(x_BLD))
-            .view(B, L, 3, self.n_heads, D // self.n_heads)
-            .permute(2, 0, 3, 1, 4)
+            self.qkv(self.norm_attention(x_BLD)).view(B, L, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
         )
         weights = torch.softmax(q @ k.transpose(-1, -2) * (D // self.n_heads) ** -0.5 + future_LL, dim=-1)
         attended = (weights.to(v.dtype) @ v).transpose(1, 2).reshape(B, L, D)
@@ -191,9 +189,7 @@ class Sasrec(Baseline):
 
     name = "SASRec (full softmax)"
 
-    def __init__(
-        self, model: SasrecModel, config: SasrecConfig, popularity: Popularity, log: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: SasrecModel, config: SasrecConfig, popularity: Popularity, log: dict[str, Any]) -> None:
         """Takes a trained model; `log` is what `train` reported."""
         self.model = model.eval()
         self.config = config
@@ -276,9 +272,7 @@ def train(
     with _progress(console) as progress:
         task = progress.add_task("SASRec", total=config.max_epochs) if progress else None
         for epoch in range(config.max_epochs):
-            loss = _train_epoch(
-                model, optimizer, list(batches(pieces, config.batch_positions, rng)), epoch, config
-            )
+            loss = _train_epoch(model, optimizer, list(batches(pieces, config.batch_positions, rng)), epoch, config)
             recall, ndcg = _validate(model, histories, cases, config.max_history)
             epochs.append({"loss": loss, "recall10": recall, "ndcg10": ndcg})
             if ndcg > best:
@@ -304,9 +298,7 @@ def _train_epoch(
     total, n = 0.0, 0
     for i, (items, lengths) in enumerate(epoch_batches):
         done = epoch + i / len(epoch_batches)
-        share = min(1.0, done + 1 / len(epoch_batches)) * (
-            0.55 + 0.45 * np.cos(np.pi * done / config.max_epochs)
-        )
+        share = min(1.0, done + 1 / len(epoch_batches)) * (0.55 + 0.45 * np.cos(np.pi * done / config.max_epochs))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * share
         with torch.autocast("cpu", torch.bfloat16):
@@ -323,9 +315,7 @@ def _train_epoch(
 
 
 @torch.inference_mode()
-def _validate(
-    model: SasrecModel, histories: Histories, cases: Cases, max_history: int
-) -> tuple[float, float]:
+def _validate(model: SasrecModel, histories: Histories, cases: Cases, max_history: int) -> tuple[float, float]:
     """Recall@10 and NDCG@10 over the whole catalogue, seen items kept, ties counted against the model."""
     model.eval()
     ranks = []
@@ -349,9 +339,7 @@ def _next_item_logits(model: SasrecModel, histories: Histories, cases: Cases, ma
         rows = by_length[first : first + 64]
         within = np.arange(max(1, int(lengths[rows].max())))
         at = np.minimum(starts[rows, None] + within, len(histories.items) - 1)
-        items = torch.from_numpy(
-            np.where(within < lengths[rows, None], histories.items[at], 0).astype(np.int64)
-        )
+        items = torch.from_numpy(np.where(within < lengths[rows, None], histories.items[at], 0).astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model(items)
         last[rows] = hidden[torch.arange(len(rows)), np.maximum(lengths[rows] - 1, 0)].float()
@@ -362,9 +350,7 @@ def _validation_cases(histories: Histories, at_most: int) -> Cases:
     """The validation cases, thinned evenly to `at_most`."""
     cases = leave_one_out_cases(histories, "validation")
     if len(cases) == 0:
-        raise DataError(
-            "no user has three interactions: SASRec has no validation item to choose its best epoch by"
-        )
+        raise DataError("no user has three interactions: SASRec has no validation item to choose its best epoch by")
     return cases.take(np.unique(np.linspace(0, len(cases) - 1, min(at_most, len(cases))).astype(np.int64)))
 
 

@@ -27,9 +27,7 @@ def tokenize(text: str) -> list[str]:
     tokens: list[str] = []
     for match in _TOKEN.finditer(text.casefold()):
         word, unspaced = match.group(), match.group(1)
-        tokens.extend(
-            [word[i : i + 2] for i in range(len(word) - 1)] if unspaced and len(word) > 1 else [word]
-        )
+        tokens.extend([word[i : i + 2] for i in range(len(word) - 1)] if unspaced and len(word) > 1 else [word])
     return tokens
 
 
@@ -57,9 +55,7 @@ class BM25(Baseline):
         """BM25 of the query; ``-inf`` without a common word, hence for every item where there is no query."""
         scores = np.full((len(cases), self.n_items), -np.inf, np.float32)
         for row, query in enumerate(cases.queries):
-            known = [
-                t for t in tokenize(query or "") if self.index is not None and t in self.index.vocab_dict
-            ]
+            known = [t for t in tokenize(query or "") if self.index is not None and t in self.index.vocab_dict]
             if known and self.index is not None:
                 found = self.index.get_scores(known)
                 scores[row] = np.where(found > 0, found, -np.inf)
