@@ -9,12 +9,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from genretrieval_serving.client import Client
-from genretrieval_serving.demo import running_server
-
 import genretrieval
 from genretrieval.bundle import load_bundle
 from genretrieval.request import HistoryEvent, RetrieveRequest
+from genretrieval_serving.client import Client
+from genretrieval_serving.demo import running_server
 
 TRAINING_PACKAGES = ("torch", "transformers", "faiss", "scipy", "onnx", "onnxscript")
 

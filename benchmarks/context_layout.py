@@ -22,9 +22,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from genretrieval_pipelines.recipe import Recipe
-from genretrieval_pipelines.run import draft_bundle, request_features, tokenize, training_set, validation_recall
-from genretrieval_pipelines.shop import Shop, open_shop
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -36,6 +33,9 @@ from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.model.generator import Context, ContextEncoder
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, Windows, collate
 from genretrieval.training.objectives import NextItemObjective
+from genretrieval_pipelines.recipe import Recipe
+from genretrieval_pipelines.run import draft_bundle, request_features, tokenize, training_set, validation_recall
+from genretrieval_pipelines.shop import Shop, open_shop
 
 RECIPE = {
     "embedding": [{"name": "hashing"}, {"name": "collaborative"}],

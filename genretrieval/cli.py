@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from genretrieval import __version__
-from genretrieval.errors import GenRetrievalError, MissingExtraError, RecipeError
+from genretrieval.errors import BundleError, GenRetrievalError, MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,7 +138,10 @@ def evaluate(
         from genretrieval_pipelines.agreement import Agreement
         from genretrieval_serving.client import Client
 
-        agreement = Agreement(offline=answer, live=Client(endpoint).batch_retrieve)
+        client = Client(endpoint)
+        if (live := client.info().bundle_version) != opened.manifest.version:
+            raise BundleError(f"{endpoint} serves bundle {live}, not {opened.manifest.version}; their answers differ")
+        agreement = Agreement(offline=answer, live=client.batch_retrieve)
         answer = agreement
     report = evaluate_bundle(opened, data, split.value, answer, console)
     if agreement:
@@ -266,8 +269,6 @@ def demo(
     """A made shop from logs to answers: make, train, export, serve, ask."""
     with _extra("train"):
         from genretrieval_pipelines.demo import build_demo
-    from genretrieval_serving.demo import show_demo
-
     with _extra("serve"):
         from genretrieval_serving.demo import show_demo
     from genretrieval.bundle import load_bundle

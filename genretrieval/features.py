@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from genretrieval.histories import NO_TIME
-from tokenizers import Tokenizer
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 # Upper ends of the buckets of the time since the previous interaction; bucket 0 is unknown.

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from genretrieval_serving.rest import openapi
 from grpc_tools import protoc
 
 from genretrieval.errors import GenRetrievalError
+from genretrieval_serving.rest import openapi
 
 SERVING = Path(__file__).resolve().parent
 # Relative to the import root: generated code says `from genretrieval_serving._proto...`.

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import polars as pl
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from genretrieval.histories import NO_QUERY, NO_TIME, Histories
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from genretrieval_tokenizers.rq_kmeans import RqKMeansConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from genretrieval.errors import RecipeError
 from genretrieval.training.trainer import TrainingConfig
 from genretrieval_pipelines.baselines.sasrec import SasrecConfig
 from genretrieval_pipelines.embed import EmbeddingPart
+from genretrieval_tokenizers.rq_kmeans import RqKMeansConfig
 
 
 class _Section(BaseModel):

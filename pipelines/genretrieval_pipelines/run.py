@@ -21,12 +21,11 @@ import polars as pl
 import torch
 import yaml
 from accelerate import PartialState
-from genretrieval_tokenizers.report import report as tokenizer_report
-from genretrieval_tokenizers.rq_kmeans import RqKMeans
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -66,7 +65,8 @@ from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, ask, wi
 from genretrieval_pipelines.queries import has_queries, train_query_tokenizer, with_query_pairs
 from genretrieval_pipelines.recipe import Recipe, content_hash
 from genretrieval_pipelines.shop import Shop, open_shop
-from tokenizers import Tokenizer
+from genretrieval_tokenizers.report import report as tokenizer_report
+from genretrieval_tokenizers.rq_kmeans import RqKMeans
 
 OpenBackend = Callable[[Path], Backend]
 VALIDATION_BEAMS = 20

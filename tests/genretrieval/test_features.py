@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from genretrieval_pipelines.queries import train_query_tokenizer
 
 from genretrieval.features import GAP_SECONDS, N_GAPS, RequestFeatures
 from genretrieval.histories import NO_TIME
+from genretrieval_pipelines.queries import train_query_tokenizer
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 

@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genretrieval_pipelines.queries import train_query_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import Histories, LeaveOneOut
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, collate, cut_windows
+from genretrieval_pipelines.queries import train_query_tokenizer
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2)), max_size=8), st.integers(1, 12))

@@ -7,12 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from genretrieval_pipelines.baselines.blend import blend, choose_weight, rescore
-from genretrieval_pipelines.baselines.counts import Markov, Popularity, PopularityPerQuery, training_queries
-from genretrieval_pipelines.baselines.ranking import CHUNK, top_items
-from genretrieval_pipelines.baselines.sasrec import FullSoftmaxLoss, Sasrec, SasrecConfig, batches, windows
-from genretrieval_pipelines.baselines.search import BM25, DenseRetrieval, tokenize
-from genretrieval_pipelines.cases import Cases, leave_one_out_cases, query_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,6 +15,12 @@ from genretrieval import metrics
 from genretrieval.errors import DataError, InvalidInputError
 from genretrieval.histories import NO_QUERY, NO_TIME, Histories, LeaveOneOut
 from genretrieval.metrics import NOTHING
+from genretrieval_pipelines.baselines.blend import blend, choose_weight, rescore
+from genretrieval_pipelines.baselines.counts import Markov, Popularity, PopularityPerQuery, training_queries
+from genretrieval_pipelines.baselines.ranking import CHUNK, top_items
+from genretrieval_pipelines.baselines.sasrec import FullSoftmaxLoss, Sasrec, SasrecConfig, batches, windows
+from genretrieval_pipelines.baselines.search import BM25, DenseRetrieval, tokenize
+from genretrieval_pipelines.cases import Cases, leave_one_out_cases, query_cases
 
 
 def histories(*sequences: list[int], queries: list[list[str | None]] | None = None) -> Histories:

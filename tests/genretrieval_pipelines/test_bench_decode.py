@@ -3,13 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from genretrieval_pipelines import bench_decode as bench
 
 from genretrieval.catalogue import build_index
 from genretrieval.export.onnx import GraphBackend
 from genretrieval.export.t5 import t5_graph
 from genretrieval.figures import Figure, lines
 from genretrieval.semantic_ids import SemanticIds
+from genretrieval_pipelines import bench_decode as bench
 
 SIZES = (6, 5, 4)
 

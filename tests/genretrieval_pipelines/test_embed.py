@@ -10,6 +10,11 @@ import numpy as np
 import polars as pl
 import pytest
 import scipy.sparse as sp
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from genretrieval.errors import DataError, MissingExtraError, RecipeError
+from genretrieval.histories import Histories
 from genretrieval_pipelines.embed import (
     EmbeddingPart,
     HashingEmbedder,
@@ -22,11 +27,6 @@ from genretrieval_pipelines.embed import (
 )
 from genretrieval_pipelines.embed.collaborative import _cooccurrence, _ppmi
 from genretrieval_pipelines.embed.linear import truncated_svd
-from numpy.typing import NDArray
-from pydantic import ValidationError
-
-from genretrieval.errors import DataError, MissingExtraError, RecipeError
-from genretrieval.histories import Histories
 
 ITEMS = pl.DataFrame(
     {
@@ -332,9 +332,8 @@ def test_settings_that_do_not_apply_are_refused(setting: dict[str, object]) -> N
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer BERT with random weights over a vocabulary of eight words."""
     import torch
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("tiny")
     words = ["[PAD]", "[UNK]", "red", "green", "lipstick", "hose", "garden", "beauty"]

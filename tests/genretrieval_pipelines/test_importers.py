@@ -7,13 +7,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
+from genretrieval.errors import DataError
+from genretrieval.logs import prepare_logs
 from genretrieval_pipelines.importers import IMPORTERS, ImportReport, import_logs, writing
 from genretrieval_pipelines.importers.kuaisearch import _SESSION_SPAN
 from genretrieval_pipelines.importers.reading import convert_file
 from genretrieval_pipelines.importers.writing import LogWriter
-
-from genretrieval.errors import DataError
-from genretrieval.logs import prepare_logs
 
 
 def write_lines(path: Path, *lines: object) -> None:

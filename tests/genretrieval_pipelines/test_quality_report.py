@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from genretrieval_pipelines import quality_report
-from genretrieval_pipelines.quality_report import QualityReport
 from rich.console import Console
 
 from genretrieval.errors import DataError, InvalidInputError
 from genretrieval.figures import Figure, print_lines, write_json
+from genretrieval_pipelines import quality_report
+from genretrieval_pipelines.quality_report import QualityReport
 
 
 def report(split: str = "validation") -> QualityReport:

@@ -5,6 +5,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+
+from genretrieval.features import RequestFeatures
+from genretrieval.histories import NO_QUERY, NO_TIME, Histories
+from genretrieval.training.data import HistoryDataset, collate, cut_windows
 from genretrieval_pipelines.queries import (
     has_queries,
     made_queries,
@@ -12,10 +16,6 @@ from genretrieval_pipelines.queries import (
     train_query_tokenizer,
     with_query_pairs,
 )
-
-from genretrieval.features import RequestFeatures
-from genretrieval.histories import NO_QUERY, NO_TIME, Histories
-from genretrieval.training.data import HistoryDataset, collate, cut_windows
 
 ITEMS = pl.DataFrame(
     {

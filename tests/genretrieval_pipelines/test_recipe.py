@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
-from genretrieval_pipelines.recipe import Recipe, content_hash, load_recipe
 from pydantic import BaseModel
 
 from genretrieval.errors import RecipeError
+from genretrieval_pipelines.recipe import Recipe, content_hash, load_recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 REFERENCE = next(path for path in CONFIGS if path.name == "next_item.yaml")

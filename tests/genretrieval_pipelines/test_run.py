@@ -8,11 +8,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from genretrieval_pipelines import run as run_module
-from genretrieval_pipelines.agreement import Agreement
-from genretrieval_pipelines.recipe import Recipe
-from genretrieval_pipelines.run import evaluate_bundle, run
-from genretrieval_pipelines.synth import ShopConfig, synthesize
 from rich.console import Console
 
 from genretrieval.bundle import MANIFEST, load_bundle
@@ -22,6 +17,11 @@ from genretrieval.export.onnx import NamedGraph
 from genretrieval.figures import Figure
 from genretrieval.request import Filters, HistoryEvent, RetrieveRequest
 from genretrieval.retrieval import Retriever
+from genretrieval_pipelines import run as run_module
+from genretrieval_pipelines.agreement import Agreement
+from genretrieval_pipelines.recipe import Recipe
+from genretrieval_pipelines.run import evaluate_bundle, run
+from genretrieval_pipelines.synth import ShopConfig, synthesize
 
 QUIET = Console(quiet=True)
 RECIPE = Recipe.model_validate(

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from genretrieval_pipelines.cases import Cases, leave_one_out_cases
-from genretrieval_pipelines.synth import Oracle, ShopConfig, ShopSummary, gini, synthesize
-from genretrieval_pipelines.synth.propensity import NOTHING, Truth, log_propensity, query_match
-from genretrieval_pipelines.synth.words import COMPLEMENTS, LEAVES
 from numpy.typing import NDArray
 
 from genretrieval.errors import DataError, RecipeError
 from genretrieval.histories import NO_QUERY, Histories
+from genretrieval_pipelines.cases import Cases, leave_one_out_cases
+from genretrieval_pipelines.synth import Oracle, ShopConfig, ShopSummary, gini, synthesize
+from genretrieval_pipelines.synth.propensity import NOTHING, Truth, log_propensity, query_match
+from genretrieval_pipelines.synth.words import COMPLEMENTS, LEAVES
 
 FILES = ("items.parquet", "users.parquet", "interactions.parquet", "truth.npz")
 SMALL = ShopConfig(n_items=200, n_users=80)

@@ -18,12 +18,12 @@ import onnx.parser
 import polars as pl
 import pytest
 import uvloop
-from genretrieval_serving.app import Server, Settings
 from numpy.typing import NDArray
 
 from genretrieval.bundle import CATALOGUE, GRAPH, Bundle, Manifest, load_bundle, write_bundle
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Leaves, Retriever
+from genretrieval_serving.app import Server, Settings
 
 N_ITEMS = 24
 POISON = "item-23"

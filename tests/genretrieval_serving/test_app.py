@@ -15,13 +15,13 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from genretrieval_serving.app import Server, Settings, run_forever, serve
-from genretrieval_serving.client import Client
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from genretrieval.bundle import load_bundle
 from genretrieval.errors import BundleIncompleteError, InvalidInputError, UnavailableError
 from genretrieval.retrieval import Retriever
+from genretrieval_serving.app import Server, Settings, run_forever, serve
+from genretrieval_serving.client import Client
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

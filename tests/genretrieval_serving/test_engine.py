@@ -7,11 +7,11 @@ import os
 import numpy as np
 import onnx.parser
 import pytest
-from genretrieval_serving.engine import OnnxBackend, usable_cpus
 
 from genretrieval.errors import BundleError, InvalidInputError
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
+from genretrieval_serving.engine import OnnxBackend, usable_cpus
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from genretrieval_serving import wire
-from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
-from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
-from genretrieval_serving.client import Client
-from genretrieval_serving.messages import MAX_BODY_BYTES
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from genretrieval import errors
 from genretrieval.request import RetrieveRequest, RetrieveResponse, Timings
+from genretrieval_serving import wire
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
+from genretrieval_serving.client import Client
+from genretrieval_serving.messages import MAX_BODY_BYTES
 
 POISON = "item-23"
 

@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from genretrieval_tokenizers.report import gini, report
 from hypothesis import given
 from hypothesis import strategies as st
 
 from genretrieval.errors import DataError
 from genretrieval.semantic_ids import SemanticIds
+from genretrieval_tokenizers.report import gini, report
 
 # Tuples (0, 0) three times, (0, 1) and (1, 1) once; the last level numbers the items of a tuple.
 IDS = SemanticIds(np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 2]], np.int32), codebook_sizes=(4, 2, 4))

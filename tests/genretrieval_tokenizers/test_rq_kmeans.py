@@ -7,7 +7,6 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from genretrieval_tokenizers.rq_kmeans import RqKMeans, RqKMeansConfig, nearest_codes, number_duplicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 
 from genretrieval.errors import DataError
 from genretrieval.semantic_ids import SemanticIds
+from genretrieval_tokenizers.rq_kmeans import RqKMeans, RqKMeansConfig, nearest_codes, number_duplicates
 
 SMALL = RqKMeansConfig(codebook_sizes=(8, 8), iterations=5)
 
