@@ -88,6 +88,8 @@ class OnnxBackend:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         # Idle threads that spin would take the CPU from the event loop.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Masked softmax weights end as denormals, which slow some CPUs threefold: docs/decisions/0002-decoding.md.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:
             self.session = ort.InferenceSession(str(path), options, providers=[provider])
         except (Fail, InvalidGraph, InvalidProtobuf, NotImplemented, RuntimeException) as error:
