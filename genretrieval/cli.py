@@ -167,13 +167,13 @@ def data_synth(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     items: Annotated[int | None, typer.Option(help="Items of the catalogue.")] = None,
     users: Annotated[int | None, typer.Option(help="Visitors.")] = None,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal shops.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal shops.")] = None,
 ) -> None:
     """Make a believable shop whose truth is known: catalogue, visitors, searches, pages, purchases."""
     with _extra("train"):
         from genretrieval_pipelines.synth import ShopConfig, synthesize
-    sizes = {name: value for name, value in (("n_items", items), ("n_users", users)) if value is not None}
-    print(synthesize(output, ShopConfig(seed=seed, **sizes)))
+    given = {"n_items": items, "n_users": users, "seed": seed}
+    print(synthesize(output, ShopConfig(**{name: value for name, value in given.items() if value is not None})))
 
 
 @data_app.command("check")
