@@ -93,7 +93,7 @@ def named_graph(generator: Generator) -> NamedGraph:
     return NamedGraph(RetrievalGraph(generator).eval(), names, REQUEST_INPUTS, config.n_levels)
 
 
-def example_inputs(graph: NamedGraph, n_profile_features: int, dtype: torch.dtype = torch.long) -> dict[str, Tensor]:
+def example_inputs(graph: NamedGraph, n_profile_features: int) -> dict[str, Tensor]:
     """Small inputs to trace with; every dynamic dimension differs from the others and from one."""
     rows, length, query, beams, mask_rows = 3, 5, 4, 6, 2
     given: dict[str, Tensor] = {

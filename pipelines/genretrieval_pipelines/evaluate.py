@@ -23,6 +23,7 @@ from genretrieval.metrics import (
     SidGroups,
     catalogue_coverage,
     cohorts,
+    exposure_gini,
     invalid_rate,
     mean_with_interval,
     popularity_buckets,
@@ -294,6 +295,7 @@ class Evaluation:
             "quality.invalid_rate": Figure(answers.invalid, "share of IDs"),
             "quality.unfilled_rate": Figure(unfilled_rate(ours, K), "share of places"),
             "quality.coverage10": Figure(catalogue_coverage(ours, n_items, K), "share of items"),
+            "quality.exposure_gini10": Figure(exposure_gini(ours, n_items, K), "Gini"),
         }
         per_case = recall(ours, cases.relevant, cases.relevant_offsets, K)
         if searches.any() and not searches.all():

@@ -74,10 +74,11 @@ VALIDATION_BEAMS = 20
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The catalogue's semantic IDs and the tokenizer that gave them."""
+    """The catalogue's semantic IDs, the tokenizer that gave them, and how good they are (Markdown)."""
 
     ids: SemanticIds
     codebooks: Path
+    report: str
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def run(
             tokenized = tokenize(recipe, shop, work)
         with stage(console, "preparing requests"):
             features = request_features(recipe, shop)
+    if processes.is_main_process:
+        console.print(tokenized.report, style="dim", highlight=False, markup=False)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
     started = time.perf_counter()
     generator = train_generator(recipe, shop, tokenized, draft, work, console)
@@ -164,21 +167,27 @@ def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
     parts = usable_parts(recipe.embedding, shop)
     histories = shop.histories if shop.histories.n_users else None
     embeddings = embed_items(shop.items, parts, histories, work / "embeddings")
-    key = content_hash(recipe.tokenizer, embeddings.shape, embeddings.tobytes())
-    folder = work / f"tokenizer-{key}"
-    codebooks, published = folder / CODEBOOKS, folder / "semantic_ids.npy"
-    if published.exists():
-        tokenizer = RqKMeans.load(codebooks)
-        return Tokenized(SemanticIds(np.load(published, allow_pickle=False), _sizes(folder)), codebooks)
-    folder.mkdir(exist_ok=True)
+    folder = work / f"tokenizer-{content_hash(recipe.tokenizer, embeddings.shape, embeddings.tobytes())}"
+    published = folder / "semantic_ids.npy"
+    if not published.exists():
+        folder.mkdir(exist_ok=True)
+        _publish(recipe, embeddings, folder, published)
+    sizes = tuple(json.loads((folder / "codebook_sizes.json").read_text("utf-8")))
+    ids = SemanticIds(np.load(published, allow_pickle=False), sizes)
+    left_out = [part.name for part in recipe.embedding if part not in parts]
+    note = f"\nNo interactions, so the embedding {', '.join(left_out)} was left out.\n" if left_out else ""
+    return Tokenized(ids, folder / CODEBOOKS, (folder / "report.md").read_text("utf-8") + note)
+
+
+def _publish(recipe: Recipe, embeddings: NDArray[np.float32], folder: Path, published: Path) -> None:
+    """Fit the tokenizer and write its IDs, which appear last."""
     tokenizer = RqKMeans.fit(embeddings, recipe.tokenizer)
     ids = tokenizer.assign(embeddings)
-    tokenizer.save(codebooks)
-    described = ids.codes[:, : len(tokenizer.codebooks)]
+    tokenizer.save(folder / CODEBOOKS)
     measured = tokenizer_report(
         ids,
         embeddings,
-        tokenizer.decode(described),
+        tokenizer.decode(ids.codes[:, : len(tokenizer.codebooks)]),
         dedup_level=recipe.tokenizer.dedup_level,
         notes=tokenizer.notes,
     )
@@ -188,11 +197,6 @@ def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
     temporary = folder / "semantic_ids.partial.npy"
     np.save(temporary, ids.codes)
     os.replace(temporary, published)
-    return Tokenized(ids, codebooks)
-
-
-def _sizes(folder: Path) -> tuple[int, ...]:
-    return tuple(json.loads((folder / "codebook_sizes.json").read_text("utf-8")))
 
 
 def usable_parts(parts: list[EmbeddingPart], shop: Shop) -> list[EmbeddingPart]:

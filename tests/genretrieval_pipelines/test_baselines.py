@@ -15,7 +15,7 @@ from genretrieval import metrics
 from genretrieval.errors import DataError, InvalidInputError
 from genretrieval.histories import NO_QUERY, NO_TIME, Histories, LeaveOneOut
 from genretrieval.metrics import NOTHING
-from genretrieval_pipelines.baselines.blend import blend, choose_weight, rescore
+from genretrieval_pipelines.baselines.blend import blend, choose_weight
 from genretrieval_pipelines.baselines.counts import Markov, Popularity, PopularityPerQuery, training_queries
 from genretrieval_pipelines.baselines.ranking import CHUNK, top_items
 from genretrieval_pipelines.baselines.sasrec import FullSoftmaxLoss, Sasrec, SasrecConfig, batches, windows
@@ -127,11 +127,6 @@ class TestCounts:
         alone = markov.rank(many, cases.take(np.array([CHUNK + 3])), 3, exclude_seen=False)
         assert ranked[CHUNK + 3].tolist() == alone[0].tolist()
 
-    def test_scores_of_other_lists(self) -> None:
-        popularity = Popularity.fit(SHOP, TRAIN_ENDS, N_ITEMS)
-        cases = leave_one_out_cases(SHOP, "test").take(np.array([0]))
-        assert popularity.scores_of(SHOP, cases, np.array([[1, NOTHING, 0]], np.int32)).tolist() == [[3, -np.inf, 2]]
-
 
 class TestSearch:
     def test_words_and_scripts_without_spaces(self) -> None:
@@ -196,12 +191,6 @@ class TestBlend:
         right, wrong = np.array([[0], [0]], np.int32), np.array([[9], [9]], np.int32)
         assert choose_weight(right, wrong, cases, k=1) == 0.0
         assert choose_weight(wrong, right, cases, k=1) == 0.5  # a tie in worth goes to the lower item row
-
-    def test_rescore(self) -> None:
-        own = np.log(np.array([[0.5, 0.3, 0.2], [1.0, 0, 0]], np.float32) + 1e-9)
-        markov = np.log(np.array([[0.1, 0.1, 0.8], [1.0, 1, 1]], np.float32))
-        assert rescore(self.ours, own, markov, 0.0, 3).tolist() == self.ours.tolist()
-        assert rescore(self.ours, own, markov, 1.0, 2).tolist() == [[3, 1], [4, NOTHING]]
 
 
 class TestSasrec:

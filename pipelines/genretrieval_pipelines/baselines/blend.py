@@ -1,4 +1,4 @@
-"""Two rankings made one: by their ranks alone, or by their scores on a common list."""
+"""Two rankings made one, by their ranks alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from genretrieval.errors import InvalidInputError
 from genretrieval.metrics import NOTHING, recall
-from genretrieval_pipelines.baselines.ranking import Ranked, Scores, top_items
+from genretrieval_pipelines.baselines.ranking import Ranked
 from genretrieval_pipelines.cases import Cases
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -69,21 +69,3 @@ def choose_weight(ours: Ranked, other: Ranked, cases: Cases, *, k: int = 10) -> 
         recall(blend([ours, other], [1 - w, w], k), cases.relevant, cases.relevant_offsets, k).mean() for w in WEIGHTS
     ]
     return WEIGHTS[int(np.argmax(recalls))]
-
-
-def rescore(ranked: Ranked, own: Scores, other: Scores, weight: float, k: int) -> Ranked:
-    """Order the items of a list by ``own + weight * other``; with log-probabilities, a product of experts.
-
-    Args:
-        ranked: int32 ``[n_cases, n]``.
-        own: float32 ``[n_cases, n]``, the scores the list came with.
-        other: float32 ``[n_cases, n]``, another rule's, see `Baseline.scores_of`.
-        weight: of the other rule.
-        k: length of the result.
-
-    Returns:
-        int32 ``[n_cases, k]``; ties keep their order.
-    """
-    total = np.where(ranked == NOTHING, np.float32(-np.inf), own + np.float32(weight) * other)
-    places = top_items(total.astype(np.float32), k)
-    return np.where(places == NOTHING, NOTHING, np.take_along_axis(ranked, np.maximum(places, 0), axis=1))

@@ -64,23 +64,6 @@ class Baseline(ABC):
             lists.append(top_items(scores, k))
         return np.concatenate(lists)
 
-    def scores_of(self, histories: Histories, cases: Cases, ranked: Ranked) -> Scores:
-        """What this rule gives the items of other lists, for `rescore`.
-
-        Args:
-            histories: the arrays that `cases` points into.
-            cases: requests.
-            ranked: int32 ``[n_cases, k]``, anybody's lists for them.
-
-        Returns:
-            float32 ``[n_cases, k]``, ``-inf`` where `ranked` holds `NOTHING`.
-        """
-        found = np.full(ranked.shape, -np.inf, np.float32)
-        for rows in _chunks(len(cases)):
-            at = np.take_along_axis(self.scores(histories, cases.take(rows)), np.maximum(ranked[rows], 0), axis=1)
-            found[rows] = np.where(ranked[rows] == NOTHING, -np.inf, at)
-        return found
-
 
 def _chunks(n: int) -> Iterator[NDArray[np.int64]]:
     """Case rows 0 .. n - 1, `CHUNK` at a time."""
