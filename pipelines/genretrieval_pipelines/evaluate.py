@@ -170,7 +170,7 @@ class Evaluation:
         self.train_ends = split.train_ends()
         n_items = len(shop.items)
         self.popularity = Popularity.fit(shop.histories, self.train_ends, n_items)
-        self.has_histories = shop.histories.n_users > 0
+        self.has_histories = bool((shop.histories.lengths() >= split.min_length).any())
 
     def report(self, ask_for: Callable[[Cases], Answers], split: Split, *, seed: int, beam_width: int) -> QualityReport:
         """Measure.
@@ -191,7 +191,8 @@ class Evaluation:
         searches = np.asarray([query is not None for query in cases.queries])
         if searches.any():
             asked = cases.take(np.flatnonzero(searches))
-            rows += [self._baseline(key, b, asked) for key, b in self._search_baselines(asked)]
+            only = "" if searches.all() else f", {len(asked):,} searches"
+            rows += [self._baseline(key, b, asked, only) for key, b in self._search_baselines(asked)]
         oracle = self._oracle(cases)
         rows += [oracle] if oracle else []
         protocol = Protocol(
@@ -222,10 +223,9 @@ class Evaluation:
         metrics["sid_recall10"] = mean_with_interval(at_sid, seed=BOOTSTRAP_SEED)
         return Row(key=key, name=name, metrics=metrics)
 
-    def _baseline(self, key: str, baseline: Baseline, cases: Cases) -> Row:
+    def _baseline(self, key: str, baseline: Baseline, cases: Cases, only: str = "") -> Row:
         ranked = baseline.rank(self.shop.histories, cases, K, exclude_seen=self.shop.exclude_seen)
-        part = "" if len(cases) == len(self.shop.cases("test")) else f", {len(cases):,} searches"
-        return self._row(key, baseline.name + part, ranked, cases)
+        return self._row(key, baseline.name + only, ranked, cases)
 
     @staticmethod
     def _transitions(split: Split) -> Transitions:

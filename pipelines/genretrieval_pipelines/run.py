@@ -70,6 +70,10 @@ from genretrieval_tokenizers.rq_kmeans import RqKMeans
 
 OpenBackend = Callable[[Path], Backend]
 VALIDATION_BEAMS = 20
+NOT_MEASURED = (
+    "Not measured: no user has three interactions, and no query is held out. The bundle can be served, but nothing is "
+    "known of its quality"
+)
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,18 @@ def run(
         with stage(console, "evaluating on validation, beside the baselines"):
             retriever = Retriever(draft, open_backend(folder / GRAPH))
             asked = partial(_ask, retriever.retrieve, shop, recipe, tokenized.ids, console)
-            quality = evaluation.report(
-                asked, "validation", seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width
-            )
-        figures = quality_report.write(quality, work / "quality")
+            quality = None
+            if len(shop.cases("validation")):
+                quality = evaluation.report(
+                    asked, "validation", seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width
+                )
+        figures = quality_report.write(quality, work / "quality") if quality else {}
         _fill_bundle(folder, recipe, shop, tokenized, features, generator, draft, data, work, quality)
     load_bundle(output)
-    quality_report.print_table(quality, console)
+    if quality:
+        quality_report.print_table(quality, console)
+    else:
+        console.print(NOT_MEASURED, style="yellow")
     return figures
 
 
@@ -403,7 +412,7 @@ def _fill_bundle(
     draft: Draft,
     data: Path,
     work: Path,
-    quality: quality_report.QualityReport,
+    quality: quality_report.QualityReport | None,
 ) -> None:
     """Write everything but the graph and the manifest."""
     save_file({name: t.contiguous() for name, t in generator.state_dict().items()}, folder / WEIGHTS)
@@ -414,11 +423,14 @@ def _fill_bundle(
         (folder / QUERY_TOKENIZER).write_text(features.query_tokenizer, "utf-8")
     run_record = {"recipe": recipe.dump(), "data": str(data), "work": str(work)}
     (folder / CONFIG).write_text(yaml.safe_dump(run_record, sort_keys=False), "utf-8")
-    (folder / METRICS).write_bytes((work / "quality" / "metrics.json").read_bytes())
+    if quality:
+        (folder / METRICS).write_bytes((work / "quality" / "metrics.json").read_bytes())
     (folder / MODEL_CARD).write_text(_model_card(shop, draft.manifest, generator, quality), "utf-8")
 
 
-def _model_card(shop: Shop, manifest: Manifest, generator: Generator, quality: quality_report.QualityReport) -> str:
+def _model_card(
+    shop: Shop, manifest: Manifest, generator: Generator, quality: quality_report.QualityReport | None
+) -> str:
     parameters = sum(p.numel() for p in generator.parameters())
     return f"""---
 library_name: genretrieval
@@ -434,7 +446,7 @@ behaviours {", ".join(manifest.events) or "none"}.
 Serve it: `genretrieval serve --bundle FOLDER`. It can return the items of its catalogue and no others.
 
 ## Quality
-{quality_report.markdown(quality)}
+{quality_report.markdown(quality) if quality else NOT_MEASURED}
 """
 
 

@@ -58,8 +58,8 @@ class Shop:
 def open_shop(data: Path, work: Path) -> Shop:
     """Check and order the logs in `data` (once; the result stays in `work`) and read them.
 
-    A shop without interactions and without judged queries gets queries made from its catalogue, so that it can be
-    trained, measured and served before it has logs.
+    A shop without queries and without a history that is long enough to be evaluated gets queries made from its
+    catalogue, so that it can be trained, measured and served before it has logs.
     """
     logs = prepare_logs(data, work / "logs")
     items, histories = logs.items(), logs.histories()
@@ -67,7 +67,7 @@ def open_shop(data: Path, work: Path) -> Shop:
     if judged is not None:
         positive = judged.filter(pl.col("label") > 0).select("query", "item_row", "split").unique(maintain_order=True)
         pairs = split_queries(positive.collect())
-    elif histories.n_users == 0 and not has_queries(histories):
+    elif not has_queries(histories) and (histories.lengths() < LeaveOneOut(histories).min_length).all():
         pairs = split_queries(made_queries(items))
     else:
         pairs = pl.DataFrame(schema={"query": pl.String, "item_row": pl.Int32, "split": pl.String})

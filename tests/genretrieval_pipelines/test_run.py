@@ -144,6 +144,26 @@ def test_a_run_killed_while_it_writes_the_bundle_leaves_none(
     assert not list(tmp_path.glob(f"**/{MANIFEST}"))
 
 
+@pytest.mark.parametrize("with_queries", [True, False], ids=["with queries", "without"])
+def test_a_shop_too_young_to_be_measured_by_its_histories_is_served(
+    demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph], with_queries: bool
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(demo_shop / "items.parquet", data)
+    interactions = pl.read_parquet(demo_shop / "interactions.parquet").filter(pl.col("event") != "exposure")
+    interactions = interactions.group_by("user_id", maintain_order=True).head(2)
+    if not with_queries:
+        interactions = interactions.drop("query")
+    elif interactions["query"].null_count() == len(interactions):
+        interactions = interactions.with_columns(pl.lit("lamp").alias("query"))
+    interactions.write_parquet(data / "interactions.parquet")
+    figures = run_tiny(data, tmp_path, torch_graph)
+    assert ("quality.recall10" in figures) == (not with_queries)
+    bundle = load_bundle(tmp_path / "bundle")
+    assert ("Not measured" in (bundle.path / "README.md").read_text("utf-8")) == with_queries
+
+
 @pytest.mark.parametrize("with_queries", [True, False], ids=["items and queries", "items alone"])
 def test_a_shop_without_interactions_is_served_by_search(
     demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph], with_queries: bool
