@@ -1,0 +1,85 @@
+"""What every tokenizer offers, whichever method fitted it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genretrieval.errors import DataError
+from genretrieval.semantic_ids import Codes
+
+BLOCK = 4096
+"""Rows that are encoded at a time; every block is padded to it, so that a row's codes never depend on its neighbours."""
+
+
+class Tokenizer(Protocol):
+    """A fitted tokenizer: vectors to codes and back, in NumPy alone.
+
+    Equal vectors get equal codes, whatever stands beside them, however many threads compute, and after saving and
+    loading. Codes say nothing about collisions; `genretrieval_tokenizers.collisions` makes IDs of them.
+    """
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codes of each level."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors it takes."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What came out different from what was asked, for the report."""
+        ...
+
+    def encode(self, x_ND: NDArray[np.floating]) -> Codes:
+        """Codes of vectors, int32 ``[N, n_levels]``.
+
+        Raises:
+            DataError: the vectors are not finite or have other dimensions than the tokenizer.
+        """
+        ...
+
+    def decode(self, codes_NL: Codes) -> NDArray[np.float32]:
+        """The vectors that codes stand for, float32 ``[N, dim]``; further levels (a dedup level) are not read."""
+        ...
+
+    def last_level_costs(self, x_ND: NDArray[np.floating]) -> NDArray[np.float32]:
+        """What it would cost to give a vector each code of the last level, its other codes being as `encode` says.
+
+        Squared distances in the space that the last level quantises, float32 ``[N, codebook_sizes[-1]]``, infinite
+        where a code does not exist under these codes. `encode` picks the cheapest.
+        """
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; it is whole or absent."""
+        ...
+
+
+def checked_vectors(x_ND: NDArray[np.floating], dim: int | None = None) -> NDArray[np.float32]:
+    """`x_ND` as contiguous float32.
+
+    Args:
+        x_ND: float ``[N, D]``.
+        dim: dimensions that the tokenizer was fitted with; None while fitting, when there must also be a row.
+
+    Raises:
+        DataError: it is no matrix, holds a number that is not finite, or has other dimensions than `dim`.
+    """
+    if x_ND.ndim != 2 or not x_ND.shape[1] or (dim is None and not len(x_ND)):
+        raise DataError(f"embeddings have shape {x_ND.shape}; expected [n_items, dim] with items and dimensions")
+    if dim is not None and x_ND.shape[1] != dim:
+        raise DataError(
+            f"embeddings have {x_ND.shape[1]} dimensions, the codebooks {dim}: they come from another embedding, and "
+            "codes would mean nothing; embed the items with the recipe that the tokenizer was fitted with"
+        )
+    x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
+    if len(bad := np.flatnonzero(~np.isfinite(x_ND).all(axis=1))):
+        raise DataError(f"embeddings of {len(bad)} items hold NaN or infinities, first item row {bad[0]}")
+    return x_ND
