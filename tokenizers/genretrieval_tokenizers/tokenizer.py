@@ -12,7 +12,7 @@ from genretrieval.errors import DataError
 from genretrieval.semantic_ids import Codes
 
 BLOCK = 4096
-"""Rows that are encoded at a time; every block is padded to it, so that a row's codes never depend on its neighbours."""
+"""Rows encoded at a time; blocks are padded to it, so that a row's codes never depend on its neighbours."""
 
 
 class Tokenizer(Protocol):
