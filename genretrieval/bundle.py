@@ -59,6 +59,7 @@ class Manifest(BaseModel):
     n_items: int
     codebook_sizes: tuple[int, ...]
     reserved_slots: tuple[int, ...] = ()
+    leaf_cap: int | None = Field(None, description="Items of one semantic ID that a response lists at most.")
     opset: int
     minimum_onnxruntime: str
     graph_inputs: tuple[str, ...] = Field(description="Inputs of the graph, in order.")

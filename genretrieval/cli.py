@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Make and check logs.")
+tokenize_app = typer.Typer(no_args_is_help=True, help="Turn items into semantic IDs, and compare ways to do it.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against named peers.")
 app.add_typer(data_app, name="data")
+app.add_typer(tokenize_app, name="tokenize")
 app.add_typer(bench_app, name="bench")
 
 Data = Annotated[Path, typer.Option(help="Folder of house Parquet: items.parquet and, if any, interactions.parquet.")]
@@ -189,6 +191,94 @@ def data_check(
         print(line)
 
 
+@tokenize_app.command("fit")
+def tokenize_fit(
+    recipe: Annotated[str, typer.Argument(help="Recipe whose embedding, tokenizer and collisions are used.")],
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder to publish the semantic IDs in; must hold none yet.")],
+    work: Annotated[Path | None, typer.Option(help="Checked logs and embeddings. Default: OUTPUT.work")] = None,
+    threads: Threads = None,
+) -> None:
+    """Embed a shop's items, fit a tokenizer, publish an ID for every item, and report how good they are."""
+    with _extra("train"):
+        from genretrieval_pipelines.recipe import load_recipe
+        from genretrieval_pipelines.run import set_threads
+        from genretrieval_pipelines.shop import open_shop
+        from genretrieval_pipelines.tokenize import fit_and_publish
+    set_threads(threads)
+    work = work or output.with_name(output.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    print(fit_and_publish(load_recipe(_recipe_file(recipe)), open_shop(data, work), output, work))
+
+
+@tokenize_app.command("append")
+def tokenize_append(
+    published: Annotated[Path, typer.Argument(help="Folder that `tokenize fit` wrote.")],
+    data: Annotated[Path, typer.Option(help="Folder of house Parquet with the whole item table, old and new.")],
+    work: Annotated[Path | None, typer.Option(help="Checked logs and embeddings. Default: PUBLISHED.work")] = None,
+) -> None:
+    """Give new items an ID; no published ID moves."""
+    with _extra("train"):
+        from genretrieval_pipelines.shop import open_shop
+        from genretrieval_pipelines.tokenize import append_items
+    work = work or published.with_name(published.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    for line in append_items(published, open_shop(data, work), work):
+        print(line)
+
+
+@tokenize_app.command("encode")
+def tokenize_encode(
+    shards: Annotated[Path, typer.Argument(help="Folder of Parquet files with an id and an embedding column.")],
+    output: Annotated[Path, typer.Option(help="Folder to publish the semantic IDs in; must hold none yet.")],
+    recipe: Annotated[str, typer.Option(help="Recipe whose tokenizer is fitted, on a sample.")] = "next_item",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A codebooks.safetensors to encode with instead of fitting one.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Embedding column, a list of floats.")] = "embedding",
+    id_column: Annotated[str, typer.Option(help="Item id column.")] = "item_id",
+    sample: Annotated[int, typer.Option(help="Items that the tokenizer is fitted on.")] = 262_144,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+) -> None:
+    """Ready embeddings of any number of items to semantic IDs: fit on a sample, encode as a stream."""
+    with _extra("train"):
+        from genretrieval_pipelines.recipe import load_recipe
+        from genretrieval_pipelines.tokenize import encode_stream
+    loaded = load_recipe(_recipe_file(recipe))
+    console = Console(stderr=True)
+    encode_stream(shards, output, loaded, tokenizer, column, id_column, sample, seed, console)
+
+
+@tokenize_app.command("report")
+def tokenize_report(
+    names: Annotated[list[str] | None, typer.Argument(help="Tokenizers of the recipe; all by default.")] = None,
+    *,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder for comparison.md, comparison.json and the plots.")],
+    recipe: Annotated[str, typer.Option(help="Path of a comparison recipe, or the name of a shipped one.")] = (
+        "tokenizers"
+    ),
+    work: Annotated[
+        Path | None, typer.Option(help="Every finished cell, reused on the next run. Default: OUTPUT.work")
+    ] = None,
+    downstream: Annotated[
+        bool, typer.Option(help="Also train a generator on the IDs of each tokenizer, for every seed: hours.")
+    ] = False,
+    split: Annotated[SplitName, typer.Option(help="`test` is for the last look.")] = SplitName.validation,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells computed at a time, each on one core.")] = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Fit tokenizers and put their diagnostics side by side; on request, what a generator makes of their IDs."""
+    with _extra("train"):
+        from genretrieval_pipelines.compare_tokenizers import Grid, compare
+        from genretrieval_pipelines.recipe import ComparisonRecipe, read_recipe
+    wanted = read_recipe(_recipe_file(recipe), ComparisonRecipe).only(names or [])
+    grid = Grid(wanted, data, work or output.with_name(output.name + ".work"))
+    console = Console(stderr=True)
+    figures = compare(grid, output, downstream=downstream, split=split.value, jobs=jobs, console=console)
+    _report_figures(figures, json_file)
+
+
 @app.command("import")
 def import_(
     source_format: Annotated[str, typer.Argument(metavar="FORMAT", help="house, amazon-2014 or kuaisearch.")],
@@ -298,6 +388,43 @@ def bench_decode(
         from genretrieval_pipelines.bench_decode import bench_decode as bench
     sizes = tuple(items) if items else ((12_000,) if quick else (12_000, 1_000_000))
     _report_figures(bench(sizes, rounds=2 if quick else rounds, bundle=bundle, quick=quick), json_file)
+
+
+@bench_app.command("tokenize")
+def bench_tokenize(
+    items: Annotated[int, typer.Option(help="Items to encode.")] = 100_000,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give tighter medians.")] = 7,
+    quick: Annotated[bool, typer.Option(help="A few rounds of a small size; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Encoding against faiss `ResidualQuantizer`, interleaved in one process, with the errors of both."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_tokenize import bench_tokenize as bench
+    _report_figures(bench(items, rounds=rounds, quick=quick), json_file)
+
+
+@bench_app.command("tokenize-scale")
+def bench_tokenize_scale(
+    folder: Annotated[Path, typer.Option(help="Where the made shards and the IDs go; 10 M items take 8 GB.")],
+    items: Annotated[int, typer.Option(help="Items to make and encode.")] = 10_000_000,
+    json_file: JsonFile = None,
+) -> None:
+    """Parquet shards of float16 embeddings to published IDs: minutes and peak memory."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_tokenize_scale import bench_tokenize_scale as bench
+    _report_figures(bench(items, folder=folder), json_file)
+
+
+@bench_app.command("fusion")
+def bench_fusion(
+    data: Data,
+    work: Annotated[Path, typer.Option(help="Checked logs and embeddings.")],
+    json_file: JsonFile = None,
+) -> None:
+    """Item representations of a ranking model, cold items apart: ID, SID, both, and SMILE's fusion of them."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_fusion import bench_fusion as bench
+    _report_figures(bench(data, work), json_file)
 
 
 @app.command()

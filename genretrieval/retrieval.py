@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -313,7 +314,10 @@ class Retriever:
         found: Leaves,
         matching: NDArray[np.bool_],
     ) -> list[RetrievedItem]:
-        """Items of the found leaves, best first: those that match the filters, without what is excluded."""
+        """Items of the found leaves, best first: those that match the filters, without what is excluded.
+
+        Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows.
+        """
         index, names = self.catalogue.index, self.catalogue.table["item_id"]
         excluded = {self.catalogue.rows.get(item) for item in request.exclude_item_ids}
         if request.exclude_history != "off":
@@ -325,9 +329,10 @@ class Retriever:
         for beam in np.lexsort((found.leaves, -found.scores)):
             if found.scores[beam] < CLOSED_BELOW:
                 break
-            for row in index.items_of(int(found.leaves[beam])).tolist():
-                if row in excluded or not matching[row]:
-                    continue
+            eligible = (
+                row for row in index.items_of(int(found.leaves[beam])).tolist() if row not in excluded and matching[row]
+            )
+            for row in islice(eligible, self.bundle.manifest.leaf_cap):
                 items.append(
                     RetrievedItem(
                         item_id=names[row],

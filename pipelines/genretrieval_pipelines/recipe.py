@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from genretrieval.errors import RecipeError
 from genretrieval.training.trainer import TrainingConfig
 from genretrieval_pipelines.baselines.sasrec import SasrecConfig
 from genretrieval_pipelines.embed import EmbeddingPart
+from genretrieval_tokenizers.collisions import CollisionConfig
+from genretrieval_tokenizers.family import TokenizerConfig
 from genretrieval_tokenizers.rq_kmeans import RqKMeansConfig
+
+Tokenizer = Annotated[TokenizerConfig, Field(discriminator="method")]
 
 
 class _Section(BaseModel):
@@ -44,10 +49,11 @@ class EvaluationSection(_Section):
 
 
 class Recipe(_Section):
-    """A whole run: embeddings, tokenizer, generator, training, evaluation."""
+    """A whole run: embeddings, tokenizer, collisions, generator, training, evaluation."""
 
     embedding: Annotated[list[EmbeddingPart], Field(min_length=1)]
-    tokenizer: RqKMeansConfig = RqKMeansConfig()
+    tokenizer: Tokenizer = RqKMeansConfig()
+    collisions: CollisionConfig = CollisionConfig()
     generator: GeneratorSection = GeneratorSection()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationSection = EvaluationSection()
@@ -57,7 +63,83 @@ class Recipe(_Section):
         return self.model_dump(mode="json")
 
 
+class PublishedGain(_Section):
+    """What a paper printed for a method over the reference, relative (0.03 is 3 %), by the names of our metrics."""
+
+    gains: dict[str, float]
+    source: str
+
+
+class Compared(_Section):
+    """One tokenizer of a comparison."""
+
+    tokenizer: Tokenizer
+    collisions: CollisionConfig = CollisionConfig()
+    embedding: Annotated[list[EmbeddingPart], Field(min_length=1)] | None = Field(
+        None, description="Its own vectors instead of those of the comparison."
+    )
+    published: PublishedGain | None = None
+
+
+class ComparisonEvaluation(_Section):
+    """How the generators of a comparison are measured."""
+
+    beam_width: int = Field(default=50, ge=10)
+    validation_users: int = Field(default=10_000, ge=1, description="A fixed sample; test is always measured whole.")
+
+
+class ComparisonRecipe(_Section):
+    """Tokenizers side by side: the same embeddings, generator and budget for all, seeds paired."""
+
+    embedding: Annotated[list[EmbeddingPart], Field(min_length=1)]
+    reference: str = Field(description="The tokenizer that gains are relative to.")
+    seeds: Annotated[list[int], Field(min_length=2)] = Field(description="Each replaces every other seed of a cell.")
+    tokenizers: Annotated[dict[str, Compared], Field(min_length=1)]
+    generator: GeneratorSection = GeneratorSection()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: ComparisonEvaluation = ComparisonEvaluation()
+
+    @model_validator(mode="after")
+    def _reference_is_there(self) -> Self:
+        if self.reference not in self.tokenizers:
+            raise ValueError(f"reference {self.reference!r} is none of the tokenizers {', '.join(self.tokenizers)}")
+        return self
+
+    def only(self, names: list[str]) -> ComparisonRecipe:
+        """The same comparison of `names` alone; the first stands in for a reference that is not among them.
+
+        Raises:
+            RecipeError: a name is unknown.
+        """
+        if unknown := [name for name in names if name not in self.tokenizers]:
+            raise RecipeError(
+                f"no tokenizer {', '.join(unknown)} in the comparison; it has {', '.join(self.tokenizers)}"
+            )
+        kept = {name: self.tokenizers[name] for name in names or self.tokenizers}
+        reference = self.reference if self.reference in kept else next(iter(kept))
+        return self.model_copy(update={"tokenizers": kept, "reference": reference})
+
+    def cell(self, name: str, seed: int) -> Recipe:
+        """The run of one tokenizer with one seed."""
+        compared = self.tokenizers[name]
+        return Recipe(
+            embedding=compared.embedding or self.embedding,
+            tokenizer=replace(compared.tokenizer, seed=seed),
+            collisions=compared.collisions,
+            generator=self.generator,
+            training=replace(self.training, seed=seed),
+        )
+
+
+_AnyRecipe = TypeVar("_AnyRecipe", bound=BaseModel)
+
+
 def load_recipe(path: Path) -> Recipe:
+    """Read the recipe of a run; errors are those of `read_recipe`."""
+    return read_recipe(path, Recipe)
+
+
+def read_recipe(path: Path, kind: type[_AnyRecipe]) -> _AnyRecipe:
     """Read a recipe.
 
     Raises:
@@ -73,7 +155,7 @@ def load_recipe(path: Path) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise RecipeError(f"{path}: {problems}") from error

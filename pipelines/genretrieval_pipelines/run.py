@@ -6,7 +6,6 @@ goes on where it stopped; a changed recipe or changed logs redo what depends on 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -60,13 +59,12 @@ from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.trainer import METRIC, train
 from genretrieval_pipelines import quality_report
 from genretrieval_pipelines.cases import Cases
-from genretrieval_pipelines.embed import EmbeddingPart, embed_items, item_texts
+from genretrieval_pipelines.embed import EmbeddingPart, item_texts
 from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, ask, without_seen
 from genretrieval_pipelines.queries import has_queries, train_query_tokenizer, with_query_pairs
 from genretrieval_pipelines.recipe import Recipe, content_hash
 from genretrieval_pipelines.shop import Shop, open_shop
-from genretrieval_tokenizers.report import report as tokenizer_report
-from genretrieval_tokenizers.rq_kmeans import RqKMeans
+from genretrieval_pipelines.tokenize import Tokenized, tokenize
 
 OpenBackend = Callable[[Path], Backend]
 VALIDATION_BEAMS = 20
@@ -74,15 +72,6 @@ NOT_MEASURED = (
     "Not measured: no user has three interactions, and no query is held out. The bundle can be served, but nothing is "
     "known of its quality"
 )
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """The catalogue's semantic IDs, the tokenizer that gave them, and how good they are (Markdown)."""
-
-    ids: SemanticIds
-    codebooks: Path
-    report: str
 
 
 @dataclass(frozen=True)
@@ -171,50 +160,6 @@ def stage(console: Console, name: str) -> Iterator[None]:
     console.print(f"{name}: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
 
 
-def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
-    """Embed the items and give each a semantic ID; published IDs are read back, never computed again."""
-    parts = usable_parts(recipe.embedding, shop)
-    histories = shop.histories if shop.histories.n_users else None
-    embeddings = embed_items(shop.items, parts, histories, work / "embeddings")
-    folder = work / f"tokenizer-{content_hash(recipe.tokenizer, embeddings.shape, embeddings.tobytes())}"
-    published = folder / "semantic_ids.npy"
-    if not published.exists():
-        folder.mkdir(exist_ok=True)
-        _publish(recipe, embeddings, folder, published)
-    sizes = tuple(json.loads((folder / "codebook_sizes.json").read_text("utf-8")))
-    ids = SemanticIds(np.load(published, allow_pickle=False), sizes)
-    left_out = [part.name for part in recipe.embedding if part not in parts]
-    note = f"\nNo interactions, so the embedding {', '.join(left_out)} was left out.\n" if left_out else ""
-    return Tokenized(ids, folder / CODEBOOKS, (folder / "report.md").read_text("utf-8") + note)
-
-
-def _publish(recipe: Recipe, embeddings: NDArray[np.float32], folder: Path, published: Path) -> None:
-    """Fit the tokenizer and write its IDs, which appear last."""
-    tokenizer = RqKMeans.fit(embeddings, recipe.tokenizer)
-    ids = tokenizer.assign(embeddings)
-    tokenizer.save(folder / CODEBOOKS)
-    measured = tokenizer_report(
-        ids,
-        embeddings,
-        tokenizer.decode(ids.codes[:, : len(tokenizer.codebooks)]),
-        dedup_level=recipe.tokenizer.dedup_level,
-        notes=tokenizer.notes,
-    )
-    (folder / "report.json").write_text(measured.to_json(), "utf-8")
-    (folder / "report.md").write_text(measured.to_markdown(), "utf-8")
-    (folder / "codebook_sizes.json").write_text(json.dumps(ids.codebook_sizes), "utf-8")
-    temporary = folder / "semantic_ids.partial.npy"
-    np.save(temporary, ids.codes)
-    os.replace(temporary, published)
-
-
-def usable_parts(parts: list[EmbeddingPart], shop: Shop) -> list[EmbeddingPart]:
-    """The recipe's embeddings that these data allow: without interactions there is nothing collaborative."""
-    if shop.histories.n_users:
-        return parts
-    return [part for part in parts if part.name != "collaborative"] or [EmbeddingPart(name="hashing")]
-
-
 def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
     """What the model reads of a request: the behaviours, profile columns and words of this shop."""
     sizes = recipe.generator
@@ -250,6 +195,7 @@ def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
         genretrieval_version=__version__,
         n_items=ids.n_items,
         codebook_sizes=ids.codebook_sizes,
+        leaf_cap=recipe.collisions.cap,
         opset=OPSET,
         minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
         graph_inputs=(),
@@ -389,7 +335,7 @@ def make_evaluation(recipe: Recipe, shop: Shop, ids: SemanticIds, work: Path, co
     return Evaluation(
         shop,
         ids,
-        dedup_level=recipe.tokenizer.dedup_level,
+        dedup_level=recipe.collisions.method == "dedup",
         sasrec=recipe.evaluation.sasrec,
         text=texts[0] if texts else EmbeddingPart(name="hashing"),
         cache=work / "baselines",

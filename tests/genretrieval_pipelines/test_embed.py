@@ -15,13 +15,16 @@ from pydantic import ValidationError
 
 from genretrieval.errors import DataError, MissingExtraError, RecipeError
 from genretrieval.histories import Histories
+from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval_pipelines.embed import (
     EmbeddingPart,
     HashingEmbedder,
     TransformerEmbedder,
     collaborative_embeddings,
     embed_items,
+    embed_queries,
     item_texts,
+    mine_keywords,
     parts,
     text_embedder,
 )
@@ -318,11 +321,91 @@ def test_recipes_that_cannot_be_embedded_are_refused(tmp_path: Path) -> None:
         {"name": "column:v", "dim": 2},
         {"name": "hashing", "revision": "main"},
         {"name": "hashing", "size": 3},
+        {"name": "collaborative", "keywords": True},
+        {"name": "column:v", "keywords": True},
     ],
 )
 def test_settings_that_do_not_apply_are_refused(setting: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         EmbeddingPart.model_validate(setting)
+
+
+# --- keywords and queries
+
+PLAIN, ENHANCED = EmbeddingPart(name="hashing", dim=3), EmbeddingPart(name="hashing", dim=3, keywords=True)
+LIPSTICK_WORD = KeywordDictionary((Keyword("lipstick", AttributeType.ENTITY),))
+
+
+def test_keywords_move_a_text_half_way_to_their_vector(tmp_path: Path) -> None:
+    texts = item_texts(ITEMS)
+    x = embed_items(ITEMS, [ENHANCED], None, tmp_path, LIPSTICK_WORD)
+    model = HashingEmbedder(dim=3).fit(texts)
+    plain, keyword = model.embed(texts), model.embed(["lipstick"])[0]
+    moved = 0.5 * plain[LIPSTICK] + 0.5 * keyword
+    np.testing.assert_allclose(x[LIPSTICK], moved / np.linalg.norm(moved), rtol=1e-5)
+    np.testing.assert_array_equal(x[[HOSE, BLANK]], plain[[HOSE, BLANK]])
+
+
+def test_keywords_are_mined_where_none_are_given(tmp_path: Path) -> None:
+    plain = embed_items(ITEMS, [PLAIN], None, tmp_path)
+    x = embed_items(ITEMS, [ENHANCED], None, tmp_path)
+    assert not np.allclose(x[LIPSTICK], plain[LIPSTICK], atol=0.01)  # its brand, Rosa, and its colour
+    np.testing.assert_array_equal(x, embed_items(ITEMS, [ENHANCED], None, tmp_path / "other", mine_keywords(ITEMS)))
+
+
+def test_the_cache_keeps_apart_what_keywords_change(tmp_path: Path) -> None:
+    calls = [
+        lambda cache: embed_items(ITEMS, [PLAIN], None, cache),
+        lambda cache: embed_items(ITEMS, [ENHANCED], None, cache),
+        lambda cache: embed_items(ITEMS, [ENHANCED], None, cache, LIPSTICK_WORD),
+        lambda cache: embed_queries(["red lipstick", "hose"], ITEMS, [PLAIN], None, cache),
+        lambda cache: embed_queries(["red lipstick", "hose"], ITEMS, [ENHANCED], None, cache),
+        lambda cache: embed_queries(["red lipstick", "rosa"], ITEMS, [ENHANCED], None, cache),
+        lambda cache: embed_queries(["red lipstick", "hose"], ITEMS, [ENHANCED], None, cache, LIPSTICK_WORD),
+    ]
+    alone = [call(tmp_path / str(i)) for i, call in enumerate(calls)]
+    for kind in (alone[:3], [alone[3], alone[4], alone[6]]):  # plain, mined, given
+        assert len({x.tobytes() for x in kind}) == 3
+    for _ in range(2):  # computed, then read back
+        for call, expected in zip(calls, alone, strict=True):
+            np.testing.assert_array_equal(call(tmp_path / "shared"), expected)
+
+
+def test_another_catalogue_gives_a_query_another_vector(tmp_path: Path) -> None:
+    first = embed_queries(["red"], ITEMS, [PLAIN], None, tmp_path)
+    assert not np.array_equal(first, embed_queries(["red"], ITEMS[:3], [PLAIN], None, tmp_path))
+
+
+@pytest.mark.parametrize("part", [PLAIN, ENHANCED])
+def test_a_query_that_says_what_an_item_says_has_its_vector(tmp_path: Path, part: EmbeddingPart) -> None:
+    texts = item_texts(ITEMS)
+    x = embed_items(ITEMS, [part], None, tmp_path)
+    queries = embed_queries([texts[HOSE], "", texts[LIPSTICK]], ITEMS, [part], None, tmp_path)
+    np.testing.assert_array_equal(queries, x[[HOSE, BLANK, LIPSTICK]])
+
+
+def test_parts_without_words_are_zeros_in_a_query(tmp_path: Path) -> None:
+    items = ITEMS.with_columns(pl.Series("v", [[1.0, 0.0], [0.0, 1.0]] * 2))
+    spec = [EmbeddingPart(name="collaborative", dim=9), PLAIN, EmbeddingPart(name="column:v", weight=2)]
+    log = histories([0, 1, 2, 3, 0, 1])
+    x = embed_items(items, spec, log, tmp_path)
+    queries = embed_queries(["hose", "lipstick"], items, spec, log, tmp_path)
+    assert queries.shape == (2, x.shape[1])
+    assert queries.dtype == np.float32
+    text = slice(x.shape[1] - 5, x.shape[1] - 2)  # the part with 9 dimensions at most has fewer
+    assert not np.delete(queries, np.r_[text], axis=1).any()
+    np.testing.assert_array_equal(queries[:, text], embed_queries(["hose", "lipstick"], items, [PLAIN], None, tmp_path))
+    assert embed_queries([], items, spec, log, tmp_path).shape == (0, x.shape[1])
+
+
+def test_a_query_needs_a_part_that_reads(tmp_path: Path) -> None:
+    items = ITEMS.with_columns(pl.Series("v", [[1.0]] * 4))
+    with pytest.raises(RecipeError, match="a query is words"):
+        embed_queries(["hose"], items, [EmbeddingPart(name="column:v")], None, tmp_path)
+    with pytest.raises(RecipeError, match="at least one part"):
+        embed_queries(["hose"], items, [], None, tmp_path)
+    with pytest.raises(RecipeError, match="there are none"):
+        embed_queries(["hose"], items, [PLAIN, EmbeddingPart(name="collaborative")], None, tmp_path)
 
 
 # --- transformers

@@ -8,9 +8,11 @@ import yaml
 from pydantic import BaseModel
 
 from genretrieval.errors import RecipeError
-from genretrieval_pipelines.recipe import Recipe, content_hash, load_recipe
+from genretrieval_pipelines.recipe import ComparisonRecipe, Recipe, content_hash, load_recipe, read_recipe
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+COMPARISON = FOLDER / "tokenizers.yaml"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path != COMPARISON)
 REFERENCE = next(path for path in CONFIGS if path.name == "next_item.yaml")
 
 
@@ -41,7 +43,7 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     assert Recipe.model_validate(recipe.dump()) == recipe
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, COMPARISON], ids=lambda path: path.stem)
 def test_every_line_of_a_shipped_recipe_is_commented(path: Path) -> None:
     lines = [line for line in path.read_text("utf-8").splitlines() if line.strip() and not line.startswith("#")]
     bare = [line for line in lines if "#" not in line and not line.rstrip().endswith(":")]
@@ -62,7 +64,10 @@ def test_next_item_leaves_nothing_unsaid() -> None:
         ({"training__epochs": 0}, r"training\.epochs is 0"),
         ({"training__warmup_share": 50}, r"training\.warmup_share is 50"),
         ({"generator__d_model": 1.5}, r"generator\.d_model: "),
-        ({"tokenizer__codebook_sizes": []}, r"tokenizer\.codebook_sizes|tokenizer: "),
+        ({"tokenizer__codebook_sizes": []}, r"tokenizer\.rq_kmeans.*codebook_sizes"),
+        ({"tokenizer__method": "rq_means"}, r"tokenizer: .*'rq_kmeans'"),
+        ({"tokenizer__latent_dim": 8}, r"tokenizer\.rq_kmeans\.latent_dim: "),
+        ({"collisions__cap": 5}, r"collisions: .*cap limits the items of a shared SID"),
         ({"embedding": []}, "embedding: "),
         ({"embedding": [{"name": "word2vec", "weight": 1.0}]}, r"embedding\.0"),
         ({"evaluation__sasrec": {"depth": 2}}, r"evaluation\.sasrec\.depth: "),
@@ -106,3 +111,34 @@ def test_content_hash_changes_with_every_part() -> None:
     assert content_hash("a", 1) == content_hash("a", 1)
     assert len({content_hash(*parts) for parts in [("a", 1), ("a", 2), ("a1",), ("a",), (1, "a")]}) == 5
     assert content_hash(load_recipe(REFERENCE)) == content_hash(load_recipe(REFERENCE))
+
+
+class TestComparison:
+    def test_holds_every_method_and_the_default_of_next_item(self) -> None:
+        comparison = read_recipe(COMPARISON, ComparisonRecipe)
+        methods = {compared.tokenizer.method for compared in comparison.tokenizers.values()}
+        assert methods == {"rq_kmeans", "rq_opq", "rq_vae", "rk_fsq"}
+        default = load_recipe(REFERENCE)
+        same = [c for c in comparison.tokenizers.values() if c.collisions == default.collisions]
+        assert any(c.tokenizer == default.tokenizer for c in same)
+        assert comparison.embedding == default.embedding
+
+    def test_a_cell_takes_its_seed_everywhere(self) -> None:
+        cell = read_recipe(COMPARISON, ComparisonRecipe).cell("quasid", 3)
+        assert (cell.tokenizer.seed, cell.training.seed) == (3, 3)
+
+    def test_some_of_them_in_the_order_given(self) -> None:
+        some = read_recipe(COMPARISON, ComparisonRecipe).only(["rq_vae", "rq_opq"])
+        assert list(some.tokenizers) == ["rq_vae", "rq_opq"]
+        assert some.reference == "rq_vae"
+
+    def test_an_unknown_name_is_told_with_those_that_exist(self) -> None:
+        with pytest.raises(RecipeError, match="no tokenizer rq_van in the comparison; it has rq_kmeans"):
+            read_recipe(COMPARISON, ComparisonRecipe).only(["rq_van"])
+
+    def test_a_reference_that_is_not_compared(self, tmp_path: Path) -> None:
+        content = yaml.safe_load(COMPARISON.read_text("utf-8")) | {"reference": "rq_means"}
+        path = tmp_path / "wrong.yaml"
+        path.write_text(yaml.safe_dump(content), "utf-8")
+        with pytest.raises(RecipeError, match="'rq_means' is none of the tokenizers adasid"):
+            read_recipe(path, ComparisonRecipe)

@@ -27,7 +27,7 @@ QUIET = Console(quiet=True)
 RECIPE = Recipe.model_validate(
     {
         "embedding": [{"name": "hashing", "dim": 32}, {"name": "collaborative", "dim": 16}],
-        "tokenizer": {"codebook_sizes": [8, 8, 8]},
+        "tokenizer": {"method": "rq_kmeans", "codebook_sizes": [8, 8, 8]},
         "generator": {
             "d_model": 32,
             "n_heads": 2,

@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, NDArray[Any]]
 
+_HEADER = "genretrieval"
+
 
 def write_tokenizer(path: Path, format_: str, config: DataclassInstance, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Write a fitted tokenizer; the file is whole or absent. Equal tensors and settings give equal bytes."""
     partial = path.with_name(path.name + ".partial")
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    partial.write_bytes(save(contiguous, {"format": format_, "config": json.dumps(asdict(config))}))
+    # One entry, because safetensors writes several in random order, and equal tokenizers are to have equal bytes.
+    header = json.dumps({"format": format_, "config": asdict(config)}, sort_keys=True)
+    partial.write_bytes(save(contiguous, {_HEADER: header}))
     os.replace(partial, path)
 
 
@@ -39,13 +43,13 @@ def read_tokenizer(path: Path, format_: str) -> tuple[dict[str, Any], Tensors]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != format_:
-                raise DataError(f"{path} is {metadata.get('format', 'no tokenizer')!r}, not {format_!r}")
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            if header.get("format") != format_:
+                raise DataError(f"{path} is {header.get('format', 'no tokenizer')!r}, not {format_!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
-    return json.loads(metadata["config"]), tensors
+    return header["config"], tensors
 
 
 def read_format(path: Path) -> str:
@@ -56,12 +60,12 @@ def read_format(path: Path) -> str:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
-    if not str(metadata.get("format", "")).startswith("genretrieval."):
+    if "format" not in header:
         raise DataError(f"{path} is no tokenizer; give the file `genretrieval tokenize fit` wrote")
-    return str(metadata["format"])
+    return str(header["format"])
 
 
 def fingerprint(path: Path) -> str:

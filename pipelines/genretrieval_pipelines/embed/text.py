@@ -51,7 +51,7 @@ def item_texts(items: pl.DataFrame) -> list[str]:
     left out. Fields are joined by ``". "``; the description stops after `DESCRIPTION_CHARACTERS`.
     """
     columns = [name for name in _LEADING if name in items.columns]
-    columns += [name for name in items.columns if _is_words(name, items.schema[name])]
+    columns += [name for name in items.columns if is_words(name, items.schema[name])]
     fields = [_words_of(name, items.schema[name]) for name in columns]
     if "description" in items.columns:
         fields.append(pl.col("description").cast(pl.String).str.slice(0, DESCRIPTION_CHARACTERS))
@@ -63,7 +63,8 @@ def item_texts(items: pl.DataFrame) -> list[str]:
     ].to_list()
 
 
-def _is_words(name: str, dtype: pl.DataType) -> bool:
+def is_words(name: str, dtype: pl.DataType) -> bool:
+    """Whether a column of the shop's own holds words: strings or lists of them, and no ids, addresses or images."""
     if name in (*_LEADING, "description") or _NOT_WORDS & set(name.lower().split("_")):
         return False
     inner = dtype.inner if isinstance(dtype, pl.List) else dtype
