@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def near_ties(codebook_KD: NDArray[np.float32], seed: int) -> NDArray[np.float32
     rng = np.random.default_rng(seed)
     a_ND, b_ND = (codebook_KD[rng.integers(0, len(codebook_KD), 400)].astype(np.float64) for _ in range(2))
     off_N1 = rng.choice([0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4], (400, 1)) * rng.choice([-1, 1], (400, 1))
-    return ((a_ND + b_ND) / 2 + off_N1 * (b_ND - a_ND)).astype(np.float32)
+    x_ND: NDArray[np.float64] = (a_ND + b_ND) / 2 + off_N1 * (b_ND - a_ND)
+    return x_ND.astype(np.float32)
 
 
 @given(
@@ -94,7 +96,12 @@ def test_few_rows_of_ordinary_data_are_left_to_the_definition(monkeypatch: pytes
     """Else the bounds are loose, and encoding is slow."""
     decided: list[int] = []
     decide = quantise._decide
-    monkeypatch.setattr(quantise, "_decide", lambda r, *rest: decided.append(len(r)) or decide(r, *rest))
+
+    def counted(r_MD: NDArray[np.float64], *rest: Any) -> NDArray[np.int32]:
+        decided.append(len(r_MD))
+        return decide(r_MD, *rest)
+
+    monkeypatch.setattr(quantise, "_decide", counted)
     codebooks = [vectors(256, 64, seed) * np.float32(0.8**seed) for seed in range(3)]
     for normalize in (False, True):
         ResidualEncoder(codebooks, normalize=[normalize] * 3).encode(vectors(1000, 64, 9))
@@ -162,7 +169,7 @@ def test_every_row_is_worked_on_once() -> None:
 @pytest.mark.parametrize("start", ["progressive", "spherical", "random"])
 def test_kmeans_finds_the_clusters(start: quantise.Start) -> None:
     # Two far clusters of ten: their means are the codebook.
-    x = np.repeat(np.array([[20, 0, 0], [0, 20, 0]], np.float32), 10, axis=0) + vectors(20, 3) / 10
+    x = np.repeat(np.array([[20, 0, 0], [0, 20, 0]], np.float32), 10, axis=0) + 0.1 * vectors(20, 3)
     found = kmeans(x, 2, start=start, iterations=5, max_points_per_centroid=1000, seed=1)
     means = x.reshape(2, 10, 3).mean(axis=1)
     assert sorted(map(tuple, np.round(found, 4).tolist())) == sorted(map(tuple, np.round(means, 4).tolist()))

@@ -3,20 +3,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from genretrieval.errors import DataError
-from genretrieval.semantic_ids import SemanticIds
-from genretrieval_tokenizers.rq_kmeans import RqKMeans, RqKMeansConfig, nearest_codes, number_duplicates
+from genretrieval_tokenizers.rq_kmeans import ParentCodebooks, RqKMeans, RqKMeansConfig, prices_by_auction
 
+LastLevel = Literal["plain", "balanced", "per_parent"]
 SMALL = RqKMeansConfig(codebook_sizes=(8, 8), iterations=5)
 
 
@@ -33,20 +33,6 @@ def threads() -> Iterator[None]:
     before = faiss.omp_get_max_threads()
     yield
     faiss.omp_set_num_threads(before)
-
-
-@given(
-    x=hnp.arrays(np.float32, (5, 3), elements=st.integers(-9, 9).map(float)),
-    codebook=hnp.arrays(np.float32, (4, 3), elements=st.integers(-9, 9).map(float)),
-)
-def test_nearest_code_agrees_with_the_definition(x: np.ndarray, codebook: np.ndarray) -> None:
-    oracle = [min(range(4), key=lambda k: (((v - codebook[k]) ** 2).sum(), k)) for v in x]
-    assert nearest_codes(x, codebook).tolist() == oracle
-
-
-def test_a_tie_goes_to_the_lower_code() -> None:
-    codebook = np.array([[9, 9], [1, 0], [1, 0], [-1, 0]], np.float32)
-    assert nearest_codes(np.array([[0, 7], [3, 0]], np.float32), codebook).tolist() == [1, 1]
 
 
 def test_codes_of_two_levels_by_hand() -> None:
@@ -109,89 +95,114 @@ def test_a_vector_gets_the_same_codes_whatever_stands_beside_it(rows: list[int],
     assert np.array_equal(TOKENIZER.encode(x)[rows], TOKENIZER.encode(x[rows]))
 
 
-def test_dedup_numbers_items_of_a_tuple_in_row_order() -> None:
-    x = np.repeat(vectors(4), [1, 3, 1, 2], axis=0)
-    ids = RqKMeans.fit(x, SMALL).assign(x)
-    assert ids.codes[:, -1].tolist() == [0, 0, 1, 2, 0, 0, 1]
-    assert ids.codebook_sizes[-1] == 3 + SMALL.dedup_headroom
-    assert len(np.unique(ids.codes, axis=0)) == 7
+LAST_LEVELS = pytest.mark.parametrize("last_level", ["plain", "balanced", "per_parent"])
 
 
-def test_without_collisions_or_headroom_the_dedup_level_has_one_code() -> None:
-    x = vectors(8)
-    ids = RqKMeans.fit(x, replace(SMALL, dedup_headroom=0)).assign(x)
-    assert ids.codebook_sizes[-1] == 1
-
-
-def test_without_a_dedup_level_items_share_ids() -> None:
-    x = np.repeat(vectors(4), 2, axis=0)
-    tokenizer = RqKMeans.fit(x, replace(SMALL, dedup_level=False))
-    ids = tokenizer.assign(x)
-    assert ids.n_levels == 2
-    assert np.array_equal(ids.codes[0], ids.codes[1])
-    assert tokenizer.append(ids, x[:3]).n_items == 11
-
-
-@given(
-    hnp.arrays(np.int32, st.tuples(st.integers(0, 12), st.just(2)), elements=st.integers(0, 1)),
-    st.integers(0, 12),
-)
-def test_numbering_in_two_steps_is_numbering_at_once(codes: np.ndarray, split: int) -> None:
-    split = min(split, len(codes))
-    at_once = number_duplicates(codes)
-    seen: dict[tuple[int, ...], int] = {}
-    for row, number in zip(codes.tolist(), at_once.tolist(), strict=True):
-        assert number == seen.get(tuple(row), 0)
-        seen[tuple(row)] = number + 1
-    published = np.column_stack([codes[:split], at_once[:split]])
-    assert number_duplicates(codes[split:], published).tolist() == at_once[split:].tolist()
-
-
-def test_the_number_of_a_deleted_item_is_not_given_again() -> None:
-    published = np.array([[5, 0], [5, 2]], np.int32)  # (5, 1) was deleted
-    assert number_duplicates(np.array([[5], [6]], np.int32), published).tolist() == [3, 0]
-
-
-def test_published_ids_never_move() -> None:
-    ids = TOKENIZER.assign(vectors())
-    extended = TOKENIZER.append(ids, vectors(50, seed=1))
-    assert np.array_equal(extended.codes[:300], ids.codes)
-    assert extended.codebook_sizes == ids.codebook_sizes
-    assert len(np.unique(extended.codes, axis=0)) == 350
-
-
-def test_appending_one_by_one_is_appending_at_once() -> None:
-    ids = TOKENIZER.assign(vectors())
-    new = vectors(6, seed=1)
-    step = ids
-    for row in range(6):
-        step = TOKENIZER.append(step, new[row : row + 1])
-    assert np.array_equal(step.codes, TOKENIZER.append(ids, new).codes)
-
-
-def test_a_full_dedup_level_is_an_error_that_says_what_it_costs() -> None:
-    x = vectors(20)
-    tokenizer = RqKMeans.fit(x, replace(SMALL, dedup_headroom=1))
-    ids = tokenizer.assign(x)
-    with pytest.raises(DataError, match=r"larger dedup_headroom.*newly trained generator"):
-        tokenizer.append(ids, np.repeat(x[:1], ids.codebook_sizes[-1] + 1, axis=0))
-
-
-def test_ids_of_another_tokenizer_are_refused() -> None:
-    foreign = SemanticIds(np.zeros((1, 3), np.int32), (8, 9, 17))
-    with pytest.raises(DataError, match="not from it"):
-        TOKENIZER.append(foreign, vectors(1))
-
-
+@LAST_LEVELS
 @pytest.mark.parametrize("normalize", [False, True])
-def test_a_saved_tokenizer_encodes_to_the_same_ids(tmp_path: Path, normalize: bool) -> None:
-    tokenizer = RqKMeans.fit(vectors(), replace(SMALL, normalize_residuals=normalize))
+def test_encode_picks_the_cheapest_code(last_level: LastLevel, normalize: bool) -> None:
+    tokenizer = RqKMeans.fit(vectors(), replace(SMALL, last_level=last_level, normalize_residuals=normalize))
+    x = vectors(200, seed=1)
+    costs = tokenizer.last_level_costs(x)
+    assert costs.shape == (200, tokenizer.codebook_sizes[-1])
+    assert np.array_equal(costs.argmin(axis=1), tokenizer.encode(x)[:, -1])
+
+
+@LAST_LEVELS
+def test_row_order_changes_no_code(last_level: LastLevel) -> None:
+    tokenizer = RqKMeans.fit(vectors(), replace(SMALL, last_level=last_level))
+    x = vectors(500, seed=2)
+    order = np.random.default_rng(0).permutation(500)
+    assert np.array_equal(tokenizer.encode(x[order]), tokenizer.encode(x)[order])
+    assert np.array_equal(tokenizer.last_level_costs(x[order]), tokenizer.last_level_costs(x)[order])
+
+
+def test_prices_by_hand() -> None:
+    # All four rows like code 0, by leads of 1, 2, 3 and 4. Two may stay: the price lies between the leads 2 and 3.
+    costs = np.array([[0, 3.0], [0, 1], [0, 4], [0, 2]])
+    assert prices_by_auction(costs, 2).tolist() == [2.5, 0]
+    assert prices_by_auction(costs, 4).tolist() == [0, 0]
+
+
+def test_a_raised_price_drives_rows_on_to_a_third_code() -> None:
+    # Code 0 sends the row of lead 1 to code 1, which then is overfull itself, and sends it on to code 2.
+    costs = np.array([[0.0, 1, 9], [0, 5, 9], [9, 0, 2]])
+    prices = prices_by_auction(costs, 1)
+    assert sorted((costs + prices).argmin(axis=1).tolist()) == [0, 1, 2]
+
+
+def test_equal_rows_stay_together_whatever_the_price() -> None:
+    costs = np.array([[0.0, 1]] * 3 + [[0, 2]])
+    loads = np.bincount((costs + prices_by_auction(costs, 2)).argmin(axis=1))
+    assert loads.max() == 3  # 4 without prices
+
+
+def test_a_balanced_last_level_holds_what_it_may() -> None:
+    # A heavy cluster, which k-means gives one code or few; an even share is 400 / 8 = 50, the capacity 1.1 times that.
+    x = np.concatenate([0.05 * vectors(200), vectors(200, seed=1)]) + 5
+    config = RqKMeansConfig(codebook_sizes=(2, 8), iterations=5)
+    heaviest = {
+        last_level: np.bincount(RqKMeans.fit(x, replace(config, last_level=last_level)).encode(x)[:, 1]).max()
+        for last_level in ("plain", "balanced")
+    }
+    assert heaviest["plain"] > 60
+    assert heaviest["balanced"] <= 55
+    tokenizer = RqKMeans.fit(x, replace(config, last_level="balanced", capacity_slack=1.5))
+    assert tokenizer.largest_load is not None
+    assert tokenizer.largest_load <= 75
+    assert f"the fullest code of the last level holds {tokenizer.largest_load} items" in tokenizer.notes[-1]
+
+
+def per_parent_by_hand() -> RqKMeans:
+    """Level 0 has (0, 0), (10, 0) and (0, 10); the first two were met in fitting, with two codes and with one."""
+    parents = ParentCodebooks(
+        keys_P=np.array([0, 1]),
+        starts_Q=np.array([0, 2, 3, 6]),
+        centroids_CD=np.array([[0, 1], [0, -1], [2, 0], [1, 0], [0, 3], [-1, 0]], np.float32),
+    )
+    config = RqKMeansConfig(codebook_sizes=(3, 3), normalize_residuals=False, last_level="per_parent")
+    codebook = np.array([[0, 0], [10, 0], [0, 10]], np.float32)
+    return RqKMeans(config, (codebook,), np.ones(1, np.float32), parents=parents)
+
+
+def test_a_last_level_per_parent_by_hand() -> None:
+    tokenizer = per_parent_by_hand()
+    x = np.array([[1, -2], [9, 1], [0, 12]], np.float32)
+    codes = tokenizer.encode(x)
+    assert codes.tolist() == [[0, 1], [1, 0], [2, 1]]  # the last parent is new: the codes of all items together
+    assert tokenizer.decode(codes).tolist() == [[0, -1], [12, 0], [0, 13]]
+    # Residuals (1, -2), (-1, 1) and (0, 2).
+    assert tokenizer.last_level_costs(x).tolist() == [[10, 2, np.inf], [10, np.inf, np.inf], [5, 1, 5]]
+    assert tokenizer.codebook_sizes == (3, 3)
+    assert tokenizer.notes == ("2 parents have 3 codes between them, 1 a single one",)
+
+
+def test_a_code_that_a_parent_has_not_is_refused() -> None:
+    with pytest.raises(DataError, match=r"1 rows .* first row 1 with codes \(1, 1\)"):
+        per_parent_by_hand().decode(np.array([[0, 1], [1, 1]], np.int32))
+
+
+def test_parents_of_few_items_give_each_its_own_centroid() -> None:
+    x = vectors(60)
+    tokenizer = RqKMeans.fit(x, RqKMeansConfig(codebook_sizes=(8, 64), iterations=3, last_level="per_parent"))
+    codes = tokenizer.encode(x)
+    assert len(np.unique(codes, axis=0)) == 60
+    assert tokenizer.parents is not None
+    assert tokenizer.parents.sizes.tolist() == [*np.bincount(codes[:, 0]).tolist(), 60]
+
+
+@LAST_LEVELS
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_saved_tokenizer_encodes_to_the_same_codes(tmp_path: Path, normalize: bool, last_level: LastLevel) -> None:
+    tokenizer = RqKMeans.fit(vectors(), replace(SMALL, normalize_residuals=normalize, last_level=last_level))
     tokenizer.save(tmp_path / "codebooks.safetensors")
     loaded = RqKMeans.load(tmp_path / "codebooks.safetensors")
     x = vectors(500, seed=3)
     assert loaded.config == tokenizer.config
-    assert np.array_equal(loaded.assign(x).codes, tokenizer.assign(x).codes)
+    assert loaded.notes == tokenizer.notes
+    assert np.array_equal(loaded.encode(x), tokenizer.encode(x))
     assert np.array_equal(loaded.decode(loaded.encode(x)), tokenizer.decode(tokenizer.encode(x)))
+    assert np.array_equal(loaded.last_level_costs(x), tokenizer.last_level_costs(x))
     assert [file.name for file in tmp_path.iterdir()] == ["codebooks.safetensors"]
 
 
@@ -206,27 +217,30 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
         RqKMeans.load(cut)
     other = tmp_path / "other.safetensors"
     save_file({"codebook.0": np.zeros((1, 1), np.float32)}, other)
-    with pytest.raises(DataError, match="no tokenizer"):
+    with pytest.raises(DataError, match="no tokenizer'"):
         RqKMeans.load(other)
 
 
+@LAST_LEVELS
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 20, 257])
-def test_shops_smaller_than_the_codebooks_pass(n: int, normalize: bool) -> None:
+def test_shops_smaller_than_the_codebooks_pass(n: int, normalize: bool, last_level: LastLevel) -> None:
     x = vectors(n, dim=16)
-    tokenizer = RqKMeans.fit(x, RqKMeansConfig(iterations=3, normalize_residuals=normalize))
-    ids = tokenizer.assign(x)
-    assert len(np.unique(ids.codes, axis=0)) == n
-    assert ids.codebook_sizes[0] == min(n, 256)
-    assert bool(tokenizer.notes) == (n < 256 or ids.codebook_sizes[1] < 256)
-    np.testing.assert_allclose(tokenizer.decode(ids.codes), x, atol=1e-5 if n < 256 else 9)
+    config = RqKMeansConfig(iterations=3, normalize_residuals=normalize, last_level=last_level)
+    tokenizer = RqKMeans.fit(x, config)
+    codes = tokenizer.encode(x)
+    assert len(np.unique(codes, axis=0)) == n
+    assert tokenizer.codebook_sizes[0] == min(n, 256)
+    assert tokenizer.notes
+    np.testing.assert_allclose(tokenizer.decode(codes), x, atol=1e-5 if n < 256 else 9)
 
 
-def test_items_that_are_all_alike_differ_in_the_dedup_level_alone() -> None:
+@LAST_LEVELS
+def test_items_that_are_all_alike_have_one_code_a_level(last_level: LastLevel) -> None:
     for x in (np.ones((5, 3), np.float32), np.zeros((5, 3), np.float32)):
-        ids = RqKMeans.fit(x).assign(x)
-        assert ids.codebook_sizes[:3] == (1, 1, 1)
-        assert ids.codes[:, -1].tolist() == [0, 1, 2, 3, 4]
+        tokenizer = RqKMeans.fit(x, RqKMeansConfig(last_level=last_level))
+        assert tokenizer.codebook_sizes == (1, 1, 1)
+        assert tokenizer.encode(x).tolist() == [[0, 0, 0]] * 5
 
 
 def test_more_codes_than_distinct_vectors_is_noted() -> None:
@@ -254,9 +268,12 @@ def test_vectors_of_other_dimensions_are_refused() -> None:
         TOKENIZER.encode(vectors(3, dim=5))
 
 
-def test_no_new_items_append_nothing() -> None:
-    ids = TOKENIZER.assign(vectors())
-    assert np.array_equal(TOKENIZER.append(ids, vectors(0)).codes, ids.codes)
+@LAST_LEVELS
+def test_no_vectors_have_no_codes(last_level: LastLevel) -> None:
+    tokenizer = RqKMeans.fit(vectors(), replace(SMALL, last_level=last_level))
+    assert tokenizer.encode(vectors(0)).shape == (0, 2)
+    assert tokenizer.decode(np.zeros((0, 2), np.int32)).shape == (0, 6)
+    assert tokenizer.last_level_costs(vectors(0)).shape == (0, tokenizer.codebook_sizes[-1])
 
 
 @pytest.mark.parametrize(
@@ -266,7 +283,11 @@ def test_no_new_items_append_nothing() -> None:
         {"codebook_sizes": (4, 0)},
         {"iterations": 0},
         {"max_points_per_centroid": 0},
-        {"dedup_headroom": -1},
+        {"last_level": "even"},
+        {"last_level": "per_parent", "codebook_sizes": (4,)},
+        {"last_level": "balanced", "capacity_slack": 0.9},
+        {"last_level": "balanced", "capacity_slack": float("nan")},
+        {"capacity_slack": 2.0},
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, object]) -> None:
@@ -274,6 +295,8 @@ def test_settings_out_of_range_are_refused(setting: dict[str, object]) -> None:
         RqKMeansConfig(**setting)  # type: ignore[arg-type]
 
 
-def test_fitting_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    RqKMeans.fit(vectors(30), SMALL)
+@LAST_LEVELS
+@pytest.mark.parametrize("normalize", [False, True])
+def test_fitting_prints_nothing(capfd: pytest.CaptureFixture[str], normalize: bool, last_level: LastLevel) -> None:
+    RqKMeans.fit(vectors(30), replace(SMALL, normalize_residuals=normalize, last_level=last_level))
     assert capfd.readouterr() == ("", "")

@@ -20,7 +20,13 @@ from genretrieval_tokenizers.rq_vae import EmaCodebook, Mlp, RqVae, RqVaeConfig
 from genretrieval_tokenizers.tokenizer import Tokenizer
 
 SMALL = RqVaeConfig(
-    codebook_sizes=(8, 8), latent_dim=4, hidden_sizes=(16,), epochs=10, batch_size=100, learning_rate=3e-3
+    unit_latent=True,
+    codebook_sizes=(8, 8),
+    latent_dim=4,
+    hidden_sizes=(16,),
+    epochs=10,
+    batch_size=100,
+    learning_rate=3e-3,
 )
 PAIRS = np.arange(200, dtype=np.int32).reshape(100, 2)
 QUASID = replace(SMALL, repulsion=HammingRepulsion(), contrast=Contrast())

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController
 
 from genretrieval.semantic_ids import Codes
 

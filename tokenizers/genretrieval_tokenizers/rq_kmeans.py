@@ -33,6 +33,7 @@ from genretrieval_tokenizers.tokenizer import BLOCK, checked_vectors
 _FORMAT = "genretrieval.rq_kmeans.2"
 _BALANCING_ROUNDS = 5
 _AUCTION_ROUNDS = 1000
+_SLACK = 1.1
 _SMALLEST_STEP = 1e-8  # of a price, as a share of the costs: more than what counts as a tie
 _COSTS_HELD = 2**25  # float64, 256 MiB
 
@@ -63,7 +64,7 @@ class RqKMeansConfig:
     codebook_sizes: tuple[int, ...] = (256, 256, 256)
     normalize_residuals: bool = True
     last_level: Literal["plain", "balanced", "per_parent"] = "plain"
-    capacity_slack: float = 1.1
+    capacity_slack: float = _SLACK
     iterations: int = 25
     max_points_per_centroid: int = 1000
     seed: int = 0
@@ -80,6 +81,11 @@ class RqKMeansConfig:
         if not self.capacity_slack >= 1:
             raise DataError(
                 f"capacity_slack is {self.capacity_slack}; give 1 or more, as with less there is not room for all items"
+            )
+        if self.capacity_slack != _SLACK and self.last_level != "balanced":
+            raise DataError(
+                f"capacity_slack is what a code of a balanced last level may hold, and last_level is "
+                f"{self.last_level!r}; leave it out, or set last_level: balanced"
             )
 
 
@@ -419,12 +425,11 @@ def _balanced(plain: RqKMeans, x_ND: F32) -> RqKMeans:
     """
     config = plain.config
     *above, last_KD = plain.codebooks
-    encoder = ResidualEncoder(plain.codebooks, normalize=[config.normalize_residuals] * len(plain.codebooks))
-    left_ND, _ = encoder.left_over(x_ND, encoder.encode(x_ND)[:, :-1])
+    left_ND, _ = plain._encoder.left_over(x_ND, plain.encode(x_ND)[:, :-1])
     at_most = min(config.max_points_per_centroid * len(last_KD), max(_COSTS_HELD // len(last_KD), len(last_KD)))
     if len(left_ND) > at_most:
         left_ND = left_ND[np.sort(np.random.default_rng(config.seed).choice(len(left_ND), at_most, replace=False))]
-    capacity = math.ceil(config.capacity_slack * len(left_ND) / len(last_KD))
+    capacity = math.ceil(config.capacity_slack * len(left_ND) / len(last_KD) - 1e-9)  # 1.1 * 400 is a hair above 440
     costs_NK = _squared_distances(left_ND, last_KD)
     for _ in range(_BALANCING_ROUNDS):
         held_N = (costs_NK + prices_by_auction(costs_NK, capacity)).argmin(axis=1)

@@ -29,7 +29,6 @@ from genretrieval_tokenizers.storage import read_tokenizer, write_tokenizer
 from genretrieval_tokenizers.tokenizer import checked_vectors
 
 _FORMAT = "genretrieval.rq_opq.1"
-_SUBVECTOR_CODES = 256  # OneSearch: 8 bits
 _ROTATION_ROUNDS = 10  # on Beauty more do not lower the error: .836 after 3, .833 after 10 and after 25
 
 
@@ -41,7 +40,8 @@ class RqOpqConfig:
         method: tag of these settings in a recipe.
         codebook_sizes: codes of each residual level wanted; the OPQ levels come behind them. The default is for
             thousands of items; OneSearch has (4096, 1024, 512) for a large catalogue.
-        n_subvectors: OPQ levels, of 256 codes each. OneSearch found 2 best and more to hurt.
+        n_subvectors: OPQ levels. OneSearch found 2 best and more to hurt.
+        subvector_codes: codes of each OPQ level wanted.
         normalize_residuals: scale what a residual level leaves over to length 1 before the next one. On Beauty 0.4 %
             of the items are then in collisions, and 1.5 % without; the error is the same.
         iterations: k-means iterations a level.
@@ -55,6 +55,7 @@ class RqOpqConfig:
     method: Literal["rq_opq"] = "rq_opq"
     codebook_sizes: tuple[int, ...] = (256, 256, 256)
     n_subvectors: int = 2
+    subvector_codes: int = 256
     normalize_residuals: bool = True
     iterations: int = 25
     max_points_per_centroid: int = 1000
@@ -62,9 +63,10 @@ class RqOpqConfig:
 
     def __post_init__(self) -> None:
         check_kmeans(self.codebook_sizes, self)
-        if self.n_subvectors < 1:
+        if self.n_subvectors < 1 or self.subvector_codes < 1:
             raise DataError(
-                f"n_subvectors is {self.n_subvectors}; give at least 1, or choose method: rq_kmeans to go without"
+                f"n_subvectors {self.n_subvectors}, subvector_codes {self.subvector_codes}: give at least 1 of each, "
+                "or choose method: rq_kmeans to go without"
             )
 
 
@@ -120,7 +122,7 @@ class RqOpq:
     @property
     def notes(self) -> tuple[str, ...]:
         """What came out different from what was asked, for the report."""
-        wanted = (*self.config.codebook_sizes, *[_SUBVECTOR_CODES] * self.config.n_subvectors)
+        wanted = (*self.config.codebook_sizes, *[self.config.subvector_codes] * self.config.n_subvectors)
         return notes_on_sizes(wanted, self.codebook_sizes)
 
     def encode(self, x_ND: NDArray[np.floating], threads: int | None = None) -> Codes:
@@ -176,7 +178,7 @@ def _fit_opq(r_ND: F32, config: RqOpqConfig) -> list[F32]:
     codebooks = []
     for number, axes_SD in enumerate(np.split(_rotation(r_ND, config), config.n_subvectors)):
         seed = config.seed + len(config.codebook_sizes) + number
-        codebook_KS = kmeans_codebook(r_ND @ axes_SD.T, _SUBVECTOR_CODES, config, seed, "random")
+        codebook_KS = kmeans_codebook(r_ND @ axes_SD.T, config.subvector_codes, config, seed, "random")
         codebooks.append(codebook_KS @ axes_SD)
     return codebooks
 
@@ -184,13 +186,15 @@ def _fit_opq(r_ND: F32, config: RqOpqConfig) -> list[F32]:
 def _rotation(r_ND: F32, config: RqOpqConfig) -> F32:
     """Orthonormal rows, float32 ``[R, dim]``, R being the largest multiple of `n_subvectors` in `dim`.
 
-    Of no more vectors than codes there is nothing to learn, and it cuts the vectors as they are.
+    It is learned with as many codes as whole bits can name; of fewer vectors there is nothing to learn, and it cuts
+    them as they are.
     """
     rotated = r_ND.shape[1] // config.n_subvectors * config.n_subvectors
-    if len(r_ND) <= _SUBVECTOR_CODES:
+    bits = max(1, (config.subvector_codes - 1).bit_length())
+    if len(r_ND) < 2**bits:
         return np.eye(rotated, r_ND.shape[1], dtype=np.float32)
     opq = faiss.OPQMatrix(r_ND.shape[1], config.n_subvectors, rotated)
-    quantiser = faiss.ProductQuantizer(rotated, config.n_subvectors, 8)
+    quantiser = faiss.ProductQuantizer(rotated, config.n_subvectors, bits)
     quantiser.cp.min_points_per_centroid = 1  # below 39 faiss prints a warning; few items are no fault
     quantiser.cp.seed = config.seed
     opq.pq = quantiser

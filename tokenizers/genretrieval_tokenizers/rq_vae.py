@@ -48,7 +48,8 @@ class RqVaeConfig:
             dimensions and a collaborative part of 64, both of length 1, hardly more than the text is then encoded.
         latent_dim: dimensions of the latent vector that is quantised.
         unit_latent: scale latent vectors to length 1. A repulsion and a contrastive loss act on directions while codes
-            go by distance: without it, items can be turned apart near zero and still share their codes.
+            go by distance: without it, items can be turned apart near zero and still share their codes. With it
+            collisions fall further, and so does what a generator makes of the IDs (docs/tokenizers.md), so it is off.
         hidden_sizes: widths of the encoder between input and latent vector; the decoder has them in reverse.
         epochs: passes over the items.
         batch_size: items a step; with pairs, each of them brings one of its Swing targets along.
@@ -72,7 +73,7 @@ class RqVaeConfig:
     codebook_sizes: tuple[int, ...] = (256, 256, 256)
     scale: Literal["common", "dimension"] = "common"
     latent_dim: int = 32
-    unit_latent: bool = True
+    unit_latent: bool = False
     hidden_sizes: tuple[int, ...] = (512, 256)
     epochs: int = 40
     batch_size: int = 512
