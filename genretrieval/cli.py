@@ -227,6 +227,23 @@ def tokenize_append(
         print(line)
 
 
+@tokenize_app.command("query")
+def tokenize_query(
+    published: Annotated[Path, typer.Argument(help="Folder that `tokenize fit` wrote.")],
+    queries: Annotated[list[str], typer.Argument(help="What a visitor types; several in quotes.")],
+    data: Data,
+    work: Annotated[Path | None, typer.Option(help="Checked logs and embeddings. Default: PUBLISHED.work")] = None,
+) -> None:
+    """The semantic IDs of queries, by the tokenizer of the items, and the items beside them."""
+    with _extra("train"):
+        from genretrieval_pipelines.shop import open_shop
+        from genretrieval_pipelines.tokenize import query_ids
+    work = work or published.with_name(published.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    for query, (codes, items) in zip(queries, query_ids(published, open_shop(data, work), queries, work), strict=True):
+        print(f"{query}: {tuple(codes)} beside {', '.join(items) or 'no item'}")
+
+
 @tokenize_app.command("encode")
 def tokenize_encode(
     shards: Annotated[Path, typer.Argument(help="Folder of Parquet files with an id and an embedding column.")],

@@ -143,11 +143,11 @@ def fit_cell(grid: Grid, name: str, seed: int) -> str:
     """Publish the IDs of a cell where they are not yet; returns what there is to say of it."""
     set_threads(1)
     shop = grid.shop()
-    folder, embeddings = grid.folder(name, seed, shop), grid.embeddings(name, shop)
+    folder = grid.folder(name, seed, shop)
     cell = grid.recipe.cell(name, seed)
     config = usable_tokenizer(cell.tokenizer, shop)
     if not (folder / REPORT).exists():
-        publish_shop(folder, config, cell.collisions, shop, embeddings, pairs_for(config, shop, grid.work))
+        publish_shop(folder, config, cell.collisions, usable_parts(cell.embedding, shop), shop, grid.work)
     measured = read_report(folder)
     return f"{measured.collision_rate_before_dedup:.1%} of items share their codes"
 

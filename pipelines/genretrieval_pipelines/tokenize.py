@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import yaml
 from numpy.typing import NDArray
 from rich.console import Console
@@ -14,21 +15,25 @@ from rich.progress import Progress
 
 from genretrieval.bundle import CODEBOOKS
 from genretrieval.errors import DataError
-from genretrieval.histories import LeaveOneOut
+from genretrieval.histories import NO_QUERY, LeaveOneOut
+from genretrieval.keywords import KeywordDictionary
 from genretrieval.semantic_ids import SemanticIds
-from genretrieval_pipelines.embed import EmbeddingPart, embed_items, embed_new_items
+from genretrieval_pipelines.embed import EmbeddingPart, embed_items, embed_new_items, embed_queries, mine_keywords
 from genretrieval_pipelines.recipe import Recipe, content_hash, load_recipe
 from genretrieval_pipelines.shop import Shop
 from genretrieval_tokenizers.collisions import CollisionConfig
 from genretrieval_tokenizers.family import Pairs, TokenizerConfig, fit_tokenizer, load_tokenizer, needs_pairs
 from genretrieval_tokenizers.publish import PUBLISHED, Published, append, open_published, publish
 from genretrieval_tokenizers.report import TokenizerReport, report
+from genretrieval_tokenizers.rq_opq import RqOpqConfig
 from genretrieval_tokenizers.rq_vae import RqVaeConfig
 from genretrieval_tokenizers.stream import EmbeddingShards, encode_shards
 from genretrieval_tokenizers.swing import swing_pairs
+from genretrieval_tokenizers.tokenizer import Tokenizer
 
 REPORT = "report.json"
 RECIPE = "recipe.yaml"
+KEYWORDS = "keywords.parquet"
 SIMILAR = 0.9
 """Cosine of embeddings from which two items with equal codes are a benign overlap and no conflict."""
 _METHODS_VERSION = 1  # raise it when a change would give other IDs for equal input
@@ -50,7 +55,7 @@ def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
     config = usable_tokenizer(recipe.tokenizer, shop)
     folder = work / tokenizer_folder(config, recipe.collisions, embeddings, shop)
     if not (folder / REPORT).exists():
-        publish_shop(folder, config, recipe.collisions, shop, embeddings, pairs_for(config, shop, work))
+        publish_shop(folder, config, recipe.collisions, parts, shop, work)
     notes = [f"the embedding {part.name} was left out" for part in recipe.embedding if part not in parts]
     notes += ["the contrast of the tokenizer was left out"] if config != recipe.tokenizer else []
     text = read_report(folder).to_markdown() + "".join(f"\nNo interactions, so {note}.\n" for note in notes)
@@ -60,7 +65,45 @@ def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
 def embed_shop(parts: list[EmbeddingPart], shop: Shop, work: Path) -> NDArray[np.float32]:
     """Vectors of the shop's items, float32 ``[n_items, dim]``; each part is cached in `work`."""
     histories = shop.histories if shop.histories.n_users else None
-    return embed_items(shop.items, parts, histories, work / "embeddings")
+    return embed_items(shop.items, parts, histories, work / "embeddings", shop_keywords(parts, shop))
+
+
+def shop_keywords(parts: list[EmbeddingPart], shop: Shop) -> KeywordDictionary | None:
+    """The dictionary for parts with `keywords`: the shop's ``keywords.parquet``, or else mined from its items."""
+    if not any(part.keywords for part in parts):
+        return None
+    given = shop.data / KEYWORDS
+    return KeywordDictionary.load(given) if given.exists() else mine_keywords(shop.items)
+
+
+def training_queries(shop: Shop) -> list[str]:
+    """Distinct queries of the training part of all histories and of training pairs, sorted."""
+    h = shop.histories
+    users = np.repeat(np.arange(h.n_users), h.lengths())
+    trained = np.arange(len(h.items)) < LeaveOneOut(h).train_ends()[users] if len(users) else np.empty(0, bool)
+    rows = np.unique(h.query_rows[trained])
+    pairs = shop.pairs.filter(pl.col("split") == "train")["query"].to_list()
+    return sorted({*(h.queries[row] for row in rows if row != NO_QUERY), *pairs})
+
+
+def embed_shop_queries(queries: list[str], parts: list[EmbeddingPart], shop: Shop, work: Path) -> NDArray[np.float32]:
+    """Vectors of queries in the space of `embed_shop`, float32 ``[len(queries), dim]``."""
+    histories = shop.histories if shop.histories.n_users else None
+    keywords = shop_keywords(parts, shop)
+    return embed_queries(queries, shop.items, parts, histories, work / "embeddings", keywords)
+
+
+def fit_shop(
+    config: TokenizerConfig, parts: list[EmbeddingPart], shop: Shop, embeddings: NDArray[np.float32], work: Path
+) -> Tokenizer:
+    """Fit a tokenizer to a shop's items.
+
+    RQ-OPQ is fitted to items and training queries together, as OneSearch does, where every part of the embedding reads
+    text, so that both are of one kind.
+    """
+    if isinstance(config, RqOpqConfig) and all(part.reads_text for part in parts) and (asked := training_queries(shop)):
+        embeddings = np.concatenate([embeddings, embed_shop_queries(asked, parts, shop, work)])
+    return fit_tokenizer(embeddings, config, pairs_for(config, shop, work))
 
 
 def usable_parts(parts: list[EmbeddingPart], shop: Shop) -> list[EmbeddingPart]:
@@ -81,8 +124,9 @@ def tokenizer_folder(
     config: TokenizerConfig, collisions: CollisionConfig, embeddings: NDArray[np.float32], shop: Shop
 ) -> str:
     """Name of the folder that holds this tokenization; another input never shares it."""
-    reads = shop.histories.items.tobytes() if needs_pairs(config) else b""
-    key = content_hash(_METHODS_VERSION, config, collisions, embeddings.shape, embeddings.tobytes(), reads)
+    reads: list[object] = [shop.histories.items.tobytes()] if needs_pairs(config) else []
+    reads += training_queries(shop) if isinstance(config, RqOpqConfig) else []
+    key = content_hash(_METHODS_VERSION, config, collisions, embeddings.shape, embeddings.tobytes(), *reads)
     return f"tokenizer-{key}"
 
 
@@ -106,9 +150,9 @@ def publish_shop(
     folder: Path,
     config: TokenizerConfig,
     collisions: CollisionConfig,
+    parts: list[EmbeddingPart],
     shop: Shop,
-    embeddings: NDArray[np.float32],
-    pairs: Pairs | None,
+    work: Path,
 ) -> Published:
     """Fit a tokenizer, publish its IDs in `folder` and write the report, which appears last.
 
@@ -117,8 +161,9 @@ def publish_shop(
     """
     # IDs without a report are of a run that was cut off: nothing has been made from them.
     (folder / PUBLISHED).unlink(missing_ok=True)
+    embeddings = embed_shop(parts, shop, work)
     started = time.perf_counter()
-    tokenizer = fit_tokenizer(embeddings, config, pairs)
+    tokenizer = fit_shop(config, parts, shop, embeddings, work)
     seconds = time.perf_counter() - started
     published = publish(folder, tokenizer, collisions, shop.items["item_id"].to_list(), embeddings)
     measured = report(
@@ -157,11 +202,10 @@ def fit_and_publish(recipe: Recipe, shop: Shop, folder: Path, work: Path) -> str
             "`genretrieval tokenize append` for new items, or give a new folder"
         )
     parts, config = usable_parts(recipe.embedding, shop), usable_tokenizer(recipe.tokenizer, shop)
-    embeddings, pairs = embed_shop(parts, shop, work), pairs_for(config, shop, work)
     used = recipe.model_copy(update={"embedding": parts, "tokenizer": config})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(yaml.safe_dump(used.dump(), sort_keys=False), "utf-8")
-    publish_shop(folder, config, recipe.collisions, shop, embeddings, pairs)
+    publish_shop(folder, config, recipe.collisions, parts, shop, work)
     text = read_report(folder).to_markdown()
     (folder / "report.md").write_text(text, "utf-8")
     return text
@@ -192,9 +236,32 @@ def append_items(folder: Path, shop: Shop, work: Path) -> list[str]:
     if not len(new):
         return [f"no item is new; {len(known):,} IDs stay as they are"]
     tokenizer = load_tokenizer(folder / CODEBOOKS)
-    vectors = embed_new_items(new, old, recipe.embedding, tokenizer.dim, work / "embeddings")
+    keywords = shop_keywords(recipe.embedding, replace(shop, items=old))
+    vectors = embed_new_items(new, old, recipe.embedding, tokenizer.dim, work / "embeddings", keywords)
     after = append(folder, tokenizer, new["item_id"].to_list(), vectors)
     return [f"{len(new):,} items appended to {len(known):,}; no published ID moved", *after.notes]
+
+
+def query_ids(folder: Path, shop: Shop, queries: list[str], work: Path) -> list[tuple[list[int], list[str]]]:
+    """Codes of queries by the tokenizer of the items, and the items that share most of them from the front.
+
+    Returns:
+        For each query its codes and up to ten item ids.
+
+    Raises:
+        RecipeError: no part of the embedding reads text, so a query has no vector.
+        DataError: the shop is not the one that was published.
+    """
+    published, recipe = open_published(folder), load_recipe(folder / RECIPE)
+    vectors = embed_shop_queries(queries, recipe.embedding, shop, work)
+    codes_QL = load_tokenizer(folder / CODEBOOKS).encode(vectors)
+    described = published.ids.codes[:, : codes_QL.shape[1]]
+    found = []
+    for codes_L in codes_QL:
+        shared_N = np.cumprod(described == codes_L, axis=1).sum(axis=1)
+        nearest = np.argsort(-shared_N, kind="stable")[:10]
+        found.append((codes_L.tolist(), [published.item_ids[int(row)].as_py() for row in nearest if shared_N[row]]))
+    return found
 
 
 def encode_stream(

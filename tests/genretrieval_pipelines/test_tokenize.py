@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from rich.console import Console
 
 from genretrieval.errors import DataError
+from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
+from genretrieval_pipelines.embed import EmbeddingPart, item_texts
 from genretrieval_pipelines.recipe import Recipe
 from genretrieval_pipelines.shop import Shop, open_shop
 from genretrieval_pipelines.synth import ShopConfig, synthesize
@@ -18,7 +21,10 @@ from genretrieval_pipelines.tokenize import (
     append_items,
     encode_stream,
     fit_and_publish,
+    query_ids,
+    shop_keywords,
     tokenize,
+    training_queries,
 )
 from genretrieval_tokenizers.publish import open_published
 
@@ -126,6 +132,34 @@ class TestPublishing:
     def test_half_an_item_table_is_refused(self, published: Path, shop: Shop, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="20 of 100 published items are not in the item table"):
             append_items(published, replace(shop, items=shop.items.tail(100)), tmp_path / "work")
+
+
+class TestQueries:
+    def test_a_query_that_says_what_an_item_says_has_its_codes(self, shop: Shop, tmp_path: Path) -> None:
+        wanted = Recipe.model_validate(
+            {"embedding": [{"name": "hashing", "dim": 16}], "tokenizer": {"method": "rq_opq", "codebook_sizes": [8, 8]}}
+        )
+        fit_and_publish(wanted, shop, tmp_path / "published", tmp_path)
+        [(codes, items)] = query_ids(tmp_path / "published", shop, [item_texts(shop.items)[7]], tmp_path)
+        published = open_published(tmp_path / "published").ids.codes
+        assert codes == published[7, :-1].tolist()
+        assert shop.items["item_id"][7] in items
+
+    def test_training_queries_leave_out_what_is_evaluated(self, shop: Shop) -> None:
+        h = shop.histories
+        rows = [h.query_rows[start : max(start, end - 2)] for start, end in pairwise(h.offsets)]
+        expected = {h.queries[row] for row in np.concatenate(rows) if row >= 0}
+        assert expected <= set(training_queries(shop)) < set(h.queries)
+
+    def test_a_given_dictionary_comes_before_a_mined_one(self, shop: Shop, tmp_path: Path) -> None:
+        parts = [EmbeddingPart(name="hashing", keywords=True)]
+        mined = shop_keywords(parts, shop)
+        assert mined is not None
+        assert len(mined) > 1
+        KeywordDictionary((Keyword("glass", AttributeType.MATERIAL),)).save(tmp_path / "keywords.parquet")
+        given = shop_keywords(parts, replace(shop, data=tmp_path))
+        assert given is not None
+        assert len(given) == 1
 
 
 class TestStream:
