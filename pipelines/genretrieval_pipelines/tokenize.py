@@ -23,7 +23,7 @@ from genretrieval_pipelines.recipe import Recipe, content_hash, load_recipe
 from genretrieval_pipelines.shop import Shop
 from genretrieval_tokenizers.collisions import CollisionConfig
 from genretrieval_tokenizers.family import Pairs, TokenizerConfig, fit_tokenizer, load_tokenizer, needs_pairs
-from genretrieval_tokenizers.publish import PUBLISHED, Published, append, open_published, publish
+from genretrieval_tokenizers.publish import PUBLISHED, Published, append, check_unpublished, open_published, publish
 from genretrieval_tokenizers.report import TokenizerReport, report
 from genretrieval_tokenizers.rq_opq import RqOpqConfig
 from genretrieval_tokenizers.rq_vae import RqVaeConfig
@@ -196,11 +196,7 @@ def fit_and_publish(recipe: Recipe, shop: Shop, folder: Path, work: Path) -> str
     Raises:
         DataError: the folder holds published IDs, or as `publish_shop`.
     """
-    if (folder / PUBLISHED).exists():
-        raise DataError(
-            f"{folder} holds published IDs already; publishing there again would re-key every one of them. Use "
-            "`genretrieval tokenize append` for new items, or give a new folder"
-        )
+    check_unpublished(folder)
     parts, config = usable_parts(recipe.embedding, shop), usable_tokenizer(recipe.tokenizer, shop)
     used = recipe.model_copy(update={"embedding": parts, "tokenizer": config})
     folder.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ class TestPublishing:
         assert codes[1, -1] == codes[0, -1] + 1
 
     def test_publishing_twice_is_refused(self, published: Path, shop: Shop, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="re-key every one of them"):
+        with pytest.raises(DataError, match="re-key every published ID"):
             fit_and_publish(recipe(), shop, published, tmp_path / "work")
 
     def test_half_an_item_table_is_refused(self, published: Path, shop: Shop, tmp_path: Path) -> None:

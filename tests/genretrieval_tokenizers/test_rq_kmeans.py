@@ -248,26 +248,6 @@ def test_more_codes_than_distinct_vectors_is_noted() -> None:
     assert tokenizer.notes[0] == ("level 0 has 3 codes instead of 8: there are no more distinct vectors")
 
 
-@pytest.mark.parametrize(
-    ("x", "match"),
-    [
-        (np.zeros((0, 4), np.float32), "shape"),
-        (np.zeros((4, 0), np.float32), "shape"),
-        (np.zeros(4, np.float32), "shape"),
-        (np.array([[0, 1], [np.nan, 1]], np.float32), "of 1 items hold NaN.*row 1"),
-        (np.array([[0, np.inf]], np.float32), "infinities"),
-    ],
-)
-def test_bad_vectors_are_refused(x: np.ndarray, match: str) -> None:
-    with pytest.raises(DataError, match=match):
-        RqKMeans.fit(x, SMALL)
-
-
-def test_vectors_of_other_dimensions_are_refused() -> None:
-    with pytest.raises(DataError, match="5 dimensions, the codebooks 6"):
-        TOKENIZER.encode(vectors(3, dim=5))
-
-
 @LAST_LEVELS
 def test_no_vectors_have_no_codes(last_level: LastLevel) -> None:
     tokenizer = RqKMeans.fit(vectors(), replace(SMALL, last_level=last_level))

@@ -14,9 +14,9 @@ from threadpoolctl import threadpool_limits
 from genretrieval.errors import DataError
 from genretrieval_tokenizers.adasid import AdaptiveRepulsion
 from genretrieval_tokenizers.contrast import Contrast
+from genretrieval_tokenizers.mlp import Mlp
 from genretrieval_tokenizers.quasid import HammingRepulsion
-from genretrieval_tokenizers.rq_kmeans import RqKMeans, RqKMeansConfig
-from genretrieval_tokenizers.rq_vae import EmaCodebook, Mlp, RqVae, RqVaeConfig
+from genretrieval_tokenizers.rq_vae import EmaCodebook, RqVae, RqVaeConfig
 from genretrieval_tokenizers.tokenizer import Tokenizer
 
 SMALL = RqVaeConfig(
@@ -143,20 +143,6 @@ def test_the_order_of_pairs_changes_nothing_but_their_draw() -> None:
     assert np.array_equal(first.encode(x), second.encode(x))  # one target each: the draw is the same
 
 
-def test_the_last_code_is_the_cheapest() -> None:
-    x = vectors(500, seed=3)
-    costs = TOKENIZER.last_level_costs(x)
-    assert costs.shape == (500, 8)
-    assert costs.dtype == np.float32
-    assert np.array_equal(costs.argmin(axis=1), TOKENIZER.encode(x)[:, 1])
-
-
-def test_further_levels_are_not_decoded() -> None:
-    codes = TOKENIZER.encode(vectors(5))
-    numbered = np.column_stack([codes, np.full(5, 99, np.int32)])
-    assert np.array_equal(TOKENIZER.decode(numbered), TOKENIZER.decode(codes))
-
-
 @pytest.mark.parametrize("config", [SMALL, QUASID])
 def test_fitting_twice_gives_the_same_tokenizer(config: RqVaeConfig) -> None:
     torch.manual_seed(1)
@@ -195,12 +181,6 @@ def test_a_saved_tokenizer_encodes_to_the_same_ids(tmp_path: Path, config: RqVae
     assert np.array_equal(loaded.decode(loaded.encode(x)), tokenizer.decode(tokenizer.encode(x)))
     assert np.array_equal(loaded.last_level_costs(x), tokenizer.last_level_costs(x))
     assert [file.name for file in tmp_path.iterdir()] == ["codebooks.safetensors"]
-
-
-def test_a_file_of_another_method_is_refused(tmp_path: Path) -> None:
-    RqKMeans.fit(vectors(), RqKMeansConfig(codebook_sizes=(4,), iterations=1)).save(tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="rq_kmeans"):
-        RqVae.load(tmp_path / "other.safetensors")
 
 
 def test_a_recipe_tells_repulsions_apart_by_kind() -> None:
@@ -243,30 +223,6 @@ def test_items_that_are_all_alike_share_their_codes() -> None:
         assert tokenizer.decode(tokenizer.encode(x)) == pytest.approx(x, abs=1)
 
 
-@pytest.mark.parametrize(
-    ("x", "match"),
-    [
-        (np.zeros((0, 4), np.float32), "shape"),
-        (np.zeros(4, np.float32), "shape"),
-        (np.array([[0, 1], [np.nan, 1]], np.float32), "of 1 items hold NaN.*row 1"),
-    ],
-)
-def test_bad_vectors_are_refused(x: np.ndarray, match: str) -> None:
-    with pytest.raises(DataError, match=match):
-        RqVae.fit(x, SMALL)
-
-
-def test_vectors_of_other_dimensions_are_refused() -> None:
-    for method in (TOKENIZER.encode, TOKENIZER.last_level_costs):
-        with pytest.raises(DataError, match="5 dimensions, the codebooks 6"):
-            method(vectors(3, dim=5))
-
-
-def test_no_vectors_have_no_codes() -> None:
-    assert TOKENIZER.encode(vectors(0)).shape == (0, 2)
-    assert TOKENIZER.decode(np.zeros((0, 2), np.int32)).shape == (0, 6)
-
-
 @pytest.mark.parametrize("pairs", [None, np.zeros((0, 2), np.int32)])
 def test_contrast_without_pairs_says_what_to_do(pairs: np.ndarray | None) -> None:
     with pytest.raises(DataError, match=r"give pairs .*swing.* or set contrast to null"):
@@ -289,6 +245,7 @@ def test_training_that_diverges_is_an_error() -> None:
     [
         {"codebook_sizes": ()},
         {"codebook_sizes": (4, 0)},
+        {"scale": "row"},
         {"latent_dim": 0},
         {"hidden_sizes": (0,)},
         {"epochs": 0},

@@ -318,10 +318,19 @@ def test_what_cannot_be_streamed_is_refused_before_encoding(
     assert not (tmp_path / "stream").exists()
 
 
-def test_a_missing_id_is_found_before_encoding(tmp_path: Path) -> None:
-    shards = EmbeddingShards(write_columns(tmp_path / "e", pa.array(["a", None]), lists(vectors(2))))
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", None, "c"], r"part-1.parquet: item_id is null in row 1"),
+        (["a", "b", "a"], r"1 item ids occur more than once, first 'a'"),
+    ],
+)
+def test_missing_and_repeated_ids_are_found_before_encoding(
+    tmp_path: Path, ids: list[str | None], message: str
+) -> None:
+    shards = EmbeddingShards(write_columns(tmp_path / "e", pa.array(ids), lists(vectors(3))))
     watched = Watched(tokenizer())
-    with pytest.raises(DataError, match=r"part-1.parquet: item_id is null in row 1"):
+    with pytest.raises(DataError, match=message):
         encode_shards(shards, watched, DEDUP, tmp_path / "stream")
     assert watched.encoded == 0
 
@@ -329,5 +338,7 @@ def test_a_missing_id_is_found_before_encoding(tmp_path: Path) -> None:
 def test_published_ids_are_not_written_over(tmp_path: Path) -> None:
     shards = EmbeddingShards(write(tmp_path / "e", vectors()))
     encode_shards(shards, tokenizer(), DEDUP, tmp_path / "stream")
+    watched = Watched(tokenizer(seed=1))
     with pytest.raises(DataError, match="would re-key"):
-        encode_shards(shards, tokenizer(seed=1), DEDUP, tmp_path / "stream")
+        encode_shards(shards, watched, DEDUP, tmp_path / "stream")
+    assert watched.encoded == 0

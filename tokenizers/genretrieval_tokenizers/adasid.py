@@ -99,7 +99,7 @@ class AdaptiveRepulsion:
         relaxed_P = cosine_P >= self.relax_one + (self.relax_full - self.relax_one) * depth_P
         conflict_P = (margin_P - (1 - cosine_P)).clamp_min(0).masked_fill(relaxed_P, 0)
         n_alike_P = torch.bincount(overlap_P)[overlap_P]
-        means = (self.strengths(equal_PL) * conflict_P / (n_alike_P)).sum()
+        means = (self.strengths(equal_PL) * conflict_P / n_alike_P).sum()
         return self.weight_at(progress) * means
 
     def strengths(self, equal_PL: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.rows:
             raise DataError("there is no tokenizer to compare; name at least one")
-        if len(counts := {name: row.n_items for name, row in self.rows.items()}) > 1 and len(set(counts.values())) > 1:
+        if len(set((counts := {name: row.n_items for name, row in self.rows.items()}).values())) > 1:
             raise DataError(f"the reports are of different numbers of items ({counts}); tokenize the same items")
         if self.downstream is None:
             return

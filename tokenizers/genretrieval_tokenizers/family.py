@@ -30,7 +30,7 @@ _LOAD: dict[str, Callable[[Path], Tokenizer]] = {
 
 
 def needs_pairs(config: TokenizerConfig) -> bool:
-    """Whether fitting reads pairs of items that users meet together."""
+    """Whether fitting cannot do without pairs of items that users meet together."""
     return isinstance(config, RqVaeConfig) and config.contrast is not None
 
 

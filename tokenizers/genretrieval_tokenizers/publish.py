@@ -83,8 +83,8 @@ def publish(
         DataError: the folder holds published IDs, an item id is missing or repeated, or the embeddings are not of
             these items or this tokenizer; also as `collisions.resolve`.
     """
-    item_ids = _checked_ids(item_ids, len(x_ND))
-    _check_unpublished(folder)
+    item_ids = checked_ids(item_ids, len(x_ND))
+    check_unpublished(folder)
     codes_NL = tokenizer.encode(x_ND)
     return publish_codes(folder, tokenizer, collisions, item_ids, codes_NL, _costs(tokenizer, x_ND))
 
@@ -110,8 +110,8 @@ def publish_codes(
     Raises:
         DataError: as `publish`.
     """
-    item_ids = _checked_ids(item_ids, len(codes_NL))
-    _check_unpublished(folder)
+    item_ids = checked_ids(item_ids, len(codes_NL))
+    check_unpublished(folder)
     resolved = resolve(codes_NL, tokenizer.codebook_sizes, collisions, costs)
     folder.mkdir(parents=True, exist_ok=True)
     with _appearing(folder / CODEBOOKS) as partial:
@@ -169,7 +169,7 @@ def append(
     Raises:
         DataError: as `open_published`, `publish` and `collisions.append_codes`; the folder is then as it was.
     """
-    item_ids = _checked_ids(item_ids, len(x_ND))
+    item_ids = checked_ids(item_ids, len(x_ND))
     before = open_published(folder)
     if not _same_tokenizer(tokenizer, folder / CODEBOOKS):
         raise _other_tokenizer("the tokenizer given", before.ids.n_items)
@@ -197,8 +197,12 @@ def _costs(tokenizer: Tokenizer, x_ND: NDArray[np.floating]) -> Costs:
     return lambda rows: tokenizer.last_level_costs(x_ND[rows])
 
 
-def _checked_ids(item_ids: Sequence[str] | pa.Array | pa.ChunkedArray, n_items: int) -> pa.StringArray:
-    """`item_ids` as one Arrow string array."""
+def checked_ids(item_ids: Sequence[str] | pa.Array | pa.ChunkedArray, n_items: int) -> pa.StringArray:
+    """`item_ids` as one Arrow string array.
+
+    Raises:
+        DataError: one is no string, missing or repeated, or they are not `n_items`.
+    """
     try:
         array = pa.array(item_ids, pa.string()) if isinstance(item_ids, Sequence) else item_ids.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
@@ -218,7 +222,12 @@ def _checked_ids(item_ids: Sequence[str] | pa.Array | pa.ChunkedArray, n_items: 
     return array
 
 
-def _check_unpublished(folder: Path) -> None:
+def check_unpublished(folder: Path) -> None:
+    """Refuse to publish where IDs are published already.
+
+    Raises:
+        DataError: the folder holds published IDs.
+    """
     if (folder / PUBLISHED).exists():
         raise DataError(
             f"{folder} holds published IDs already; publishing there again would re-key every published ID, and a "

@@ -111,7 +111,11 @@ class ResidualEncoder:
             x_ND: finite ``[N, D]``.
             threads: how many compute, one a core by default. They change no code.
         """
-        codes_NL = np.empty((len(x_ND), len(self.levels)), np.int32)
+        return self._first_codes(x_ND, len(self.levels), threads)
+
+    def _first_codes(self, x_ND: Vectors, n_levels: int, threads: int | None = None) -> Codes:
+        """Codes of the first levels, int32 ``[N, n_levels]``."""
+        codes_NL = np.empty((len(x_ND), n_levels), np.int32)
 
         def work(blocks: Iterator[slice]) -> None:
             buffers = np.empty((2, min(self._block, len(x_ND)) * self._largest), np.float32)
@@ -155,7 +159,7 @@ class ResidualEncoder:
             x_ND: finite ``[N, D]``.
         """
         last = self.levels[-1]
-        above_NL = self.encode(x_ND)[:, :-1]
+        above_NL = self._first_codes(x_ND, len(self.levels) - 1)
         squared_K = np.square(last.codebook_KD).sum(axis=1) + last.prices_K
         costs_NK = np.empty((len(x_ND), last.size), np.float32)
 
@@ -200,12 +204,13 @@ class ResidualEncoder:
         return x_ND
 
     def _encode(self, x_ND: Vectors, codes_NL: Codes, first: int, buffers: F32) -> None:
-        """Write the codes from level `first` on, where `x_ND` is what that level quantises."""
+        """Write the codes from level `first` on, as many as `codes_NL` has, where `x_ND` is what `first` quantises."""
         x32_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
         row_N = np.arange(len(x_ND))
         state = _Rows.of(x32_ND, self._gamma, self._underflow)
         vanished = []
-        for number in range(first, len(self.levels)):
+        n_levels = codes_NL.shape[1]
+        for number in range(first, n_levels):
             level = self.levels[number]
             scores_NK = self._scores(x32_ND, codes_NL, state, first, number, buffers)
             best_N = scores_NK.argmax(axis=1)
@@ -220,7 +225,7 @@ class ResidualEncoder:
                 best_N[near] = _decide(r_ND, level, candidates)
                 top_N[near] = scores_NK[near, best_N[near]]
             codes_NL[:, number] = best_N
-            if number + 1 < len(self.levels):
+            if number + 1 < n_levels:
                 vanished.append(state.leave(top_N, error_N, normalize=self.normalize[number]))
         # The level furthest up comes last: below it, a vanished row was carried along with meaningless numbers.
         for number, rows in reversed(list(enumerate(vanished, first + 1))):
@@ -406,7 +411,8 @@ def kmeans(
     if len(x_ND) > size * max_points_per_centroid:
         drawn = np.random.default_rng(seed).choice(len(x_ND), size * max_points_per_centroid, replace=False)
         x_ND = x_ND[np.sort(drawn)]
-    fit = partial(_lloyd, x_ND, size, seed=seed, max_points_per_centroid=max_points_per_centroid)
+    gpu = faiss.get_num_gpus() > 0
+    fit = partial(lloyd, x_ND, size, seed=seed, max_points_per_centroid=max_points_per_centroid, gpu=gpu)
     start_KD = None
     if start == "spherical":
         start_KD = fit(niter=iterations, spherical=True)
@@ -415,14 +421,17 @@ def kmeans(
     return fit(start_KD=start_KD, niter=iterations)
 
 
-def _lloyd(x_ND: F32, size: int, *, start_KD: F32 | None = None, **settings: Any) -> F32:
-    clusters = faiss.Kmeans(
-        x_ND.shape[1],
-        size,
-        gpu=faiss.get_num_gpus() > 0,
-        min_points_per_centroid=1,  # below 39 faiss prints a warning; few items are no fault
-        **settings,
-    )
+def lloyd(x_ND: F32, size: int, *, start_KD: F32 | None = None, **settings: Any) -> F32:
+    """Codebook of faiss's k-means, float32 ``[size, D]``.
+
+    Args:
+        x_ND: float32 ``[N, D]``, no fewer than codes.
+        size: codes.
+        start_KD: float32 ``[size, D]``, where the iterations start from; random vectors by default.
+        settings: of `faiss.Kmeans`.
+    """
+    # Below 39 vectors a code faiss prints a warning; few items are no fault.
+    clusters = faiss.Kmeans(x_ND.shape[1], size, min_points_per_centroid=1, **settings)
     clusters.train(x_ND, init_centroids=start_KD)
     assert clusters.centroids is not None
     return clusters.centroids

@@ -10,7 +10,7 @@ items share an ID than with a third level of k-means, at a somewhat larger recon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from genretrieval.errors import DataError
 from genretrieval.semantic_ids import Codes
 from genretrieval_tokenizers.adasid import AdaptiveRepulsion
+from genretrieval_tokenizers.mlp import Mlp, trainable
 from genretrieval_tokenizers.quantise import F32, F64, VANISHED, ResidualEncoder, over_blocks
 from genretrieval_tokenizers.quasid import HammingRepulsion
 from genretrieval_tokenizers.rq_kmeans import check_kmeans, fit_levels, notes_on_sizes
@@ -30,7 +31,6 @@ from genretrieval_tokenizers.storage import Tensors, read_tokenizer, write_token
 from genretrieval_tokenizers.tokenizer import checked_vectors
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _FORMAT = "genretrieval.rk_fsq.1"
@@ -43,8 +43,6 @@ _WELL_USED = 0.95
 _ROWS_A_BLOCK = 256
 
 Float = TypeVar("Float", np.float32, np.float64)
-Layer = tuple[F32, F32]
-"""Weight ``[in, out]`` and bias ``[out]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,7 @@ class RkFsq:
         spread: root mean square distance of a residual's coordinates from `mean_D` in fitting. One number for all
             dimensions, so that standardising keeps which residuals are near each other. 0 where the residuals were all
             alike: then every vector gets one code, and all that it adds to the k-means levels is `mean_D`.
-        network: layers from standardised residuals to `n_bits` numbers, ReLU between them.
+        network: from standardised residuals to `n_bits` numbers.
         residuals_KD: float32 ``[2**n_bits, dim]``, what the decoder network made of each code. It has done its work.
         n_used: codes of the last level that some vector had in fitting.
     """
@@ -129,7 +127,7 @@ class RkFsq:
     scales: F32
     mean_D: F32 = field(repr=False)
     spread: float
-    network: tuple[Layer, ...] = field(repr=False)
+    network: Mlp = field(repr=False)
     residuals_KD: F32 = field(repr=False)
     n_used: int = 0
 
@@ -205,16 +203,12 @@ class RkFsq:
         """
         x_ND = checked_vectors(x_ND, self.dim)
         z_NB = np.tanh(self._outputs(x_ND, self._levels.encode(x_ND)))
-        corners_KB = _corners(self.config.n_bits).astype(np.float64)
-        squared_N1 = np.square(z_NB).sum(axis=1, keepdims=True)
-        costs_NK: F64 = squared_N1 - 2 * z_NB @ corners_KB.T + self.config.n_bits
-        return costs_NK.astype(np.float32)
+        return ResidualEncoder((_corners(self.config.n_bits),)).last_level_costs(z_NB)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; it is whole or absent."""
         tensors: Tensors = {f"codebook.{level}": codebook for level, codebook in enumerate(self.codebooks)}
-        for number, (weight, bias) in enumerate(self.network):
-            tensors |= {f"network.{number}.weight": weight, f"network.{number}.bias": bias}
+        tensors |= _turned(self.network).tensors("network")
         tensors |= {"scales": self.scales, "mean": self.mean_D, "residuals": self.residuals_KD}
         tensors |= {"spread": np.array([self.spread]), "n_used": np.array([self.n_used])}
         write_tokenizer(path, _FORMAT, self.config, tensors)
@@ -228,14 +222,13 @@ class RkFsq:
         """
         settings, tensors = read_tokenizer(path, _FORMAT)
         config = TypeAdapter(RkFsqConfig).validate_python(settings)
-        n_layers = sum(name.endswith(".weight") for name in tensors)
         return cls(
             config,
             tuple(tensors[f"codebook.{level}"] for level in range(len(config.codebook_sizes))),
             tensors["scales"],
             tensors["mean"],
             tensors["spread"].item(),
-            tuple((tensors[f"network.{i}.weight"], tensors[f"network.{i}.bias"]) for i in range(n_layers)),
+            _turned(Mlp.stored(tensors, "network")),
             tensors["residuals"],
             tensors["n_used"].item(),
         )
@@ -254,7 +247,7 @@ class RkFsq:
             for rows in blocks:
                 residual_ND, _ = self._levels.residuals(x_ND[rows], codes_NL[rows])
                 padded_ND[: len(residual_ND)] = _standardised(residual_ND, self.mean_D, self.spread)
-                outputs_NB[rows] = _forward(self.network, padded_ND)[: len(residual_ND)]
+                outputs_NB[rows] = self.network(padded_ND)[: len(residual_ND)]
 
         over_blocks(len(x_ND), _ROWS_A_BLOCK, work, threads)
         outputs_NB[np.abs(outputs_NB) <= _TIE] = 0
@@ -299,34 +292,32 @@ def balance_loss(z_NB: Tensor) -> Tensor:
     return 1 - entropy / math.log(len(share_K))
 
 
-def _train(x_ND: F32, coarse_NL: Codes, config: RkFsqConfig) -> tuple[tuple[Layer, ...], F32]:
-    """Layers of the trained encoder, and what the decoder makes of each code, float32 ``[2**n_bits, dim]``."""
+def _train(x_ND: F32, coarse_NL: Codes, config: RkFsqConfig) -> tuple[Mlp, F32]:
+    """The trained encoder, and what the decoder makes of each code, float32 ``[2**n_bits, dim]``."""
     import torch
-    from torch import nn
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        dim, hidden, n_bits = x_ND.shape[1], config.hidden, config.n_bits
-        encoder = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, n_bits))
-        decoder = nn.Sequential(nn.Linear(n_bits, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        widths = (x_ND.shape[1], config.hidden, config.n_bits)
+        encoder, decoder = trainable(widths), trainable(widths[::-1])
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=config.learning_rate)
         for step in range(config.steps):
-            rows_B = torch.randint(len(x_ND), (config.batch_size,))
-            batch_BD = torch.from_numpy(x_ND[rows_B.numpy()])
-            z_BB = torch.tanh(encoder(batch_BD))
-            loss = (decoder(straight_through_signs(z_BB)) - batch_BD).square().mean()
-            loss = loss + config.balance * balance_loss(z_BB)
+            rows_N = torch.randint(len(x_ND), (config.batch_size,))
+            batch_ND = torch.from_numpy(x_ND[rows_N.numpy()])
+            z_NB = torch.tanh(encoder(batch_ND))
+            loss = (decoder(straight_through_signs(z_NB)) - batch_ND).square().mean()
+            loss = loss + config.balance * balance_loss(z_NB)
             if config.repulsion is not None:
-                codes_BL = _with_last_code(torch.from_numpy(coarse_NL[rows_B.numpy()]), z_BB)
-                no_partner_B = torch.full_like(rows_B, -1)
+                codes_NL = _with_last_code(torch.from_numpy(coarse_NL[rows_N.numpy()]), z_NB)
+                no_partner_N = torch.full_like(rows_N, -1)
                 progress = step / config.steps
-                loss = loss + config.repulsion.loss(codes_BL, z_BB, rows_B, no_partner_B, progress)
+                loss = loss + config.repulsion.loss(codes_NL, z_NB, rows_N, no_partner_N, progress)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            decoded_KD = decoder(torch.from_numpy(_corners(n_bits))).numpy()
-    return _layers(encoder), decoded_KD
+            decoded_KD = decoder(torch.from_numpy(_corners(config.n_bits))).numpy()
+    return Mlp.trained(encoder), decoded_KD
 
 
 def _with_last_code(coarse_NL: Tensor, z_NB: Tensor) -> Tensor:
@@ -337,18 +328,9 @@ def _with_last_code(coarse_NL: Tensor, z_NB: Tensor) -> Tensor:
     return torch.cat([coarse_NL.long(), last_N[:, None]], dim=1)
 
 
-def _layers(network: torch.nn.Sequential) -> tuple[Layer, ...]:
-    """The linear layers of a network in NumPy."""
-    from torch import nn
-
-    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-    return tuple((layer.weight.detach().numpy().T.copy(), layer.bias.detach().numpy().copy()) for layer in linear)
-
-
-def _forward(layers: Sequence[Layer], x_ND: F64) -> F64:
-    for i, (weight, bias) in enumerate(layers):
-        x_ND = (np.maximum(x_ND, 0) if i else x_ND) @ weight.astype(np.float64) + bias
-    return x_ND
+def _turned(network: Mlp) -> Mlp:
+    """Weights ``[in, out]`` instead of ``[out, in]``, or back: this format's files hold them so."""
+    return replace(network, weights=tuple(np.ascontiguousarray(weight.T) for weight in network.weights))
 
 
 def _corners(n_bits: int) -> F32:

@@ -368,14 +368,23 @@ def notes_on_sizes(wanted: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[str
     )
 
 
+def check_codebook_sizes(codebook_sizes: tuple[int, ...]) -> None:
+    """What all residual levels need.
+
+    Raises:
+        DataError: there is no level, or one without codes.
+    """
+    if not codebook_sizes or min(codebook_sizes) < 1:
+        raise DataError(f"codebook_sizes {codebook_sizes}: give one size of at least 1 for each level")
+
+
 def check_kmeans(codebook_sizes: tuple[int, ...], config: KMeansConfig) -> None:
     """Settings that all methods with residual k-means have.
 
     Raises:
         DataError: one is out of range.
     """
-    if not codebook_sizes or min(codebook_sizes) < 1:
-        raise DataError(f"codebook_sizes {codebook_sizes}: give one size of at least 1 for each level")
+    check_codebook_sizes(codebook_sizes)
     if config.iterations < 1 or config.max_points_per_centroid < 1:
         raise DataError(
             f"iterations {config.iterations}, max_points_per_centroid {config.max_points_per_centroid}: give at least "

@@ -8,12 +8,11 @@ QuaSID (arXiv 2603.00632) or AdaSID (arXiv 2604.23522), with pairs and a contras
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
@@ -22,14 +21,15 @@ from genretrieval.errors import DataError
 from genretrieval.semantic_ids import Codes
 from genretrieval_tokenizers.adasid import AdaptiveRepulsion
 from genretrieval_tokenizers.contrast import Contrast
-from genretrieval_tokenizers.quantise import ResidualEncoder, nearest_codes
+from genretrieval_tokenizers.mlp import Mlp, trainable
+from genretrieval_tokenizers.quantise import F32, F64, ResidualEncoder, lloyd, nearest_codes
 from genretrieval_tokenizers.quasid import HammingRepulsion
+from genretrieval_tokenizers.rq_kmeans import check_codebook_sizes, notes_on_sizes
 from genretrieval_tokenizers.storage import Tensors, read_tokenizer, write_tokenizer
 from genretrieval_tokenizers.tokenizer import BLOCK, checked_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Sequential
 
 _FORMAT = "genretrieval.rq_vae.1"
 _CONSTANT = 1e-6
@@ -55,7 +55,8 @@ class RqVaeConfig:
         batch_size: items a step; with pairs, each of them brings one of its Swing targets along.
         learning_rate: of AdamW, falling linearly to 0.
         weight_decay: of AdamW.
-        commitment: weight of the loss that keeps the encoder near the codes it chose.
+        commitment: weight of the loss that keeps the encoder near the codes it chose. It and the reconstruction loss
+            are means over items and dimensions.
         ema_decay: what a code's moving averages keep at each step.
         revive_every: steps between revivals of dead codes; each takes the place of a random vector of the batch.
         revive_below: share of an even load under which a code counts as dead.
@@ -90,8 +91,9 @@ class RqVaeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
-            raise DataError(f"codebook_sizes {self.codebook_sizes}: give one size of at least 1 for each level")
+        check_codebook_sizes(self.codebook_sizes)
+        if self.scale not in ("common", "dimension"):
+            raise DataError(f"scale is {self.scale!r}; choose common or dimension")
         if min((self.latent_dim, *self.hidden_sizes)) < 1:
             raise DataError(
                 f"latent_dim {self.latent_dim}, hidden_sizes {self.hidden_sizes}: a layer needs at least one dimension"
@@ -111,31 +113,7 @@ class RqVaeConfig:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Mlp:
-    """Linear layers with ReLU between them.
-
-    Attributes:
-        weights: float32 ``[out, in]`` a layer.
-        biases: float32 ``[out]`` a layer.
-        unit: outputs are scaled to length 1; one of length 0 stays as it is.
-    """
-
-    weights: tuple[NDArray[np.float32], ...]
-    biases: tuple[NDArray[np.float32], ...]
-    unit: bool = False
-
-    def __call__(self, x_ND: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Outputs in float64, ``[N, D]`` with the width of the last layer."""
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x_ND = (np.maximum(x_ND, 0) if layer else x_ND) @ weight.T.astype(np.float64) + bias
-        if not self.unit:
-            return x_ND
-        length_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
-        return x_ND / np.where(length_N1 > 0, length_N1, 1)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RqVae:
     """A fitted RQ-VAE; it satisfies `Tokenizer`. A repulsion or contrast has done its work and is not read any more.
 
@@ -149,11 +127,11 @@ class RqVae:
     """
 
     config: RqVaeConfig
-    mean: NDArray[np.float32]
-    std: NDArray[np.float32]
-    encoder: Mlp
-    decoder: Mlp
-    codebooks: tuple[NDArray[np.float32], ...]
+    mean: F32 = field(repr=False)
+    std: F32 = field(repr=False)
+    encoder: Mlp = field(repr=False)
+    decoder: Mlp = field(repr=False)
+    codebooks: tuple[F32, ...] = field(repr=False)
 
     @classmethod
     def fit(
@@ -204,36 +182,29 @@ class RqVae:
     @property
     def notes(self) -> tuple[str, ...]:
         """What came out different from what was asked, for the report."""
-        return tuple(
-            f"level {level} has {size} codes instead of {wanted}: there are no more distinct vectors"
-            for level, (wanted, size) in enumerate(zip(self.config.codebook_sizes, self.codebook_sizes, strict=True))
-            if size < wanted
-        )
+        return notes_on_sizes(self.config.codebook_sizes, self.codebook_sizes)
 
     def encode(self, x_ND: NDArray[np.floating]) -> Codes:
         """Codes of vectors, int32 ``[N, n_levels]``; `Tokenizer.encode` says more."""
-        return ResidualEncoder(self.codebooks).encode(self._latent(x_ND))
+        return self._levels.encode(self._latent(x_ND))
 
-    def decode(self, codes_NL: Codes) -> NDArray[np.float32]:
-        """The vectors that codes stand for, float32 ``[N, dim]``; a dedup level, where given, is not read."""
-        x_ND = _blockwise(self.decoder, self._sum(codes_NL, len(self.codebooks))) * self.std + self.mean
+    def decode(self, codes_NL: Codes) -> F32:
+        """The vectors that codes stand for, float32 ``[N, dim]``; further levels (a dedup level) are not read."""
+        z_ND = np.zeros((len(codes_NL), self.config.latent_dim))
+        for level, codebook_KD in enumerate(self.codebooks):
+            z_ND += codebook_KD[codes_NL[:, level]]
+        x_ND = _blockwise(self.decoder, z_ND) * self.std + self.mean
         return x_ND.astype(np.float32)
 
-    def last_level_costs(self, x_ND: NDArray[np.floating]) -> NDArray[np.float32]:
+    def last_level_costs(self, x_ND: NDArray[np.floating]) -> F32:
         """Squared latent distances to the codes of the last level; `Tokenizer.last_level_costs` says more."""
-        z_ND, last_KD = self._latent(x_ND), self.codebooks[-1].astype(np.float64)
-        residual_ND = z_ND - self._sum(ResidualEncoder(self.codebooks).encode(z_ND), len(self.codebooks) - 1)
-        squared_N, squared_K = np.square(residual_ND).sum(axis=1), np.square(last_KD).sum(axis=1)
-        costs_NK: NDArray[np.float64] = squared_N[:, None] - 2 * residual_ND @ last_KD.T + squared_K
-        return np.maximum(costs_NK, 0).astype(np.float32)
+        return self._levels.last_level_costs(self._latent(x_ND))
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; it is whole or absent."""
-        tensors = {"mean": self.mean, "std": self.std}
-        tensors |= {f"codebook.{level}": codebook for level, codebook in enumerate(self.codebooks)}
-        for name, mlp in (("encoder", self.encoder), ("decoder", self.decoder)):
-            for layer, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
-                tensors |= {f"{name}.{layer}.weight": weight, f"{name}.{layer}.bias": bias}
+        tensors: Tensors = {f"codebook.{level}": codebook for level, codebook in enumerate(self.codebooks)}
+        tensors |= {"mean": self.mean, "std": self.std}
+        tensors |= self.encoder.tensors("encoder") | self.decoder.tensors("decoder")
         write_tokenizer(path, _FORMAT, self.config, tensors)
 
     @classmethod
@@ -246,25 +217,21 @@ class RqVae:
         settings, tensors = read_tokenizer(path, _FORMAT)
         config = TypeAdapter(RqVaeConfig).validate_python(settings)
         codebooks = tuple(tensors[f"codebook.{level}"] for level in range(len(config.codebook_sizes)))
-        n_layers = len(config.hidden_sizes) + 1
-        encoder = _stored_mlp(tensors, "encoder", n_layers, unit=config.unit_latent)
-        decoder = _stored_mlp(tensors, "decoder", n_layers)
+        encoder = Mlp.stored(tensors, "encoder", unit=config.unit_latent)
+        decoder = Mlp.stored(tensors, "decoder")
         return cls(config, tensors["mean"], tensors["std"], encoder, decoder, codebooks)
 
-    def _latent(self, x_ND: NDArray[np.floating]) -> NDArray[np.float64]:
+    @cached_property
+    def _levels(self) -> ResidualEncoder:
+        return ResidualEncoder(self.codebooks)
+
+    def _latent(self, x_ND: NDArray[np.floating]) -> F64:
         """What the levels quantise, ``[N, latent_dim]``."""
 
-        def encoded(rows_ND: NDArray[np.float32]) -> NDArray[np.float64]:
+        def encoded(rows_ND: F32) -> F64:
             return self.encoder((rows_ND.astype(np.float64) - self.mean) / self.std)
 
         return _blockwise(encoded, checked_vectors(x_ND, self.dim))
-
-    def _sum(self, codes_NL: Codes, n_levels: int) -> NDArray[np.float64]:
-        """What the first levels' codes stand for, ``[N, latent_dim]``."""
-        z_ND = np.zeros((len(codes_NL), self.config.latent_dim))
-        for level, codebook_KD in enumerate(self.codebooks[:n_levels]):
-            z_ND += codebook_KD[codes_NL[:, level]]
-        return z_ND
 
 
 class EmaCodebook:
@@ -302,17 +269,15 @@ class EmaCodebook:
         self.loads_K[dead] = even
 
 
-def _train(
-    x_ND: NDArray[np.float32], config: RqVaeConfig, pairs_P2: NDArray[np.integer] | None
-) -> tuple[Mlp, Mlp, tuple[NDArray[np.float32], ...]]:
+def _train(x_ND: F32, config: RqVaeConfig, pairs_P2: NDArray[np.integer] | None) -> tuple[Mlp, Mlp, tuple[F32, ...]]:
     """Encoder, decoder and codebooks after `config.epochs` passes over standardised items."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         widths = (x_ND.shape[1], *config.hidden_sizes, config.latent_dim)
-        encoder, decoder = _layers(widths), _layers(widths[::-1])
-        levels = _start(_rounded_latent(_frozen(encoder, unit=config.unit_latent), x_ND), config)
+        encoder, decoder = trainable(widths), trainable(widths[::-1])
+        levels = _start(_rounded_latent(Mlp.trained(encoder, unit=config.unit_latent), x_ND), config)
         parameters = [*encoder.parameters(), *decoder.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         items = torch.from_numpy(x_ND)
@@ -340,8 +305,8 @@ def _train(
                 if revive:
                     level.revive(residual_ND, config.revive_below)
         return (
-            _frozen(encoder, unit=config.unit_latent),
-            _frozen(decoder),
+            Mlp.trained(encoder, unit=config.unit_latent),
+            Mlp.trained(decoder),
             tuple(level.vectors_KD.numpy() for level in levels),
         )
 
@@ -394,7 +359,7 @@ def _batches(n: int, config: RqVaeConfig, pairs_P2: NDArray[np.integer] | None) 
             yield rows_N, partner_N
 
 
-def _start(z_ND: NDArray[np.float32], config: RqVaeConfig) -> list[EmaCodebook]:
+def _start(z_ND: F32, config: RqVaeConfig) -> list[EmaCodebook]:
     """Codebooks from k-means on the latent vectors of the untrained encoder."""
     import torch
 
@@ -408,9 +373,7 @@ def _start(z_ND: NDArray[np.float32], config: RqVaeConfig) -> list[EmaCodebook]:
     ]
 
 
-def _residual_kmeans(
-    z_ND: NDArray[np.float32], config: RqVaeConfig, start: Sequence[NDArray[np.float32]] | None = None
-) -> list[NDArray[np.float32]]:
+def _residual_kmeans(z_ND: F32, config: RqVaeConfig, start: Sequence[F32] | None = None) -> list[F32]:
     """Codebooks of latent vectors, level after level; k-means sets out from `start` where it is given."""
     residual_ND, codebooks = z_ND, []
     for level, size in enumerate(config.codebook_sizes):
@@ -420,32 +383,22 @@ def _residual_kmeans(
     return codebooks
 
 
-def _kmeans(
-    x_ND: NDArray[np.float32], size: int, config: RqVaeConfig, level: int, start_KD: NDArray[np.float32] | None
-) -> NDArray[np.float32]:
-    """Codebook of a level, float32 ``[at most size, D]``: the distinct vectors where there are no more of them."""
+def _kmeans(x_ND: F32, size: int, config: RqVaeConfig, level: int, start_KD: F32 | None) -> F32:
+    """Codebook of a level, float32 ``[at most size, D]``: the distinct ones, ascending, where these are few."""
     distinct_KD = np.unique(x_ND, axis=0)
     if len(distinct_KD) <= size:
         return distinct_KD
-    kmeans = faiss.Kmeans(
-        x_ND.shape[1],
-        size,
-        niter=config.kmeans_iterations,
-        seed=config.seed + level,
-        min_points_per_centroid=1,  # below 39 faiss prints a warning; few items are no fault
-    )
     # A level that started from fewer vectors than codes has too few to go on from.
-    kmeans.train(x_ND, init_centroids=start_KD if start_KD is not None and len(start_KD) == size else None)
-    assert kmeans.centroids is not None
-    return kmeans.centroids
+    start_KD = start_KD if start_KD is not None and len(start_KD) == size else None
+    return lloyd(x_ND, size, start_KD=start_KD, niter=config.kmeans_iterations, seed=config.seed + level)
 
 
-def _rounded_latent(encoder: Mlp, x_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+def _rounded_latent(encoder: Mlp, x_ND: F32) -> F32:
     """Latent vectors of standardised items: float64 rounded to float32, so that those of equal items are equal."""
     return _blockwise(lambda rows_ND: encoder(rows_ND.astype(np.float64)), x_ND).astype(np.float32)
 
 
-def _blockwise(step: Callable[[NDArray[Any]], NDArray[np.float64]], x_ND: NDArray[Any]) -> NDArray[np.float64]:
+def _blockwise(step: Callable[[NDArray[Any]], F64], x_ND: NDArray[Any]) -> F64:
     """`step` on blocks of `BLOCK` rows, the last one padded with zeros."""
     out = []
     for start in range(0, max(len(x_ND), 1), BLOCK):
@@ -456,37 +409,7 @@ def _blockwise(step: Callable[[NDArray[Any]], NDArray[np.float64]], x_ND: NDArra
     return np.concatenate(out)
 
 
-def _layers(widths: tuple[int, ...]) -> Sequential:
-    """Trainable `Mlp`."""
-    import torch
-
-    layers: list[torch.nn.Module] = []
-    for width_in, width_out in pairwise(widths):
-        layers += [torch.nn.ReLU()] * bool(layers) + [torch.nn.Linear(width_in, width_out)]
-    return torch.nn.Sequential(*layers)
-
-
-def _frozen(layers: Sequential, *, unit: bool = False) -> Mlp:
-    """The `Mlp` that was trained."""
-    import torch
-
-    linear = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
-    return Mlp(
-        tuple(layer.weight.detach().numpy().copy() for layer in linear),
-        tuple(layer.bias.detach().numpy().copy() for layer in linear),
-        unit,
-    )
-
-
-def _stored_mlp(tensors: Tensors, name: str, n_layers: int, *, unit: bool = False) -> Mlp:
-    return Mlp(
-        tuple(tensors[f"{name}.{layer}.weight"] for layer in range(n_layers)),
-        tuple(tensors[f"{name}.{layer}.bias"] for layer in range(n_layers)),
-        unit,
-    )
-
-
-def _mean_and_std(x_ND: NDArray[np.float32], scale: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _mean_and_std(x_ND: F32, scale: str) -> tuple[F32, F32]:
     """What is subtracted from each dimension, and by what it is divided: 1 where it does not vary."""
     mean_D, std_D = x_ND.mean(axis=0, dtype=np.float64), x_ND.std(axis=0, dtype=np.float64)
     varies_D = std_D > _CONSTANT * np.abs(mean_D)

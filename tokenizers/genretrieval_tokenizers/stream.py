@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from genretrieval.errors import DataError
 from genretrieval.semantic_ids import Codes
 from genretrieval_tokenizers.collisions import CollisionConfig
-from genretrieval_tokenizers.publish import PUBLISHED, Published, publish_codes
+from genretrieval_tokenizers.publish import Published, check_unpublished, checked_ids, publish_codes
 from genretrieval_tokenizers.storage import fingerprint
 from genretrieval_tokenizers.tokenizer import Tokenizer
 
@@ -227,8 +227,10 @@ def encode_shards(
         DataError: as `EmbeddingShards.batches`, `EmbeddingShards.ids` and `publish.publish_codes`; the collision
             method is "reassign"; or the embeddings have other dimensions than the tokenizer.
     """
-    _check_streamable(shards, tokenizer, collisions, output)
-    item_ids = pa.concat_arrays(list(shards.ids()))  # read first: a missing id shows before the long part
+    # First all that could be refused after the long part.
+    _check_streamable(shards, tokenizer, collisions)
+    check_unpublished(output)
+    item_ids = checked_ids(pa.chunked_array(shards.ids()), shards.n_items)
     output.mkdir(parents=True, exist_ok=True)
     kept = _KeptCodes(output / _CODES, _identity(shards, tokenizer), len(tokenizer.codebook_sizes))
     for batch_BD in shards.batches(batch_rows, start=kept.n_rows):
@@ -287,8 +289,7 @@ def _identity(shards: EmbeddingShards, tokenizer: Tokenizer) -> bytes:
     return hashlib.sha256(json.dumps([made_by, shards.column, files]).encode()).digest()
 
 
-def _check_streamable(shards: EmbeddingShards, tokenizer: Tokenizer, collisions: CollisionConfig, output: Path) -> None:
-    """What would otherwise show only after all is encoded."""
+def _check_streamable(shards: EmbeddingShards, tokenizer: Tokenizer, collisions: CollisionConfig) -> None:
     if collisions.method == "reassign":
         raise DataError(
             "collisions.method is 'reassign', which compares the embeddings of all items of a prefix; as a stream they "
@@ -298,11 +299,6 @@ def _check_streamable(shards: EmbeddingShards, tokenizer: Tokenizer, collisions:
         raise DataError(
             f"{shards.files[0]}: {shards.column} has {shards.dim} dimensions, the tokenizer {tokenizer.dim}: they come "
             "from another embedding; embed the items with the recipe that the tokenizer was fitted with"
-        )
-    if (output / PUBLISHED).exists():
-        raise DataError(
-            f"{output} holds published IDs already; encoding into it again would re-key every one of them. Give a new "
-            "folder"
         )
 
 
