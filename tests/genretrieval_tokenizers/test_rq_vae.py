@@ -16,7 +16,7 @@ from genretrieval_tokenizers.adasid import AdaptiveRepulsion
 from genretrieval_tokenizers.contrast import Contrast
 from genretrieval_tokenizers.mlp import Mlp
 from genretrieval_tokenizers.quasid import HammingRepulsion
-from genretrieval_tokenizers.rq_vae import EmaCodebook, RqVae, RqVaeConfig
+from genretrieval_tokenizers.rq_vae import EmaCodebook, RqVae, RqVaeConfig, _quantise_in_training
 from genretrieval_tokenizers.tokenizer import Tokenizer
 
 SMALL = RqVaeConfig(
@@ -93,6 +93,24 @@ def test_a_code_that_hardly_anything_chooses_is_revived() -> None:
     assert codebook.nearest(x).tolist() == [1, 1]
 
 
+def test_codes_residuals_and_commitment_by_hand() -> None:
+    # z = (3, 4). Level 0 offers (2, 4) and (9, 9): code 0 leaves (1, 0). Level 1 offers (0, 2), (1, 1): code 1 leaves
+    # (0, -1). Mean squares: level 0 (1 + 0) / 2 = .5, level 1 (0 + 1) / 2 = .5; the commitment is their sum, 1. Its
+    # gradient at z is 2 (what level 0 leaves + what level 1 leaves) / 2 = (1, 0) + (0, -1).
+    levels = [
+        EmaCodebook(torch.tensor([[2.0, 4.0], [9.0, 9.0]]), torch.ones(2), decay=0.9),
+        EmaCodebook(torch.tensor([[0.0, 2.0], [1.0, 1.0]]), torch.ones(2), decay=0.9),
+    ]
+    z = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    codes, residuals, quantised, commitment = _quantise_in_training(z, levels)
+    assert codes.tolist() == [[0, 1]]
+    assert [residual.tolist() for residual in residuals] == [[[3.0, 4.0]], [[1.0, 0.0]]]
+    assert quantised.tolist() == [[3.0, 5.0]]
+    assert commitment.item() == 1.0
+    commitment.backward()
+    assert z.grad.tolist() == [[1.0, -1.0]]
+
+
 @pytest.mark.parametrize("unit", [False, True])
 def test_every_code_is_used(unit: bool) -> None:
     x = np.repeat(vectors(30, 8), 20, axis=0) + 0.2 * vectors(600, 8, seed=1)
@@ -119,6 +137,19 @@ def test_repulsion_lowers_collisions(repulsion: HammingRepulsion | AdaptiveRepul
         codes = RqVae.fit(x, settings).encode(x)
         pairs.append(np.triu((codes[:, None] == codes[None]).all(axis=2), 1).sum())
     assert pairs[1] < pairs[0] / 1.5
+
+
+@pytest.mark.parametrize("repulsion", [HammingRepulsion(weight_full=1.0), AdaptiveRepulsion(weight=1.0)])
+def test_repulsion_raises_the_entropy_of_ids(repulsion: HammingRepulsion | AdaptiveRepulsion) -> None:
+    """Twins close to the origin share their codes; items far away draw most codes to themselves."""
+    twins = np.repeat(vectors(60, 8), 2, axis=0) + 0.1 * vectors(120, 8, seed=1)
+    x = np.concatenate([0.3 * twins, 3 * vectors(40, 8, seed=2)])
+    config = replace(SMALL, codebook_sizes=(16, 16), hidden_sizes=(32,), epochs=60, batch_size=160)
+    entropies = []
+    for settings in (config, replace(config, repulsion=repulsion)):
+        share = np.unique(RqVae.fit(x, settings).encode(x), axis=0, return_counts=True)[1] / len(x)
+        entropies.append(-(share * np.log(share)).sum())
+    assert entropies[1] > entropies[0] + 0.05
 
 
 def test_contrast_pulls_pairs_together() -> None:
