@@ -76,6 +76,11 @@ class LeaveOneOut:
         lengths = self.histories.lengths()
         return self.histories.offsets[1:] - np.where(lengths >= self.min_length, 2, 0)
 
+    def trained(self) -> NDArray[np.bool_]:
+        """Bool ``[n]``, over the flat arrays: which interactions are training."""
+        lengths = self.histories.lengths()
+        return np.arange(len(self.histories.items)) < np.repeat(self.train_ends(), lengths)
+
     def targets(self, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Users evaluated, int64 ``[n_eval]``, and the position of each one's target in the flat arrays.
 

@@ -83,8 +83,6 @@ class SidFusion(nn.Module):
     """
 
     codes: Tensor
-    offsets: Tensor
-    similar: Tensor
 
     def __init__(
         self, codes_NM: Tensor, codebook_sizes: Sequence[int], n_opq: int, n_context: int, config: SidFusionConfig

@@ -98,7 +98,7 @@ def bench_tokenize_scale(
         ScaleBenchError: the process that does the work failed.
     """
     shards = make_shards(folder, n_items, dim)
-    output = folder / "published"
+    output = folder / f"bench-ids-{n_items}x{dim}"
     if output.exists():
         shutil.rmtree(output)  # a finished encoding would be taken up, and nothing measured
     measured = _in_child(Job(str(shards), str(output), sample_items, threads))

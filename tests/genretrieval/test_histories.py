@@ -40,6 +40,7 @@ def test_repeat_rate_counts_items_a_user_had_before() -> None:
 def test_leave_one_out_by_hand() -> None:
     split = LeaveOneOut(FOUR)
     assert split.train_ends().tolist() == [2, 6, 7, 10]
+    assert np.flatnonzero(split.trained()).tolist() == [0, 1, 4, 5, 6, 9]
     users, positions = split.targets("test")
     assert (users.tolist(), positions.tolist()) == ([0, 2], [3, 8])
     users, positions = split.targets("validation")

@@ -62,12 +62,13 @@ class ByNumber:
         return Leaves(leaves, scores, np.repeat(scores[..., None] / 2, 2, axis=-1))
 
 
-def write(path: Path, table: pl.DataFrame = TABLE) -> Path:
+def write(path: Path, table: pl.DataFrame = TABLE, leaf_cap: int | None = None) -> Path:
     manifest = Manifest(
         created=datetime(2026, 1, 2, tzinfo=UTC),
         genretrieval_version="0.1.0",
         n_items=len(table),
         codebook_sizes=(2, 3),
+        leaf_cap=leaf_cap,
         opset=18,
         minimum_onnxruntime="1.20",
         graph_inputs=INPUTS,
@@ -176,6 +177,12 @@ def test_equal_scores_are_ordered_by_leaf(retriever, backend, monkeypatch) -> No
     found = Leaves(np.asarray([[2, 0, 3, 1]]), np.zeros((1, 4), np.float32), np.zeros((1, 4, 2), np.float32))
     monkeypatch.setattr(backend, "run", lambda inputs: found)
     assert items(retriever) == "bacde"
+
+
+def test_a_capped_leaf_lists_its_most_popular_items_that_may_be_shown(tmp_path, backend) -> None:
+    capped = Retriever(load_bundle(write(tmp_path / "capped", leaf_cap=1)), backend)
+    assert items(capped) == "bcde"
+    assert items(capped, exclude_item_ids=["b"]) == "acde"
 
 
 def test_a_filter_hides_the_rest_of_a_leaf(retriever) -> None:

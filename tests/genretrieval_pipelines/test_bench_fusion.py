@@ -16,7 +16,9 @@ from genretrieval_pipelines.embed import EmbeddingPart
 from genretrieval_pipelines.synth import ShopConfig, synthesize
 from genretrieval_tokenizers.rq_opq import RqOpq, RqOpqConfig
 
-QUICK = bench.FusionBenchConfig(n_seeds=2, epochs=1, batch_size=64, max_history=4, n_eval_negatives=5, n_similar=2)
+QUICK = bench.FusionBenchConfig(
+    split="validation", n_seeds=2, epochs=1, batch_size=64, max_history=4, n_eval_negatives=5, n_similar=2
+)
 
 
 def histories(sequences: list[list[int]]) -> Histories:
@@ -80,7 +82,7 @@ def test_validation_and_test_items_are_not_trained_on() -> None:
 def test_negatives_are_of_the_cohort_and_not_of_the_user() -> None:
     logs, _ = two_tastes()
     examples = bench.Examples.of(logs, 40, QUICK)
-    everything, unseen = examples.cohorts[""], examples.cohorts["unseen_"]
+    everything, unseen = examples.cohorts[""], examples.cohorts["cold_"]
     assert len(everything.cases_B) == len(unseen.cases_B) == 120  # all targets are unseen ones
     assert (examples.counts_N[everything.negatives_BC] > 0).all()
     assert set(unseen.negatives_BC.ravel()) == {18, 19, 38, 39}
@@ -102,7 +104,7 @@ def test_similar_items_are_those_whose_opq_codes_stand_near() -> None:
 
 
 @pytest.mark.parametrize(("variant", "knows"), [("id", False), ("sid", True), ("fusion", True)])
-def test_codes_know_unseen_items(variant: Variant, knows: bool) -> None:
+def test_codes_know_cold_items(variant: Variant, knows: bool) -> None:
     """The property that the method exists for: an item that no one has taken is placed by what it shares.
 
     At best 5/6: of the three others that no one has taken, two are of the other kind, one is as good as the target.
@@ -111,7 +113,7 @@ def test_codes_know_unseen_items(variant: Variant, knows: bool) -> None:
     config = replace(QUICK, epochs=12, learning_rate=0.01)
     examples = bench.Examples.of(logs, 40, config)
     figures = bench.evaluate(bench.train(examples, sids, SidFusionConfig(variant), config, seed=1), examples)
-    assert (figures["unseen_gauc"] > 0.75) == knows
+    assert (figures["cold_gauc"] > 0.75) == knows
 
 
 def test_equal_seeds_train_equal_models() -> None:
@@ -137,11 +139,11 @@ def test_figures_of_a_demo_shop(tmp_path: Path) -> None:
     )
     assert lines(figures)
     for variant in bench.VARIANTS:
-        for name in ("auc", "gauc", "cold_auc", "cold_gauc"):
+        for name in ("auc", "gauc", "sparse_auc", "sparse_gauc"):
             figure = figures[f"fusion.{variant}.{name}"]
             assert figure.spread is not None
             assert 0 <= figure.spread[0] <= figure.value <= figure.spread[1] <= 1
-    assert 0 < figures["fusion.cold_cases"].value <= figures["fusion.cases"].value
+    assert 0 < figures["fusion.sparse_cases"].value <= figures["fusion.cases"].value
     gain = figures["fusion.fusion.auc_over_id"].value
     assert gain == pytest.approx(figures["fusion.fusion.auc"].value - figures["fusion.id.auc"].value)
 
@@ -151,8 +153,8 @@ def test_a_cohort_without_cases_has_no_figures() -> None:
     config = replace(QUICK, n_seeds=1)
     seen = histories([[*logs.items[a : b - 2], 0, 20] for a, b in zip(logs.offsets, logs.offsets[1:], strict=False)])
     figures = bench.measure(bench.Examples.of(seen, 40, config), sids, config)
-    assert figures["fusion.unseen_cases"].value == 0
-    assert "fusion.fusion.unseen_auc" not in figures
+    assert figures["fusion.cold_cases"].value == 0
+    assert "fusion.fusion.cold_auc" not in figures
     assert "fusion.fusion.auc" in figures
 
 
@@ -161,7 +163,7 @@ def test_a_shop_without_histories_is_refused() -> None:
         bench.Examples.of(histories([[1, 2, 3], [4]]), 5, QUICK)
 
 
-@pytest.mark.parametrize("setting", [{"n_seeds": 0}, {"epochs": 0}, {"learning_rate": 0.0}, {"cold_below": 0}])
+@pytest.mark.parametrize("setting", [{"n_seeds": 0}, {"epochs": 0}, {"learning_rate": 0.0}, {"sparse_below": 0}])
 def test_settings_out_of_range_are_refused(setting: dict[str, int]) -> None:
     with pytest.raises(DataError):
         bench.FusionBenchConfig(**setting)  # type: ignore[arg-type]

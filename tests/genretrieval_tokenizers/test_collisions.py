@@ -91,7 +91,7 @@ def test_none_keeps_the_codes_and_counts_what_a_cap_hides() -> None:
     assert resolve(rows, (2, 2), CollisionConfig("none", cap=3)).notes == ()
     # With one listed: two of the three and one of the two are hidden.
     (note,) = resolve(rows, (2, 2), CollisionConfig("none", cap=1)).notes
-    assert note.startswith("3 of 5 items are never listed: 2 SIDs")
+    assert note.startswith("3 of 5 items are listed only where others of their SID are excluded: 2 SIDs")
 
 
 # --- reassign

@@ -45,7 +45,8 @@ class CollisionConfig:
             The generator has an output for every code, so an item can be appended without training it anew only
             while there is room.
         cap: none only: at most so many items of one SID are listed, None for all. Items under a leaf are listed by
-            falling popularity, so the least popular ones go unlisted; `Resolved.notes` counts them.
+            falling popularity, so the least popular ones are listed only where a request excludes others;
+            `Resolved.notes` counts them.
 
     Raises:
         DataError: a setting is out of range, or the method ignores it.
@@ -323,6 +324,6 @@ def _unlisted(codes_NL: Codes, cap: int | None) -> tuple[str, ...]:
     if not len(beyond):
         return ()
     return (
-        f"{int(beyond.sum()):,} of {len(codes_NL):,} items are never listed: {len(beyond):,} SIDs have more than "
-        f"{cap} items, and only the {cap} most popular ones of each are",
+        f"{int(beyond.sum()):,} of {len(codes_NL):,} items are listed only where others of their SID are excluded: "
+        f"{len(beyond):,} SIDs have more than {cap} items, and a response lists the {cap} most popular ones",
     )
