@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from genretrieval import __version__
-from genretrieval.errors import BundleError, GenRetrievalError, MissingExtraError, RecipeError
+from genretrieval.errors import BundleError, GenRetrievalError, InvalidInputError, MissingExtraError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -214,8 +214,8 @@ def tokenize_fit(
 @tokenize_app.command("append")
 def tokenize_append(
     published: Annotated[Path, typer.Argument(help="Folder that `tokenize fit` wrote.")],
-    data: Annotated[Path, typer.Option(help="Folder of house Parquet with the whole item table, old and new.")],
-    work: Annotated[Path | None, typer.Option(help="Checked logs and embeddings. Default: PUBLISHED.work")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of house Parquet; items that have an ID already are passed over.")],
+    work: Annotated[Path | None, typer.Option(help="Checked logs. Default: PUBLISHED.work")] = None,
 ) -> None:
     """Give new items an ID; no published ID moves."""
     with _extra("train"):
@@ -223,7 +223,7 @@ def tokenize_append(
         from genretrieval_pipelines.tokenize import append_items
     work = work or published.with_name(published.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    for line in append_items(published, open_shop(data, work), work):
+    for line in append_items(published, open_shop(data, work)):
         print(line)
 
 
@@ -231,16 +231,11 @@ def tokenize_append(
 def tokenize_query(
     published: Annotated[Path, typer.Argument(help="Folder that `tokenize fit` wrote.")],
     queries: Annotated[list[str], typer.Argument(help="What a visitor types; several in quotes.")],
-    data: Data,
-    work: Annotated[Path | None, typer.Option(help="Checked logs and embeddings. Default: PUBLISHED.work")] = None,
 ) -> None:
     """The semantic IDs of queries, by the tokenizer of the items, and the items beside them."""
     with _extra("train"):
-        from genretrieval_pipelines.shop import open_shop
         from genretrieval_pipelines.tokenize import query_ids
-    work = work or published.with_name(published.name + ".work")
-    work.mkdir(parents=True, exist_ok=True)
-    for query, (codes, items) in zip(queries, query_ids(published, open_shop(data, work), queries, work), strict=True):
+    for query, (codes, items) in zip(queries, query_ids(published, queries), strict=True):
         print(f"{query}: {tuple(codes)} beside {', '.join(items) or 'no item'}")
 
 
@@ -248,27 +243,39 @@ def tokenize_query(
 def tokenize_encode(
     shards: Annotated[Path, typer.Argument(help="Folder of Parquet files with an id and an embedding column.")],
     output: Annotated[Path, typer.Option(help="Folder to publish the semantic IDs in; must hold none yet.")],
-    recipe: Annotated[str, typer.Option(help="Recipe whose tokenizer is fitted, on a sample.")] = "next_item",
+    recipe: Annotated[
+        str, typer.Option(help="Recipe whose tokenizer is fitted, on a sample, and whose collisions are resolved.")
+    ] = "next_item",
     tokenizer: Annotated[
         Path | None, typer.Option(help="A codebooks.safetensors to encode with instead of fitting one.")
     ] = None,
     column: Annotated[str, typer.Option(help="Embedding column, a list of floats.")] = "embedding",
     id_column: Annotated[str, typer.Option(help="Item id column.")] = "item_id",
-    sample: Annotated[int, typer.Option(help="Items that the tokenizer is fitted on.")] = 262_144,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    sample: Annotated[int | None, typer.Option(help="Items that a tokenizer is fitted on; 262,144 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sample; 0 by default.")] = None,
 ) -> None:
     """Ready embeddings of any number of items to semantic IDs: fit on a sample, encode as a stream."""
     with _extra("train"):
         from genretrieval_pipelines.recipe import load_recipe
         from genretrieval_pipelines.tokenize import encode_stream
-    loaded = load_recipe(_recipe_file(recipe))
-    console = Console(stderr=True)
-    encode_stream(shards, output, loaded, tokenizer, column, id_column, sample, seed, console)
+    encode_stream(
+        shards,
+        output,
+        load_recipe(_recipe_file(recipe)),
+        codebooks=tokenizer,
+        column=column,
+        id_column=id_column,
+        sample=sample,
+        seed=seed,
+        console=Console(stderr=True),
+    )
 
 
 @tokenize_app.command("report")
 def tokenize_report(
-    names: Annotated[list[str] | None, typer.Argument(help="Tokenizers of the recipe; all by default.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Tokenizers of the recipe; their references come along.")
+    ] = None,
     *,
     data: Data,
     output: Annotated[Path, typer.Option(help="Folder for comparison.md, comparison.json and the plots.")],
@@ -282,17 +289,28 @@ def tokenize_report(
         bool, typer.Option(help="Also train a generator on the IDs of each tokenizer, for every seed: hours.")
     ] = False,
     split: Annotated[SplitName, typer.Option(help="`test` is for the last look.")] = SplitName.validation,
+    generator: Annotated[
+        str | None,
+        typer.Option(help="With --downstream, a run recipe to train with instead of the small one, e.g. next_item."),
+    ] = None,
+    sasrec: Annotated[bool, typer.Option(help="With --downstream, train the SASRec baseline too.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cells computed at a time, each on one core.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
     """Fit tokenizers and put their diagnostics side by side; on request, what a generator makes of their IDs."""
     with _extra("train"):
         from genretrieval_pipelines.compare_tokenizers import Grid, compare
-        from genretrieval_pipelines.recipe import ComparisonRecipe, read_recipe
+        from genretrieval_pipelines.recipe import ComparisonRecipe, load_recipe, read_recipe
     wanted = read_recipe(_recipe_file(recipe), ComparisonRecipe).only(names or [])
+    if generator and not downstream:
+        raise InvalidInputError(
+            "--generator says what to train on the IDs, and without --downstream nothing is trained"
+        )
+    if generator:
+        wanted = wanted.with_generator(load_recipe(_recipe_file(generator)))
     grid = Grid(wanted, data, work or output.with_name(output.name + ".work"))
     console = Console(stderr=True)
-    figures = compare(grid, output, downstream=downstream, split=split.value, jobs=jobs, console=console)
+    figures = compare(grid, output, downstream=downstream, split=split.value, sasrec=sasrec, jobs=jobs, console=console)
     _report_figures(figures, json_file)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from genretrieval.errors import RecipeError
 from genretrieval.training.trainer import TrainingConfig
@@ -19,6 +19,7 @@ from genretrieval_tokenizers.family import TokenizerConfig
 from genretrieval_tokenizers.rq_kmeans import RqKMeansConfig
 
 Tokenizer = Annotated[TokenizerConfig, Field(discriminator="method")]
+FigureName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]  # it becomes part of a figure's dotted name
 
 
 class _Section(BaseModel):
@@ -78,6 +79,9 @@ class Compared(_Section):
     embedding: Annotated[list[EmbeddingPart], Field(min_length=1)] | None = Field(
         None, description="Its own vectors instead of those of the comparison."
     )
+    reference: str | None = Field(
+        None, description="The tokenizer that its gains are relative to; None for that of the comparison."
+    )
     published: PublishedGain | None = None
 
 
@@ -89,24 +93,43 @@ class ComparisonEvaluation(_Section):
 
 
 class ComparisonRecipe(_Section):
-    """Tokenizers side by side: the same embeddings, generator and budget for all, seeds paired."""
+    """Tokenizers side by side: the same generator and budget for all, the same embeddings but where one has its own.
+
+    Seeds are paired: cells of equal seed share the order of the training data. They share initial weights only where
+    their codebook sizes are equal, because the tables of codes are drawn first.
+    """
 
     embedding: Annotated[list[EmbeddingPart], Field(min_length=1)]
-    reference: str = Field(description="The tokenizer that gains are relative to.")
+    reference: str = Field(description="The tokenizer that gains are relative to, unless one names another.")
     seeds: Annotated[list[int], Field(min_length=2)] = Field(description="Each replaces every other seed of a cell.")
-    tokenizers: Annotated[dict[str, Compared], Field(min_length=1)]
+    tokenizers: Annotated[dict[FigureName, Compared], Field(min_length=1)]
     generator: GeneratorSection = GeneratorSection()
     training: TrainingConfig = TrainingConfig()
     evaluation: ComparisonEvaluation = ComparisonEvaluation()
+    sasrec: SasrecConfig = Field(SasrecConfig(), description="The SASRec baseline, where it is asked for.")
 
     @model_validator(mode="after")
-    def _reference_is_there(self) -> Self:
-        if self.reference not in self.tokenizers:
-            raise ValueError(f"reference {self.reference!r} is none of the tokenizers {', '.join(self.tokenizers)}")
+    def _references_are_there(self) -> Self:
+        for reference in (self.reference, *map(self.reference_of, self.tokenizers)):
+            if reference not in self.tokenizers:
+                raise ValueError(f"reference {reference!r} is none of the tokenizers {', '.join(self.tokenizers)}")
         return self
 
+    @model_validator(mode="after")
+    def _seeds_are_distinct(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"seeds {self.seeds} hold one twice; give distinct ones, as a repeated cell is no further measurement "
+                "and would make every interval too narrow"
+            )
+        return self
+
+    def reference_of(self, name: str) -> str:
+        """The tokenizer that the gains of `name` are relative to."""
+        return self.tokenizers[name].reference or self.reference
+
     def only(self, names: list[str]) -> ComparisonRecipe:
-        """The same comparison of `names` alone; the first stands in for a reference that is not among them.
+        """The same comparison of `names` alone, in that order, behind the references that they need.
 
         Raises:
             RecipeError: a name is unknown.
@@ -115,9 +138,16 @@ class ComparisonRecipe(_Section):
             raise RecipeError(
                 f"no tokenizer {', '.join(unknown)} in the comparison; it has {', '.join(self.tokenizers)}"
             )
-        kept = {name: self.tokenizers[name] for name in names or self.tokenizers}
-        reference = self.reference if self.reference in kept else next(iter(kept))
-        return self.model_copy(update={"tokenizers": kept, "reference": reference})
+        kept = list(dict.fromkeys(names or self.tokenizers))
+        needed = {self.reference, *map(self.reference_of, kept)}
+        while further := {self.reference_of(name) for name in needed} - needed:
+            needed |= further
+        kept = [name for name in self.tokenizers if name in needed - set(kept)] + kept
+        return self.model_copy(update={"tokenizers": {name: self.tokenizers[name] for name in kept}})
+
+    def with_generator(self, recipe: Recipe) -> ComparisonRecipe:
+        """The same comparison by the generator and training of a run."""
+        return self.model_copy(update={"generator": recipe.generator, "training": recipe.training})
 
     def cell(self, name: str, seed: int) -> Recipe:
         """The run of one tokenizer with one seed."""
@@ -162,9 +192,15 @@ def read_recipe(path: Path, kind: type[_AnyRecipe]) -> _AnyRecipe:
 
 
 def content_hash(*parts: object) -> str:
-    """Short hash of plain values; names the folder of a result so that a changed input never reuses it."""
+    """Short hash of plain values; names the folder of a result so that a changed input never reuses it.
+
+    Arrays are given as bytes or as a contiguous memoryview, which are hashed as they are; of anything else its `repr`.
+    """
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(repr(part).encode())
-        digest.update(b"\0")
+        raw = isinstance(part, bytes | memoryview)
+        content = memoryview(part if isinstance(part, bytes | memoryview) else repr(part).encode())
+        # With its kind and length in front, no part can be taken for another one or for two.
+        digest.update(f"{'raw' if raw else 'repr'} {content.nbytes}\0".encode())
+        digest.update(content)
     return digest.hexdigest()[:16]

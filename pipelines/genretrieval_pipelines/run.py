@@ -183,9 +183,7 @@ def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
 
 def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures) -> Draft:
     """Manifest and catalogue of the bundle to be."""
-    ends = LeaveOneOut(shop.histories).train_ends()
-    users = np.repeat(np.arange(shop.histories.n_users), shop.histories.lengths())
-    trained = np.arange(len(shop.histories.items)) < ends[users] if len(users) else np.empty(0, bool)
+    trained = LeaveOneOut(shop.histories).trained()
     popularity = np.bincount(shop.histories.items[trained], minlength=ids.n_items)
     table = shop.items.with_columns(
         pl.Series("semantic_id", ids.codes.tolist(), pl.List(pl.Int32)),
@@ -232,14 +230,20 @@ def train_generator(
         max_history=sizes.max_history,
         dropout=sizes.dropout,
     )
+    histories = shop.histories
     key = content_hash(
-        sizes,
+        config.to_dict(),
         recipe.training,
         features.query_tokenizer,
+        features.profile_features,
         ids.codes.tobytes(),
-        shop.histories.items.tobytes(),
-        shop.histories.offsets.tobytes(),
-        shop.histories.query_rows.tobytes(),
+        histories.items.data,
+        histories.offsets.data,
+        histories.events.data,
+        histories.times.data,
+        histories.query_rows.data,
+        histories.event_names,
+        histories.queries,
         *(table.write_ipc(None).getvalue() for table in (shop.pairs, shop.users)),
     )
     folder = work / f"generator-{key}"

@@ -27,6 +27,7 @@ class Shop:
         histories: all interactions.
         pairs: ``query``, ``item_row`` and ``split`` of judged or made queries; empty where there are none.
         data: the folder of the logs; a demo shop has its truth there.
+        fingerprint: sha256 of the logs, over the names and bytes of their files.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Shop:
     histories: Histories
     pairs: pl.DataFrame
     data: Path
+    fingerprint: str
 
     def cases(self, split: Split) -> Cases:
         """Leave-one-out over users; for a shop without histories, its held-out queries."""
@@ -71,4 +73,5 @@ def open_shop(data: Path, work: Path) -> Shop:
         pairs = split_queries(made_queries(items))
     else:
         pairs = pl.DataFrame(schema={"query": pl.String, "item_row": pl.Int32, "split": pl.String})
-    return Shop(data.resolve().name, items, logs.users(), histories, pairs, data)
+    fingerprint = logs.report.inputs_sha256
+    return Shop(data.resolve().name, items, logs.users(), histories, pairs, data, fingerprint)

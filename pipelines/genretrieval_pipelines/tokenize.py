@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +19,21 @@ from genretrieval.errors import DataError
 from genretrieval.histories import NO_QUERY, LeaveOneOut
 from genretrieval.keywords import KeywordDictionary
 from genretrieval.semantic_ids import SemanticIds
-from genretrieval_pipelines.embed import EmbeddingPart, embed_items, embed_new_items, embed_queries, mine_keywords
-from genretrieval_pipelines.recipe import Recipe, content_hash, load_recipe
+from genretrieval_pipelines.embed import EmbeddingPart, FittedEmbedding
+from genretrieval_pipelines.embed.fitted import EMBEDDING
+from genretrieval_pipelines.embed.keywords import mined_columns
+from genretrieval_pipelines.recipe import Recipe, content_hash
 from genretrieval_pipelines.shop import Shop
 from genretrieval_tokenizers.collisions import CollisionConfig
 from genretrieval_tokenizers.family import Pairs, TokenizerConfig, fit_tokenizer, load_tokenizer, needs_pairs
-from genretrieval_tokenizers.publish import PUBLISHED, Published, append, check_unpublished, open_published, publish
+from genretrieval_tokenizers.publish import (
+    PUBLISHED,
+    Published,
+    append,
+    check_unpublished,
+    open_published,
+    publish_codes,
+)
 from genretrieval_tokenizers.report import TokenizerReport, report
 from genretrieval_tokenizers.rq_opq import RqOpqConfig
 from genretrieval_tokenizers.rq_vae import RqVaeConfig
@@ -34,9 +44,13 @@ from genretrieval_tokenizers.tokenizer import Tokenizer
 REPORT = "report.json"
 RECIPE = "recipe.yaml"
 KEYWORDS = "keywords.parquet"
+SAMPLE = 262_144
+"""Items that `encode_stream` fits a tokenizer on."""
 SIMILAR = 0.9
 """Cosine of embeddings from which two items with equal codes are a benign overlap and no conflict."""
 _METHODS_VERSION = 1  # raise it when a change would give other IDs for equal input
+_OF_CODES = "figures that compare items with their embeddings are left out"
+_AFTER_REASSIGNING = "collisions are counted after last codes were reassigned"
 
 
 @dataclass(frozen=True)
@@ -50,83 +64,91 @@ class Tokenized:
 
 def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
     """Embed the items and give each a semantic ID; published IDs are read back, never computed again."""
-    parts = usable_parts(recipe.embedding, shop)
-    embeddings = embed_shop(parts, shop, work)
-    config = usable_tokenizer(recipe.tokenizer, shop)
-    folder = work / tokenizer_folder(config, recipe.collisions, embeddings, shop)
+    inputs = _Inputs.of(recipe.tokenizer, recipe.embedding, shop, work)
+    x_ND = inputs.embedding.vectors
+    folder = work / tokenizer_folder(recipe.tokenizer, recipe.collisions, x_ND, shop, recipe.embedding)
     if not (folder / REPORT).exists():
-        publish_shop(folder, config, recipe.collisions, parts, shop, work)
-    notes = [f"the embedding {part.name} was left out" for part in recipe.embedding if part not in parts]
-    notes += ["the contrast of the tokenizer was left out"] if config != recipe.tokenizer else []
-    text = read_report(folder).to_markdown() + "".join(f"\nNo interactions, so {note}.\n" for note in notes)
-    return Tokenized(open_published(folder).ids, folder / CODEBOOKS, text)
+        _publish(folder, inputs, recipe.collisions, shop)
+    return Tokenized(open_published(folder).ids, folder / CODEBOOKS, read_report(folder).to_markdown())
 
 
-def embed_shop(parts: list[EmbeddingPart], shop: Shop, work: Path) -> NDArray[np.float32]:
+def embed_shop(parts: Sequence[EmbeddingPart], shop: Shop, work: Path) -> NDArray[np.float32]:
     """Vectors of the shop's items, float32 ``[n_items, dim]``; each part is cached in `work`."""
-    histories = shop.histories if shop.histories.n_users else None
-    return embed_items(shop.items, parts, histories, work / "embeddings", shop_keywords(parts, shop))
+    return fit_embedding(parts, shop, work)[0].vectors
 
 
-def shop_keywords(parts: list[EmbeddingPart], shop: Shop) -> KeywordDictionary | None:
-    """The dictionary for parts with `keywords`: the shop's ``keywords.parquet``, or else mined from its items."""
-    if not any(part.keywords for part in parts):
-        return None
+def fit_embedding(parts: Sequence[EmbeddingPart], shop: Shop, work: Path) -> tuple[FittedEmbedding, tuple[str, ...]]:
+    """Embed a shop's items by the parts that its data allow.
+
+    A part without dimensions is left out: ``collaborative`` where no user met two different items, hashing where no
+    item has words. Where none is left, hashing alone is tried.
+
+    Returns:
+        The embedding, and what was left out.
+    """
+    keywords = given_keywords(parts, shop)
+    fitted = FittedEmbedding.fit(shop.items, parts, shop.histories, work / "embeddings", keywords)
+    kept = [part for part, block in zip(parts, fitted.blocks, strict=True) if block.shape[1]]
+    if len(kept) == len(parts):
+        return fitted, ()
+    why = {"collaborative": "no user met two different items in the training part of the history"}
+    left_out = [part.name for part in parts if part not in kept]
+    notes = [f"the embedding {name} was left out: {why.get(name, 'no item has words')}" for name in left_out]
+    if not kept:
+        kept = [EmbeddingPart(name="hashing")]
+        notes.append("nothing of the recipe's embedding is left, so items are embedded by hashing their words")
+    return FittedEmbedding.fit(shop.items, kept, shop.histories, work / "embeddings", keywords), tuple(notes)
+
+
+def given_keywords(parts: Sequence[EmbeddingPart], shop: Shop) -> KeywordDictionary | None:
+    """The shop's ``keywords.parquet``, where a part reads keywords and there is one; else they are mined."""
     given = shop.data / KEYWORDS
-    return KeywordDictionary.load(given) if given.exists() else mine_keywords(shop.items)
+    if not any(part.keywords for part in parts) or not given.exists():
+        return None
+    return KeywordDictionary.load(given)
 
 
 def training_queries(shop: Shop) -> list[str]:
     """Distinct queries of the training part of all histories and of training pairs, sorted."""
     h = shop.histories
-    users = np.repeat(np.arange(h.n_users), h.lengths())
-    trained = np.arange(len(h.items)) < LeaveOneOut(h).train_ends()[users] if len(users) else np.empty(0, bool)
-    rows = np.unique(h.query_rows[trained])
+    rows = np.unique(h.query_rows[LeaveOneOut(h).trained()])
     pairs = shop.pairs.filter(pl.col("split") == "train")["query"].to_list()
     return sorted({*(h.queries[row] for row in rows if row != NO_QUERY), *pairs})
 
 
-def embed_shop_queries(queries: list[str], parts: list[EmbeddingPart], shop: Shop, work: Path) -> NDArray[np.float32]:
-    """Vectors of queries in the space of `embed_shop`, float32 ``[len(queries), dim]``."""
-    histories = shop.histories if shop.histories.n_users else None
-    keywords = shop_keywords(parts, shop)
-    return embed_queries(queries, shop.items, parts, histories, work / "embeddings", keywords)
-
-
-def fit_shop(
-    config: TokenizerConfig, parts: list[EmbeddingPart], shop: Shop, embeddings: NDArray[np.float32], work: Path
-) -> Tokenizer:
-    """Fit a tokenizer to a shop's items.
-
-    RQ-OPQ is fitted to items and training queries together, as OneSearch does, where every part of the embedding reads
-    text, so that both are of one kind.
-    """
-    if isinstance(config, RqOpqConfig) and all(part.reads_text for part in parts) and (asked := training_queries(shop)):
-        embeddings = np.concatenate([embeddings, embed_shop_queries(asked, parts, shop, work)])
-    return fit_tokenizer(embeddings, config, pairs_for(config, shop, work))
-
-
-def usable_parts(parts: list[EmbeddingPart], shop: Shop) -> list[EmbeddingPart]:
-    """The recipe's embeddings that these data allow: without interactions there is nothing collaborative."""
-    if shop.histories.n_users:
-        return parts
-    return [part for part in parts if part.name != "collaborative"] or [EmbeddingPart(name="hashing")]
-
-
-def usable_tokenizer(config: TokenizerConfig, shop: Shop) -> TokenizerConfig:
-    """The recipe's tokenizer as these data allow it: without interactions no two items belong together."""
-    if isinstance(config, RqVaeConfig) and config.contrast is not None and not shop.histories.n_users:
-        return replace(config, contrast=None)
-    return config
-
-
 def tokenizer_folder(
-    config: TokenizerConfig, collisions: CollisionConfig, embeddings: NDArray[np.float32], shop: Shop
+    config: TokenizerConfig,
+    collisions: CollisionConfig,
+    embeddings: NDArray[np.float32],
+    shop: Shop,
+    parts: Sequence[EmbeddingPart],
 ) -> str:
-    """Name of the folder that holds this tokenization; another input never shares it."""
-    reads: list[object] = [shop.histories.items.tobytes()] if needs_pairs(config) else []
-    reads += training_queries(shop) if isinstance(config, RqOpqConfig) else []
-    key = content_hash(_METHODS_VERSION, config, collisions, embeddings.shape, embeddings.tobytes(), *reads)
+    """Name of the folder that holds this tokenization; another input never shares it.
+
+    Args:
+        config: what the recipe asks for.
+        collisions: what the recipe asks for.
+        embeddings: what is quantised.
+        shop: where pairs and queries come from.
+        parts: what the recipe asks for; the embedding may lack some of it, and the report then says so.
+    """
+    histories = shop.histories
+    reads: list[object] = []
+    if needs_pairs(config):
+        reads += [histories.items.tobytes(), histories.offsets.tobytes()]
+    if isinstance(config, RqOpqConfig):
+        given = shop.data / KEYWORDS
+        mined_from = shop.items.select(mined_columns(shop.items)).write_ndjson()
+        reads += [given.read_bytes() if given.exists() else mined_from, *training_queries(shop)]
+    key = content_hash(
+        _METHODS_VERSION,
+        config,
+        collisions,
+        list(parts),
+        embeddings.shape,
+        np.ascontiguousarray(embeddings).data,
+        *reads,
+    )
     return f"tokenizer-{key}"
 
 
@@ -150,36 +172,122 @@ def publish_shop(
     folder: Path,
     config: TokenizerConfig,
     collisions: CollisionConfig,
-    parts: list[EmbeddingPart],
+    parts: Sequence[EmbeddingPart],
     shop: Shop,
     work: Path,
 ) -> Published:
     """Fit a tokenizer, publish its IDs in `folder` and write the report, which appears last.
 
+    What the data do not allow is left out, and the report notes it. IDs without a report are of a run that was cut
+    off: they stay, and get their report.
+
     Raises:
-        DataError: as `fit_tokenizer` and `publish`.
+        DataError: as `fit_tokenizer` and `publish`; or the folder holds IDs of something else.
     """
-    # IDs without a report are of a run that was cut off: nothing has been made from them.
-    (folder / PUBLISHED).unlink(missing_ok=True)
-    embeddings = embed_shop(parts, shop, work)
-    started = time.perf_counter()
-    tokenizer = fit_shop(config, parts, shop, embeddings, work)
-    seconds = time.perf_counter() - started
-    published = publish(folder, tokenizer, collisions, shop.items["item_id"].to_list(), embeddings)
+    return _publish(folder, _Inputs.of(config, parts, shop, work), collisions, shop)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a tokenizer is fitted with.
+
+    Attributes:
+        config: settings, without what the data do not allow.
+        embedding: of the items.
+        queries: training queries that RQ-OPQ is fitted to beside the items, as OneSearch does, where every part of the
+            embedding reads text, so that both are of one kind.
+        pairs: int32 ``[P, 2]``, where `config` needs them.
+        notes: what was left out.
+    """
+
+    config: TokenizerConfig
+    embedding: FittedEmbedding
+    queries: list[str]
+    pairs: Pairs | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: TokenizerConfig, parts: Sequence[EmbeddingPart], shop: Shop, work: Path) -> _Inputs:
+        """What the recipe asks for, as far as the data allow it."""
+        embedding, notes = fit_embedding(parts, shop, work)
+        pairs = pairs_for(config, shop, work)
+        if isinstance(config, RqVaeConfig) and pairs is not None and not len(pairs):
+            config, pairs = replace(config, contrast=None), None
+            notes += ("the contrast of the tokenizer was left out: no two users met the same two items",)
+        queries = training_queries(shop) if isinstance(config, RqOpqConfig) else []
+        unread = [part.name for part in embedding.spec if not part.reads_text]
+        if queries and unread:
+            notes += (
+                f"fitted to items without the {len(queries):,} training queries: {', '.join(unread)} reads no words",
+            )
+            queries = []
+        return cls(config, embedding, queries, pairs, notes)
+
+    def fit(self) -> tuple[Tokenizer, float]:
+        """The tokenizer, and the seconds that fitting it took."""
+        x_ND = self.embedding.vectors
+        if self.queries:
+            x_ND = np.concatenate([x_ND, self.embedding.queries(self.queries)])
+        started = time.perf_counter()
+        tokenizer = fit_tokenizer(x_ND, self.config, self.pairs)
+        return tokenizer, time.perf_counter() - started
+
+
+def _publish(folder: Path, inputs: _Inputs, collisions: CollisionConfig, shop: Shop) -> Published:
+    """Publish and report; IDs that a run left without a report are kept, if they are of these items."""
+    x_ND, item_ids = inputs.embedding.vectors, shop.items["item_id"].to_list()
+    seconds = None
+    if (folder / PUBLISHED).exists():
+        published, tokenizer = open_published(folder), load_tokenizer(folder / CODEBOOKS)
+        codes_NL = tokenizer.encode(x_ND)
+        if not _is_of(published, item_ids, codes_NL):
+            check_unpublished(folder)
+    else:
+        tokenizer, seconds = inputs.fit()
+        codes_NL = tokenizer.encode(x_ND)
+        published = publish_codes(
+            folder, tokenizer, collisions, item_ids, codes_NL, lambda rows: tokenizer.last_level_costs(x_ND[rows])
+        )
     measured = report(
         published.ids,
-        embeddings,
-        tokenizer.decode(published.ids.codes[:, : len(tokenizer.codebook_sizes)]),
+        x_ND,
+        tokenizer.decode(published.ids.codes[:, : codes_NL.shape[1]]),
         dedup_level=collisions.method == "dedup",
-        encoded=tokenizer.encode(embeddings),
+        encoded=codes_NL,
         similarity_threshold=SIMILAR,
-        notes=(*tokenizer.notes, *published.notes),
+        notes=(*inputs.notes, *tokenizer.notes, *published.notes),
         fit_seconds=seconds,
     )
-    partial = folder / (REPORT + ".partial")
-    partial.write_text(measured.to_json(), "utf-8")
-    partial.replace(folder / REPORT)
+    _write_report(folder, measured)
     return published
+
+
+def _is_of(published: Published, item_ids: list[str], codes_NL: NDArray[np.int32]) -> bool:
+    """Whether published IDs are those of these items and codes, whatever became of collisions."""
+    described = codes_NL.shape[1] - (published.collisions.method == "reassign")
+    return published.item_ids.to_pylist() == item_ids and np.array_equal(
+        published.ids.codes[:, :described], codes_NL[:, :described]
+    )
+
+
+def _write_report(folder: Path, measured: TokenizerReport) -> None:
+    """Markdown to read, then JSON, whose presence means complete."""
+    for name, text in (("report.md", measured.to_markdown()), (REPORT, measured.to_json())):
+        partial = folder / (name + ".partial")
+        partial.write_text(text, "utf-8")
+        partial.replace(folder / name)
+
+
+def _report_of_codes(published: Published, notes: tuple[str, ...], fit_seconds: float | None = None) -> TokenizerReport:
+    """What can be said of published IDs without the embeddings of their items."""
+    said = (_OF_CODES, _AFTER_REASSIGNING) if published.collisions.method == "reassign" else (_OF_CODES,)
+    measured = report(
+        published.ids,
+        dedup_level=published.collisions.method == "dedup",
+        notes=tuple(dict.fromkeys((*notes, *published.notes, *said))),
+        fit_seconds=fit_seconds,
+    )
+    return replace(measured, moved=published.moved)
 
 
 def read_report(folder: Path) -> TokenizerReport:
@@ -188,57 +296,61 @@ def read_report(folder: Path) -> TokenizerReport:
 
 
 def fit_and_publish(recipe: Recipe, shop: Shop, folder: Path, work: Path) -> str:
-    """Fit the recipe's tokenizer to a shop and publish in `folder`, with all that appending needs later.
+    """Fit the recipe's tokenizer to a shop and publish in `folder`, with all that appending and queries need later.
+
+    A run that was cut off can be repeated: IDs that are published already stay and get their report.
 
     Returns:
         The report, as Markdown.
 
     Raises:
-        DataError: the folder holds published IDs, or as `publish_shop`.
+        DataError: the folder holds published IDs and their report, or IDs of another recipe or shop; or as
+            `publish_shop`.
     """
-    check_unpublished(folder)
-    parts, config = usable_parts(recipe.embedding, shop), usable_tokenizer(recipe.tokenizer, shop)
-    used = recipe.model_copy(update={"embedding": parts, "tokenizer": config})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(yaml.safe_dump(used.dump(), sort_keys=False), "utf-8")
-    publish_shop(folder, config, recipe.collisions, parts, shop, work)
-    text = read_report(folder).to_markdown()
-    (folder / "report.md").write_text(text, "utf-8")
-    return text
+    asked = yaml.safe_dump(recipe.dump(), sort_keys=False)
+    of_this_recipe = (folder / RECIPE).exists() and (folder / RECIPE).read_text("utf-8") == asked
+    if (folder / REPORT).exists() or not of_this_recipe:
+        check_unpublished(folder)
+    inputs = _Inputs.of(recipe.tokenizer, recipe.embedding, shop, work)
+    if not (folder / PUBLISHED).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE).write_text(asked, "utf-8")
+        inputs.embedding.save(folder)
+    _publish(folder, inputs, recipe.collisions, shop)
+    return read_report(folder).to_markdown()
 
 
-def append_items(folder: Path, shop: Shop, work: Path) -> list[str]:
+def append_items(folder: Path, shop: Shop) -> list[str]:
     """Give the items of `shop` that `folder` does not know yet an ID; no published ID moves.
 
-    A new item's vector must lie in the space that the tokenizer was fitted in, so its text is embedded by what was
-    fitted on the published items, and its collaborative part is zero: nobody had met it then.
+    They are embedded by what was fitted to the items that were published first (`FittedEmbedding.new_items`), so it
+    makes no difference when they come, beside which others, and which published items the shop still has.
 
     Returns:
         What there is to say about it, line by line.
 
     Raises:
-        DataError: as `genretrieval_tokenizers.publish.append`; or the shop no longer has the published items, whose
-            texts the embedding was fitted on.
+        DataError: as `FittedEmbedding.new_items` and `genretrieval_tokenizers.publish.append`; or the IDs are of
+            embeddings made elsewhere.
     """
-    published, recipe = open_published(folder), load_recipe(folder / RECIPE)
-    known = published.item_ids.to_pylist()
-    is_known = shop.items["item_id"].is_in(known)
-    old, new = shop.items.filter(is_known), shop.items.filter(~is_known)
-    if len(old) < len(known):
-        raise DataError(
-            f"{len(known) - len(old):,} of {len(known):,} published items are not in the item table; give the whole "
-            "table, old items and new ones, because the new ones are embedded by what was fitted on the old"
-        )
-    if not len(new):
-        return [f"no item is new; {len(known):,} IDs stay as they are"]
-    tokenizer = load_tokenizer(folder / CODEBOOKS)
-    keywords = shop_keywords(recipe.embedding, replace(shop, items=old))
-    vectors = embed_new_items(new, old, recipe.embedding, tokenizer.dim, work / "embeddings", keywords)
-    after = append(folder, tokenizer, new["item_id"].to_list(), vectors)
-    return [f"{len(new):,} items appended to {len(known):,}; no published ID moved", *after.notes]
+    published, embedding = open_published(folder), _embedding_of(folder)
+    new = shop.items.filter(~pl.col("item_id").is_in(published.item_ids.to_pylist()))
+    tokenizer, after = load_tokenizer(folder / CODEBOOKS), published
+    lines = [f"no item is new; {published.ids.n_items:,} IDs stay as they are"]
+    if len(new):
+        vectors = embedding.new_items(new)
+        after = append(folder, tokenizer, new["item_id"].to_list(), vectors)
+        lines = [f"{len(new):,} items appended to {published.ids.n_items:,}; no published ID moved", *after.notes]
+        if unknown := int((~vectors.any(axis=1)).sum()):
+            lines.append(f"nothing is known of {unknown:,} of them, so these have the codes of a vector of zeros")
+    earlier = read_report(folder) if (folder / REPORT).exists() else None
+    if earlier is None or earlier.n_items != after.ids.n_items:
+        notes, seconds = (earlier.notes, earlier.fit_seconds) if earlier else (tokenizer.notes, None)
+        _write_report(folder, _report_of_codes(after, notes, seconds))
+    return lines
 
 
-def query_ids(folder: Path, shop: Shop, queries: list[str], work: Path) -> list[tuple[list[int], list[str]]]:
+def query_ids(folder: Path, queries: list[str]) -> list[tuple[list[int], list[str]]]:
     """Codes of queries by the tokenizer of the items, and the items that share most of them from the front.
 
     Returns:
@@ -246,10 +358,9 @@ def query_ids(folder: Path, shop: Shop, queries: list[str], work: Path) -> list[
 
     Raises:
         RecipeError: no part of the embedding reads text, so a query has no vector.
-        DataError: the shop is not the one that was published.
+        DataError: the folder is incomplete or damaged, or its IDs are of embeddings made elsewhere.
     """
-    published, recipe = open_published(folder), load_recipe(folder / RECIPE)
-    vectors = embed_shop_queries(queries, recipe.embedding, shop, work)
+    published, vectors = open_published(folder), _embedding_of(folder).queries(queries)
     codes_QL = load_tokenizer(folder / CODEBOOKS).encode(vectors)
     described = published.ids.codes[:, : codes_QL.shape[1]]
     found = []
@@ -260,39 +371,113 @@ def query_ids(folder: Path, shop: Shop, queries: list[str], work: Path) -> list[
     return found
 
 
+def _embedding_of(folder: Path) -> FittedEmbedding:
+    """What the items of a folder were embedded by."""
+    if not (folder / EMBEDDING).exists():
+        codebooks = folder / CODEBOOKS
+        raise DataError(
+            f"{folder} has no {EMBEDDING}: its IDs are of embeddings made elsewhere (`genretrieval tokenize encode`), "
+            "so nothing here can embed an item or a query. Embed new items as the published ones were, and give their "
+            "vectors to `genretrieval_tokenizers.publish.append`; or encode all shards into a new folder with "
+            f"`genretrieval tokenize encode --tokenizer {codebooks}`"
+        )
+    return FittedEmbedding.load(folder)
+
+
 def encode_stream(
+    source: Path,
+    output: Path,
+    recipe: Recipe,
+    *,
+    codebooks: Path | None = None,
+    column: str = "embedding",
+    id_column: str = "item_id",
+    sample: int | None = None,
+    seed: int | None = None,
+    console: Console,
+) -> Published:
+    """Shards of ready embeddings to published IDs; see `genretrieval_tokenizers.stream`.
+
+    A run that was cut off goes on where it was: a tokenizer fitted to the same sample of the same shards by the same
+    settings is not fitted again, and codes are kept as they are made.
+
+    Args:
+        source: folder of Parquet files.
+        output: folder to publish in.
+        recipe: its tokenizer is fitted, where no `codebooks` are given, and its collisions are resolved.
+        codebooks: a fitted tokenizer.
+        column: embedding column.
+        id_column: item id column.
+        sample: items that the tokenizer is fitted on, `SAMPLE` by default.
+        seed: of the sample, 0 by default.
+        console: progress.
+
+    Raises:
+        DataError: the folder holds published IDs; collisions are to be reassigned; the tokenizer given is missing, or
+            given with a sample; the recipe's tokenizer needs pairs; or as `EmbeddingShards` and `encode_shards`.
+    """
+    if not (output / PUBLISHED).exists() or (output / REPORT).exists():
+        check_unpublished(output)
+        published = _encode(source, output, recipe, codebooks, column, id_column, sample, seed, console)
+    else:
+        published = open_published(output)
+    _write_report(output, _report_of_codes(published, load_tokenizer(output / CODEBOOKS).notes))
+    console.print(f"{published.ids.n_items:,} items published in {output}", highlight=False)
+    return published
+
+
+def _encode(
     source: Path,
     output: Path,
     recipe: Recipe,
     codebooks: Path | None,
     column: str,
     id_column: str,
-    sample: int,
-    seed: int,
+    sample: int | None,
+    seed: int | None,
     console: Console,
 ) -> Published:
-    """Shards of ready embeddings to published IDs; see `genretrieval_tokenizers.stream`.
-
-    Raises:
-        DataError: as `EmbeddingShards` and `encode_shards`, or the tokenizer needs pairs and none is given.
-    """
-    shards = EmbeddingShards(source, column, id_column)
-    if codebooks is None and needs_pairs(recipe.tokenizer):
+    if codebooks is not None and (sample is not None or seed is not None):
         raise DataError(
-            "the recipe's tokenizer is fitted with pairs of items that users meet together, and shards hold none; fit "
-            "it with `genretrieval tokenize fit` and give its codebooks with --tokenizer, or set contrast: null"
+            "a sample and its seed are for fitting a tokenizer, and one that is fitted was given; leave out --sample "
+            "and --seed, or --tokenizer"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    fitted = codebooks or output / "fitted.safetensors"
-    if not fitted.exists():
-        fit_tokenizer(shards.sample(sample, seed), recipe.tokenizer).save(fitted)
-    tokenizer = load_tokenizer(fitted)
+    if recipe.collisions.method == "reassign":
+        raise DataError(
+            "the recipe's collisions.method is 'reassign', which compares the embeddings of all items of a prefix; "
+            "as a stream they are never together in memory. Set collisions.method: dedup or none"
+        )
+    shards = EmbeddingShards(source, column, id_column)
+    if codebooks is None:
+        tokenizer = _fitted_on_sample(
+            shards, output, recipe.tokenizer, SAMPLE if sample is None else sample, 0 if seed is None else seed
+        )
+    else:
+        tokenizer = load_tokenizer(codebooks)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("encoding", total=shards.n_items)
         published = encode_shards(
             shards, tokenizer, recipe.collisions, output, progress=lambda n: bar.update(task, completed=n)
         )
     if codebooks is None:
-        fitted.unlink()  # published as codebooks.safetensors
-    console.print(f"{published.ids.n_items:,} items published in {output}", highlight=False)
+        for fitted in output.glob("fitted-*.safetensors"):  # published as codebooks.safetensors, or given up
+            fitted.unlink()
     return published
+
+
+def _fitted_on_sample(
+    shards: EmbeddingShards, output: Path, config: TokenizerConfig, sample: int, seed: int
+) -> Tokenizer:
+    """Fit to a sample, once; what was fitted to anything else is not taken for it."""
+    if needs_pairs(config):
+        raise DataError(
+            "the recipe's tokenizer is fitted with pairs of items that users meet together, and shards hold none; fit "
+            "it with `genretrieval tokenize fit` and give its codebooks with --tokenizer, or set contrast: null"
+        )
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in shards.files]
+    key = content_hash(_METHODS_VERSION, config, sample, seed, shards.column, files)
+    fitted = output / f"fitted-{key}.safetensors"
+    if not fitted.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        fit_tokenizer(shards.sample(sample, seed), config).save(fitted)
+    return load_tokenizer(fitted)

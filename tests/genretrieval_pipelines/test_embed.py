@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +19,19 @@ from genretrieval.histories import Histories
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval_pipelines.embed import (
     EmbeddingPart,
+    FittedEmbedding,
     HashingEmbedder,
     TransformerEmbedder,
     collaborative_embeddings,
     embed_items,
-    embed_queries,
     item_texts,
     mine_keywords,
     parts,
     text_embedder,
 )
+from genretrieval_pipelines.embed import fitted as fitted_module
 from genretrieval_pipelines.embed.collaborative import _cooccurrence, _ppmi
+from genretrieval_pipelines.embed.fitted import NEIGHBOURS, impute
 from genretrieval_pipelines.embed.linear import truncated_svd
 
 ITEMS = pl.DataFrame(
@@ -277,14 +280,17 @@ def test_what_is_cached_is_not_computed_again(tmp_path: Path, monkeypatch: pytes
     assert computed == ["text", "log"]
     embed_items(ITEMS, [EmbeddingPart(name="hashing", dim=1)], log, tmp_path)
     assert computed == ["text", "log", "text"]
-    assert {file.suffix for file in tmp_path.iterdir()} == {".npy"}
+    assert {file.suffix for file in tmp_path.iterdir()} == {".npy", ".safetensors"}
 
 
-def test_a_broken_cache_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["*.npy", "*.safetensors"])
+def test_a_broken_cache_file_is_named(tmp_path: Path, pattern: str) -> None:
     spec = [EmbeddingPart(name="hashing", dim=2)]
     embed_items(ITEMS, spec, None, tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob(pattern)
     file.write_bytes(file.read_bytes()[:-3])
+    for other in set(tmp_path.iterdir()) - {file}:
+        other.unlink()
     with pytest.raises(DataError, match="delete it"):
         embed_items(ITEMS, spec, None, tmp_path)
 
@@ -295,7 +301,7 @@ def test_an_interrupted_computation_leaves_nothing(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(parts.np, "save", full_disk)
     with pytest.raises(OSError, match="no space"):
-        embed_items(ITEMS, [EmbeddingPart(name="hashing")], None, tmp_path)
+        embed_items(column([[3, 4]]), [EmbeddingPart(name="collaborative")], histories([0]), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -353,59 +359,135 @@ def test_keywords_are_mined_where_none_are_given(tmp_path: Path) -> None:
     np.testing.assert_array_equal(x, embed_items(ITEMS, [ENHANCED], None, tmp_path / "other", mine_keywords(ITEMS)))
 
 
+def test_a_dictionary_is_mined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mined: list[int] = []
+    monkeypatch.setattr(parts, "mine_keywords", lambda items: mined.append(len(items)) or mine_keywords(items))
+    first = FittedEmbedding.fit(ITEMS, [ENHANCED], None, tmp_path)
+    again = FittedEmbedding.fit(ITEMS.with_columns(price=pl.lit(1.0)), [ENHANCED], None, tmp_path)
+    assert again.keywords == first.keywords
+    assert mined == [4]
+    FittedEmbedding.fit(ITEMS[:3], [ENHANCED], None, tmp_path)
+    assert mined == [4, 3]
+
+
 def test_the_cache_keeps_apart_what_keywords_change(tmp_path: Path) -> None:
     calls = [
         lambda cache: embed_items(ITEMS, [PLAIN], None, cache),
         lambda cache: embed_items(ITEMS, [ENHANCED], None, cache),
         lambda cache: embed_items(ITEMS, [ENHANCED], None, cache, LIPSTICK_WORD),
-        lambda cache: embed_queries(["red lipstick", "hose"], ITEMS, [PLAIN], None, cache),
-        lambda cache: embed_queries(["red lipstick", "hose"], ITEMS, [ENHANCED], None, cache),
-        lambda cache: embed_queries(["red lipstick", "rosa"], ITEMS, [ENHANCED], None, cache),
-        lambda cache: embed_queries(["red lipstick", "hose"], ITEMS, [ENHANCED], None, cache, LIPSTICK_WORD),
     ]
     alone = [call(tmp_path / str(i)) for i, call in enumerate(calls)]
-    for kind in (alone[:3], [alone[3], alone[4], alone[6]]):  # plain, mined, given
-        assert len({x.tobytes() for x in kind}) == 3
+    assert len({x.tobytes() for x in alone}) == 3
     for _ in range(2):  # computed, then read back
         for call, expected in zip(calls, alone, strict=True):
             np.testing.assert_array_equal(call(tmp_path / "shared"), expected)
 
 
 def test_another_catalogue_gives_a_query_another_vector(tmp_path: Path) -> None:
-    first = embed_queries(["red"], ITEMS, [PLAIN], None, tmp_path)
-    assert not np.array_equal(first, embed_queries(["red"], ITEMS[:3], [PLAIN], None, tmp_path))
+    first, other = (FittedEmbedding.fit(items, [PLAIN], None, tmp_path) for items in (ITEMS, ITEMS[:3]))
+    assert not np.array_equal(first.queries(["red"]), other.queries(["red"]))
 
 
 @pytest.mark.parametrize("part", [PLAIN, ENHANCED])
 def test_a_query_that_says_what_an_item_says_has_its_vector(tmp_path: Path, part: EmbeddingPart) -> None:
     texts = item_texts(ITEMS)
-    x = embed_items(ITEMS, [part], None, tmp_path)
-    queries = embed_queries([texts[HOSE], "", texts[LIPSTICK]], ITEMS, [part], None, tmp_path)
-    np.testing.assert_array_equal(queries, x[[HOSE, BLANK, LIPSTICK]])
-
-
-def test_parts_without_words_are_zeros_in_a_query(tmp_path: Path) -> None:
-    items = ITEMS.with_columns(pl.Series("v", [[1.0, 0.0], [0.0, 1.0]] * 2))
-    spec = [EmbeddingPart(name="collaborative", dim=9), PLAIN, EmbeddingPart(name="column:v", weight=2)]
-    log = histories([0, 1, 2, 3, 0, 1])
-    x = embed_items(items, spec, log, tmp_path)
-    queries = embed_queries(["hose", "lipstick"], items, spec, log, tmp_path)
-    assert queries.shape == (2, x.shape[1])
-    assert queries.dtype == np.float32
-    text = slice(x.shape[1] - 5, x.shape[1] - 2)  # the part with 9 dimensions at most has fewer
-    assert not np.delete(queries, np.r_[text], axis=1).any()
-    np.testing.assert_array_equal(queries[:, text], embed_queries(["hose", "lipstick"], items, [PLAIN], None, tmp_path))
-    assert embed_queries([], items, spec, log, tmp_path).shape == (0, x.shape[1])
+    fitted = FittedEmbedding.fit(ITEMS, [part], None, tmp_path)
+    queries = fitted.queries([texts[HOSE], "", texts[LIPSTICK]])
+    np.testing.assert_array_equal(queries, fitted.vectors[[HOSE, BLANK, LIPSTICK]])
+    assert fitted.queries([]).shape == (0, fitted.dim)
 
 
 def test_a_query_needs_a_part_that_reads(tmp_path: Path) -> None:
     items = ITEMS.with_columns(pl.Series("v", [[1.0]] * 4))
     with pytest.raises(RecipeError, match="a query is words"):
-        embed_queries(["hose"], items, [EmbeddingPart(name="column:v")], None, tmp_path)
-    with pytest.raises(RecipeError, match="at least one part"):
-        embed_queries(["hose"], items, [], None, tmp_path)
-    with pytest.raises(RecipeError, match="there are none"):
-        embed_queries(["hose"], items, [PLAIN, EmbeddingPart(name="collaborative")], None, tmp_path)
+        FittedEmbedding.fit(items, [EmbeddingPart(name="column:v")], None, tmp_path).queries(["hose"])
+
+
+# --- later items and queries
+
+COLLABORATIVE = EmbeddingPart(name="collaborative", dim=9, weight=2)
+SEEN = ITEMS.with_columns(pl.Series("v", [[1.0, 0.0], [0.0, 1.0]] * 2))
+LOG = histories([0, 2, 3, 0, 1], [1, 2, 3, 3])  # trains on 0, 2, 3 and on 1, 2
+
+
+def test_imputing_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitted_module, "NEIGHBOURS", 2)
+    fitted = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8], [0, 1]], np.float32)
+    values = np.array([[0, 0], [1, 0], [0, 1], [0, -1]], np.float32)
+    asked = np.array([[1, 0], [0, 1], [0, 0]], np.float32)
+    # Item 0 has no vector, so the two nearest that vote are for (1, 0) items 1 and 2, whose mean (1/2, 1/2) is to
+    # length 1; for (0, 1) items 3 and 2, which cancel out; and nothing is near a row of zeros.
+    expected = [[0.70710678, 0.70710678], [0, 0], [0, 0]]
+    np.testing.assert_allclose(impute(asked, fitted, values), expected, rtol=1e-6)
+    assert not impute(asked, fitted, np.zeros((4, 3), np.float32)).any()  # nobody votes
+    assert impute(asked, fitted, np.zeros((4, 0), np.float32)).shape == (3, 0)
+
+
+def test_what_is_imputed_does_not_depend_on_what_stands_beside_it() -> None:
+    rng = np.random.default_rng(0)
+    fitted = np.repeat(rng.standard_normal((40, 8)), NEIGHBOURS + 3, axis=0).astype(np.float32)  # ties everywhere
+    values = rng.standard_normal((len(fitted), 4)).astype(np.float32)
+    asked = fitted[::11]
+    together = impute(asked, fitted, values)
+    alone = [impute(asked[row : row + 1], fitted, values)[0] for row in range(len(asked))]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_the_collaborative_part_of_later_items_and_queries_is_that_of_their_neighbours(tmp_path: Path) -> None:
+    spec = [COLLABORATIVE, PLAIN, EmbeddingPart(name="column:v", weight=2)]
+    fitted = FittedEmbedding.fit(SEEN, spec, LOG, tmp_path)
+    n = fitted.blocks[0].shape[1]
+    assert n < 9  # at most 9 dimensions, here the rank of four items
+    later, queries = fitted.new_items(SEEN[1:3]), fitted.queries(["hose", "lipstick", "?"])
+    # Fewer than ten items: all of them vote, and the mean is the same for all.
+    mean = fitted.blocks[0].mean(axis=0)
+    np.testing.assert_allclose(later[:, :n], 2 * np.tile(mean / np.linalg.norm(mean), (2, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(later[:, n:], fitted.vectors[1:3, n:])
+    np.testing.assert_allclose(np.linalg.norm(queries[:2, :n], axis=1), 2, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(queries[:2, -2:], axis=1), 2, rtol=1e-5)
+    np.testing.assert_array_equal(
+        queries[:, n:-2], FittedEmbedding.fit(SEEN, [PLAIN], None, tmp_path).queries(["hose", "lipstick", "?"])
+    )
+    assert not queries[2].any()
+
+
+def test_new_items_of_a_part_that_nobody_can_impute_are_zeros(tmp_path: Path) -> None:
+    assert not FittedEmbedding.fit(SEEN, [COLLABORATIVE], LOG, tmp_path).new_items(SEEN[:1]).any()
+
+
+def test_a_vector_column_of_another_model_is_refused(tmp_path: Path) -> None:
+    fitted = FittedEmbedding.fit(SEEN, [EmbeddingPart(name="column:v")], None, tmp_path)
+    with pytest.raises(DataError, match="vectors of 3 numbers, but 2"):
+        fitted.new_items(column([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize(
+    "spec", [[PLAIN], [ENHANCED, EmbeddingPart(name="hashing", dim=2)], [COLLABORATIVE, ENHANCED]], ids=str
+)
+def test_a_saved_embedding_reads_later_texts_as_before(
+    tmp_path: Path, spec: list[EmbeddingPart], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = FittedEmbedding.fit(SEEN, spec, LOG, tmp_path / "cache", LIPSTICK_WORD)
+    fitted.save(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(HashingEmbedder, "fit", None)
+    loaded = FittedEmbedding.load(tmp_path / "saved")
+    assert (loaded.spec, loaded.keywords, loaded.dim) == (fitted.spec, fitted.keywords, fitted.dim)
+    later = pl.concat([SEEN[:2], SEEN[2:3].with_columns(title=pl.lit("A long hose"))])
+    np.testing.assert_array_equal(loaded.new_items(later), fitted.new_items(later))
+    np.testing.assert_array_equal(loaded.queries(["red hose"]), fitted.queries(["red hose"]))
+
+
+def test_an_embedding_that_is_not_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = FittedEmbedding.fit(SEEN, [PLAIN], None, tmp_path)
+    fitted.save(tmp_path)
+    (tmp_path / "embedding.safetensors").unlink()
+    with pytest.raises(DataError, match="restore the folder"):
+        FittedEmbedding.load(tmp_path)
+    monkeypatch.setattr(fitted_module, "save_file", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fitted.save(tmp_path)
+    assert not (tmp_path / "embedding.json").exists()
 
 
 # --- transformers

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from genretrieval.errors import DataError
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
-from genretrieval_pipelines.embed.keywords import enhance, mine_keywords
+from genretrieval_pipelines.embed.keywords import enhance, mine_keywords, mined_columns
 from genretrieval_pipelines.embed.linear import Matrix
 
 CATALOGUE = pl.DataFrame(
@@ -160,6 +160,21 @@ def test_texts_without_keywords_need_no_embedder() -> None:
     x = np.array([[0.6, 0.8]], np.float32)
     np.testing.assert_array_equal(enhance(x, ["green"], DICTIONARY, never), x)
     np.testing.assert_array_equal(enhance(x, ["red"], KeywordDictionary(), never), x)
+
+
+def test_matches_of_one_text_at_a_time_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_at_once(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(KeywordDictionary, "match_all", all_at_once)
+    x = np.array([[0, 1]], np.float32)
+    np.testing.assert_allclose(enhance(x, ["hose"], DICTIONARY, embed), [[0, 1]])
+
+
+def test_mining_reads_the_columns_that_it_names() -> None:
+    read = CATALOGUE.select(mined_columns(CATALOGUE))
+    assert set(CATALOGUE.columns) - set(read.columns) == {"item_id", "occasions", "size", "color_id"}
+    assert mine_keywords(read, min_items=2) == mine_keywords(CATALOGUE, min_items=2)
 
 
 def test_a_text_has_one_vector_whatever_stands_beside_it() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -113,6 +115,21 @@ def test_content_hash_changes_with_every_part() -> None:
     assert content_hash(load_recipe(REFERENCE)) == content_hash(load_recipe(REFERENCE))
 
 
+def test_content_hash_reads_arrays_as_they_are() -> None:
+    array = np.arange(3, dtype=np.int32)
+    assert content_hash(array.data) == content_hash(array.tobytes())
+    parts = [(b"a", b"b"), (b"ab",), (b"a\0b",), ("a", "b"), ("b'a'",), (b"a",), (), (np.empty(0).data,)]
+    assert len({content_hash(*several) for several in parts}) == len(parts)
+
+
+def test_content_hash_copies_no_array() -> None:
+    array = np.zeros(2**22, np.uint8)
+    tracemalloc.start()
+    content_hash(array.data)
+    assert tracemalloc.get_traced_memory()[1] < array.nbytes // 100
+    tracemalloc.stop()
+
+
 class TestComparison:
     def test_holds_every_method_and_the_default_of_next_item(self) -> None:
         comparison = read_recipe(COMPARISON, ComparisonRecipe)
@@ -127,10 +144,33 @@ class TestComparison:
         cell = read_recipe(COMPARISON, ComparisonRecipe).cell("quasid", 3)
         assert (cell.tokenizer.seed, cell.training.seed) == (3, 3)
 
-    def test_some_of_them_in_the_order_given(self) -> None:
-        some = read_recipe(COMPARISON, ComparisonRecipe).only(["rq_vae", "rq_opq"])
-        assert list(some.tokenizers) == ["rq_vae", "rq_opq"]
-        assert some.reference == "rq_vae"
+    def test_some_of_them_in_the_order_given_behind_their_references(self) -> None:
+        comparison = read_recipe(COMPARISON, ComparisonRecipe)
+        some = comparison.only(["rq_vae", "rq_opq"])
+        assert list(some.tokenizers) == ["rq_kmeans", "rq_vae", "rq_opq"]
+        assert some.reference == "rq_kmeans"
+        assert list(comparison.only(["rq_vae", "rq_kmeans"]).tokenizers) == ["rq_vae", "rq_kmeans"]
+        text = comparison.only(["quasid_text"])
+        assert list(text.tokenizers) == ["rq_kmeans", "rq_kmeans_text", "quasid_text"]
+        assert text.reference_of("quasid_text") == "rq_kmeans_text"
+        assert list(comparison.only([]).tokenizers) == list(comparison.tokenizers)
+
+    def test_rows_on_text_stand_beside_the_papers_over_the_reference_on_text(self) -> None:
+        comparison = read_recipe(COMPARISON, ComparisonRecipe)
+        for name in ("rq_opq", "rq_vae", "quasid", "adasid"):
+            compared = comparison.tokenizers[f"{name}_text"]
+            assert compared.reference == "rq_kmeans_text"
+            assert compared.published == comparison.tokenizers[name].published
+            assert compared.tokenizer == comparison.tokenizers[name].tokenizer
+            assert compared.embedding == comparison.tokenizers["rq_kmeans_text"].embedding
+            assert compared.published
+            assert "on Beauty, over RQ-KMeans on text" in compared.published.source
+
+    def test_the_generator_of_a_run_replaces_the_small_one(self) -> None:
+        comparison, run = read_recipe(COMPARISON, ComparisonRecipe), load_recipe(REFERENCE)
+        cell = comparison.with_generator(run).cell("rq_vae", 3)
+        assert cell.generator == run.generator != comparison.generator
+        assert (cell.training.epochs, cell.training.seed) == (run.training.epochs, 3)
 
     def test_an_unknown_name_is_told_with_those_that_exist(self) -> None:
         with pytest.raises(RecipeError, match="no tokenizer rq_van in the comparison; it has rq_kmeans"):
@@ -141,4 +181,20 @@ class TestComparison:
         path = tmp_path / "wrong.yaml"
         path.write_text(yaml.safe_dump(content), "utf-8")
         with pytest.raises(RecipeError, match="'rq_means' is none of the tokenizers adasid"):
+            read_recipe(path, ComparisonRecipe)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"seeds": [0, 1, 1]}, "hold one twice"),
+            ({"tokenizers": {"rq_kmeans": {"tokenizer": {"method": "rq_kmeans"}, "reference": "x"}}}, "reference 'x'"),
+            ({"tokenizers": {"RQ-KMeans": {"tokenizer": {"method": "rq_kmeans"}}}}, r"tokenizers\.RQ-KMeans.*pattern"),
+        ],
+    )
+    def test_what_would_only_show_after_hours_is_refused(
+        self, tmp_path: Path, change: dict[str, Any], message: str
+    ) -> None:
+        path = tmp_path / "wrong.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(COMPARISON.read_text("utf-8")) | change), "utf-8")
+        with pytest.raises(RecipeError, match=message):
             read_recipe(path, ComparisonRecipe)

@@ -134,7 +134,8 @@ def test_the_downstream_tables_state_protocol_seeds_reference_and_what_is_certai
     assert "Protocol: Beauty, validation split. Seeds: 1, 2, 3." in text
     assert "| rq_kmeans (reference) | 0.1000 ± 0.0000 | 0.0600 ± 0.0100 |" in text
     assert table_row(text, "plain", 1) == ["plain", "0.1200 ± 0.0100", "0.0700 ± 0.0100"]
-    recall, ndcg = table_row(text, "plain", 2)[1:]
+    over, recall, ndcg = table_row(text, "plain", 2)[1:]
+    assert over == "rq_kmeans"
     assert recall == "+20.0 % [-4.8 %, +44.8 %]"
     assert ndcg.startswith("**+16.7 % [")
     assert ndcg.endswith("]**; published +9.0 %")
@@ -142,13 +143,77 @@ def test_the_downstream_tables_state_protocol_seeds_reference_and_what_is_certai
 
 
 def test_a_metric_that_is_missing_or_zero_leaves_its_cell_empty() -> None:
+    rows = dict.fromkeys(("rq_kmeans", "plain", "other"), ROWS["plain"])
+    metrics = {"recall10": (0.1,) * 3, "recall5": (0.1,) * 3, "ndcg10": (0.1,) * 3}
     page = comparison(
+        rows=rows,
         downstream={
-            "rq_kmeans": DownstreamRow({"recall10": (0.0, 0.0, 0.0)}),
-            "plain": DownstreamRow({"recall10": (0.1, 0.1, 0.1), "ndcg10": (0.1, 0.1, 0.1)}),
-        }
+            "rq_kmeans": DownstreamRow({"recall10": (0.0,) * 3, "recall5": (0.1,) * 3}),
+            "plain": DownstreamRow(metrics, published_gain={"ndcg10": 0.1}, published_source="a paper"),
+            "other": DownstreamRow({name: metrics[name] for name in ("recall10", "ndcg10")}),
+        },
+    ).to_markdown()
+    # recall10 is 0 of the reference: nobody has a gain in it, so it is no column.
+    assert table_row(page, "tokenizer", 2) == ["tokenizer", "over", "recall5", "ndcg10"]
+    assert table_row(page, "plain", 2)[3] == "-; published +10.0 %"
+    assert table_row(page, "other", 2) == ["other", "rq_kmeans", "-", "-"]
+
+
+def test_each_row_is_compared_with_its_own_reference() -> None:
+    rows = dict.fromkeys(("rq_kmeans", "kmeans_text", "quasid_text"), ROWS["plain"])
+    page = comparison(
+        rows=rows,
+        downstream={
+            "rq_kmeans": DownstreamRow({"recall10": (0.4,) * 3}),
+            "kmeans_text": DownstreamRow({"recall10": (0.1,) * 3}),
+            "quasid_text": DownstreamRow({"recall10": (0.2,) * 3}, reference="kmeans_text"),
+        },
     )
-    assert table_row(page.to_markdown(), "plain", 2) == ["plain", "-", "-"]
+    text = page.to_markdown()
+    assert table_row(text, "quasid_text", 2) == ["quasid_text", "kmeans_text", "**+100.0 % [+100.0 %, +100.0 %]**"]
+    assert table_row(text, "kmeans_text", 2)[1:] == ["rq_kmeans", "**-75.0 % [-75.0 %, -75.0 %]**"]
+    assert page.document()["downstream"]["quasid_text"]["reference"] == "kmeans_text"
+    assert page.document()["downstream"]["kmeans_text"]["reference"] == "rq_kmeans"
+
+
+def test_the_page_says_what_an_interval_does_not_cover() -> None:
+    text = comparison().to_markdown()
+    assert "It covers seeds alone, for one fixed sample of users" in text
+    assert "the best of these 2 was chosen on this very sample" in text
+    assert "initial weights they share only where codebook sizes are equal" in text
+
+
+def test_baselines_stand_below_the_tokenizers() -> None:
+    page = comparison(baselines={"popularity": {"recall10": 0.012}})
+    assert "| baseline: popularity | 0.0120 | - |" in page.to_markdown()
+    assert page.document()["baselines"] == {"popularity": {"recall10": 0.012}}
+
+
+def test_looks_at_test_are_told() -> None:
+    assert "on test that were written to this folder so far: 3." in comparison(test_evaluations=3).to_markdown()
+    assert "on test that" not in comparison().to_markdown()
+    assert comparison(test_evaluations=3).document()["test_evaluations"] == 3
+
+
+def test_a_tokenizer_that_cannot_be_fitted_is_a_row_that_says_why() -> None:
+    page = comparison(impossible={"balanced": "5 items |\n 256 codes"}).to_markdown()
+    assert "| balanced | not possible: 5 items \\| 256 codes | - |" in page
+    [row] = [line for line in page.splitlines() if line.startswith("| balanced ")]
+    assert row.replace("\\|", "").count("|") == len(table_row(page, "tokenizer")) + 1
+
+
+def test_without_its_reference_a_row_has_no_gain() -> None:
+    page = comparison(downstream={"plain": BETTER}, impossible={"rq_kmeans": "too few items"})
+    assert page.gain("plain", "recall10") is None
+    assert table_row(page.to_markdown(), "plain", 2) == ["plain", "rq_kmeans", "-; published +9.0 %"]
+
+
+def test_figures_by_other_vectors_are_marked() -> None:
+    text = comparison(own_vectors=("rq_kmeans",)).to_markdown()
+    row = dict(zip(table_row(text, "tokenizer"), table_row(text, "rq_kmeans"), strict=True))
+    assert row["error"] == "0.0100 \\*"
+    assert "- \\*: measured on vectors of its own" in text
+    assert "vectors of its own" not in comparison().to_markdown()
 
 
 def test_json_carries_every_figure_and_the_gains() -> None:
@@ -198,6 +263,7 @@ def test_items_that_are_all_alike_can_be_drawn(tmp_path: Path, n: int) -> None:
         ({"rows": {**ROWS, "other": report(SemanticIds(PLAIN[:4], (4,)), dedup_level=False)}}, "numbers of items"),
         ({"downstream": {"rq_kmeans": REFERENCE, "new": BETTER}}, "'new'.*no report"),
         ({"reference": "other"}, "reference 'other'"),
+        ({"downstream": {"rq_kmeans": DownstreamRow({}, reference="other")}}, "reference 'other'"),
         ({"protocol": ""}, "needs its protocol"),
         ({"seeds": (1, 2)}, "not one value for each"),
     ],

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ LEVEL = 0.95
 
 MAP_POINTS = 5000
 """Items drawn in the map; of more, a sample."""
+
+_OF_VECTORS = ("unlike collisions", "error")
+"""Columns that go by the vectors that a tokenizer quantised."""
 
 _COLUMNS = {
     "levels": "codebook sizes; `+n` is a dedup level of n codes, which numbers items of equal codes",
@@ -56,6 +59,7 @@ class DownstreamRow:
 
     Attributes:
         metrics: values by name ("recall10"), one a seed, in the order of `Comparison.seeds`.
+        reference: the tokenizer that the gains of this row are over; None for that of the comparison.
         published_gain: relative gains that the method's paper prints, by metric: 0.05 is 5 %.
         published_source: where they are printed, and over which tokenizer.
 
@@ -64,6 +68,7 @@ class DownstreamRow:
     """
 
     metrics: dict[str, tuple[float, ...]]
+    reference: str | None = None
     published_gain: dict[str, float] | None = None
     published_source: str = ""
 
@@ -94,8 +99,8 @@ def paired_gain(values: tuple[float, ...], reference: tuple[float, ...]) -> Gain
 
     With the differences ``d_i = values_i - reference_i`` of n seeds, their mean ``m`` and their standard deviation
     ``s`` (n - 1), the interval of the difference is ``m ± t(0.975, n - 1) s / sqrt(n)``; all three are divided by the
-    mean of the reference. What a seed does to both sides cancels out, so the interval is narrower than either side's
-    spread suggests. The division takes the reference's mean as known.
+    mean of the reference. What a seed does alike to both sides cancels out; generators that start from other weights
+    share only the order of their data, and then little does. The division takes the reference's mean as known.
 
     Raises:
         DataError: the seeds do not pair, there is none, or the reference is zero on average.
@@ -121,9 +126,13 @@ class Comparison:
     Attributes:
         rows: report by tokenizer name, in the order of the tables.
         downstream: results by tokenizer name, for some of `rows` or all; None where nothing was trained.
-        reference: the tokenizer that gains are over; one of `downstream`.
+        reference: the tokenizer that gains are over where a row names no other.
         seeds: seeds of the downstream runs, in the order of their values.
         protocol: one line: data, split, generator, budget, and what was done with seen items and ties.
+        impossible: why there are no figures, by name of a tokenizer that could not be fitted to these items.
+        own_vectors: those of `rows` that quantised other vectors than the rest; figures that go by vectors are marked.
+        baselines: metrics by name of a ranking that has neither IDs nor seeds, on the cases of `downstream`.
+        test_evaluations: how often the test split was measured for this table, also before.
 
     Raises:
         DataError: names or numbers of seeds do not fit together, or reports are of different numbers of items.
@@ -134,6 +143,10 @@ class Comparison:
     reference: str = ""
     seeds: tuple[int, ...] = ()
     protocol: str = ""
+    impossible: dict[str, str] = field(default_factory=dict)
+    own_vectors: tuple[str, ...] = ()
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    test_evaluations: int = 0
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -144,8 +157,9 @@ class Comparison:
             return
         if unknown := set(self.downstream) - set(self.rows):
             raise DataError(f"downstream results of {sorted(unknown)} have no report; report on these tokenizers too")
-        if self.reference not in self.downstream:
-            raise DataError(f"the reference {self.reference!r} has no downstream results; choose a tokenizer that has")
+        for reference in {self.reference, *map(self._reference_of, self.downstream)}:
+            if reference not in self.downstream and reference not in self.impossible:
+                raise DataError(f"the reference {reference!r} has no downstream results; choose a tokenizer that has")
         if not self.protocol:
             raise DataError("a downstream table needs its protocol: say on which data, split and generator it was made")
         for name, row in self.downstream.items():
@@ -156,21 +170,32 @@ class Comparison:
                 )
 
     def gain(self, name: str, metric: str) -> Gain | None:
-        """Gain of a tokenizer over the reference; None for the reference, or where either has no such value."""
+        """Gain of a tokenizer over its reference; None for the reference, or where either has no such value."""
         downstream = self.downstream or {}
-        if name == self.reference or name not in downstream:
+        if name not in downstream or (over := self._reference_of(name)) == name or over not in downstream:
             return None
-        values = downstream[name].metrics.get(metric)
-        reference = downstream[self.reference].metrics.get(metric)
+        values, reference = downstream[name].metrics.get(metric), downstream[over].metrics.get(metric)
         return paired_gain(values, reference) if values and reference and any(reference) else None
+
+    def _reference_of(self, name: str) -> str:
+        row = (self.downstream or {}).get(name)
+        return (row.reference if row else None) or self.reference
 
     def document(self) -> dict[str, Any]:
         """Everything in plain types, gains worked out; ``comparison.json``."""
-        content: dict[str, Any] = {"diagnostics": {name: asdict(row) for name, row in self.rows.items()}}
+        content: dict[str, Any] = {
+            "diagnostics": {name: asdict(row) for name, row in self.rows.items()},
+            "impossible": self.impossible,
+            "own_vectors": list(self.own_vectors),
+            "test_evaluations": self.test_evaluations,
+        }
         if self.downstream is not None:
             content |= {"protocol": self.protocol, "seeds": list(self.seeds), "reference": self.reference}
+            content["baselines"] = self.baselines
             content["downstream"] = {
-                name: asdict(row) | {"gain": {metric: _plain(self.gain(name, metric)) for metric in row.metrics}}
+                name: asdict(row)
+                | {"reference": self._reference_of(name)}
+                | {"gain": {metric: _plain(self.gain(name, metric)) for metric in row.metrics}}
                 for name, row in self.downstream.items()
             }
         return content
@@ -230,49 +255,80 @@ class Comparison:
 
     def _diagnostics(self) -> list[str]:
         table = {name: _diagnostic_cells(row) for name, row in self.rows.items()}
+        marked = [
+            (name, column) for name in self.own_vectors for column in _OF_VECTORS if column in table.get(name, {})
+        ]
+        for name, column in marked:
+            table[name][column] += " \\*"
         columns = [column for column in _COLUMNS if any(column in cells for cells in table.values())]
         lines = ["| " + " | ".join(["tokenizer", *columns]) + " |", "|---|---|" + "---:|" * (len(columns) - 1)]
         for name, cells in table.items():
             lines.append(f"| {name} | " + " | ".join(cells.get(column, "-") for column in columns) + " |")
+        for name, why in self.impossible.items():
+            reason = f"not possible: {' '.join(why.split())}".replace("|", "\\|")
+            lines.append(f"| {name} | {reason} |" + " - |" * (len(columns) - 1))
         lines += ["", *(f"- {column}: {_COLUMNS[column]}" for column in columns)]
+        if marked:
+            lines.append("- \\*: measured on vectors of its own, so not to be compared with the other rows")
         notes = [f"- {name}: {note}" for name, row in self.rows.items() for note in row.notes]
         return [*lines, "", "Notes:", "", *notes] if notes else lines
 
     def _downstream(self, downstream: dict[str, DownstreamRow]) -> list[str]:
-        metrics = list(dict.fromkeys(metric for row in downstream.values() for metric in row.metrics))
-        head = "| tokenizer | " + " | ".join(metrics) + " |"
-        lines = [
-            f"Protocol: {self.protocol}. Seeds: {', '.join(map(str, self.seeds))}.",
-            "",
-            "Mean over seeds ± standard deviation:",
-            "",
-            head,
-            "|---|" + "---:|" * len(metrics),
-        ]
+        metrics = _metrics(downstream)
+        lines = [f"Protocol: {self.protocol}. Seeds: {', '.join(map(str, self.seeds))}."]
+        if self.test_evaluations:
+            lines += ["", f"Evaluations on test that were written to this folder so far: {self.test_evaluations}."]
+        lines += ["", "Mean over seeds ± standard deviation; baselines have no seeds:", ""]
+        lines += _head(["tokenizer"], metrics)
         for name, row in downstream.items():
             label = f"{name} (reference)" if name == self.reference else name
             lines.append(f"| {label} | " + " | ".join(_spread(row.metrics.get(metric)) for metric in metrics) + " |")
-        lines += [
+        for name, values in self.baselines.items():
+            cells = (f"{values[metric]:.4f}" if metric in values else "-" for metric in metrics)
+            lines.append(f"| baseline: {name} | " + " | ".join(cells) + " |")
+        return [*lines, *self._gains(downstream)]
+
+    def _gains(self, downstream: dict[str, DownstreamRow]) -> list[str]:
+        compared = {name: row for name, row in downstream.items() if name != self._reference_of(name)}
+        if not compared:
+            return []
+        cells = {
+            name: {metric: self._gain_cell(name, row, metric) for metric in row.metrics}
+            for name, row in compared.items()
+        }
+        metrics = [m for m in _metrics(downstream) if any(row.get(m, "-") != "-" for row in cells.values())]
+        lines = [
             "",
-            f"Gain over {self.reference}, paired by seed, with its {LEVEL:.0%} t-interval over seeds. **Bold**: the "
-            "interval excludes 0. Each interval stands for itself: of twenty that compare equals, one excludes 0 by "
-            "chance.",
+            f"Gain over the reference that the second column names, paired by seed, with its {LEVEL:.0%} t-interval. "
+            "**Bold**: the interval excludes 0. Each interval stands for itself: of twenty that compare equals, one "
+            "excludes 0 by chance. It covers seeds alone, for one fixed sample of users: how other users would have "
+            f"fared is not in it, and the best of these {len(downstream)} was chosen on this very sample, so expect "
+            "less of it on another. Equal seeds share the order of the training data; initial weights they share only "
+            "where codebook sizes are equal.",
             "",
-            head,
-            "|---|" + "---:|" * len(metrics),
+            *_head(["tokenizer", "over"], metrics),
         ]
-        for name, row in downstream.items():
-            if name != self.reference:
-                cells = (self._gain_cell(name, row, metric) for metric in metrics)
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for name, row in cells.items():
+            over = self._reference_of(name)
+            lines.append(f"| {name} | {over} | " + " | ".join(row.get(metric, "-") for metric in metrics) + " |")
         sources = [
-            f"- published, {name}: {row.published_source}" for name, row in downstream.items() if row.published_gain
+            f"- published, {name}: {row.published_source}" for name, row in compared.items() if row.published_gain
         ]
         return [*lines, "", *sources] if sources else lines
 
     def _gain_cell(self, name: str, row: DownstreamRow, metric: str) -> str:
         published = (row.published_gain or {}).get(metric)
         return _gain(self.gain(name, metric)) + ("" if published is None else f"; published {_percent(published)}")
+
+
+def _metrics(downstream: Mapping[str, DownstreamRow]) -> list[str]:
+    """Names of all metrics, in the order in which they are met."""
+    return list(dict.fromkeys(metric for row in downstream.values() for metric in row.metrics))
+
+
+def _head(labels: list[str], metrics: list[str]) -> list[str]:
+    """First two lines of a table: words on the left, figures on the right."""
+    return ["| " + " | ".join([*labels, *metrics]) + " |", "|" + "---|" * len(labels) + "---:|" * len(metrics)]
 
 
 def _diagnostic_cells(row: TokenizerReport) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from genretrieval_pipelines.embed.collaborative import collaborative_embeddings
+from genretrieval_pipelines.embed.fitted import FittedEmbedding, embed_items
 from genretrieval_pipelines.embed.keywords import mine_keywords
-from genretrieval_pipelines.embed.parts import EmbeddingPart, embed_items, embed_new_items, embed_queries
+from genretrieval_pipelines.embed.parts import EmbeddingPart
 from genretrieval_pipelines.embed.text import (
     HashingEmbedder,
     TextEmbedder,
@@ -15,13 +16,12 @@ from genretrieval_pipelines.embed.text import (
 
 __all__ = [
     "EmbeddingPart",
+    "FittedEmbedding",
     "HashingEmbedder",
     "TextEmbedder",
     "TransformerEmbedder",
     "collaborative_embeddings",
     "embed_items",
-    "embed_new_items",
-    "embed_queries",
     "item_texts",
     "mine_keywords",
     "text_embedder",

@@ -186,6 +186,12 @@ def mine_keywords(
     return KeywordDictionary(tuple(kept), "mined keywords")
 
 
+def mined_columns(items: pl.DataFrame) -> list[str]:
+    """The columns that `mine_keywords` reads."""
+    named = {"title", "brand", "categories"}
+    return [name for name in items.columns if name in named or _type_of(name, items.schema[name])]
+
+
 def enhance(
     x_ND: Matrix, texts: Sequence[str], dictionary: KeywordDictionary, embed: Callable[[Sequence[str]], Matrix]
 ) -> Matrix:
@@ -202,7 +208,7 @@ def enhance(
     Returns:
         float32 ``[N, D]``, unit rows; the row of a text without keywords is that of `x_ND`.
     """
-    named = [list({match.keyword.text: None for match in matches}) for matches in dictionary.match_all(texts)]
+    named = [list(dict.fromkeys(match.keyword.text for match in dictionary.match(text))) for text in texts]
     row_of = {text: row for row, text in enumerate(sorted(set(chain.from_iterable(named))))}
     if not row_of:
         return x_ND
@@ -229,13 +235,20 @@ def _from_columns(items: pl.DataFrame) -> Iterator[tuple[AttributeType, Counter[
         yield _T.ENTITY, _count(leaves, lambda leaf: [leaf, *_PARTS.split(leaf)])
     for name in items.columns:
         dtype = items.schema[name]
-        type_ = next((_COLUMNS[word] for word in name.lower().split("_") if word in _COLUMNS), None)
-        if type_ is None or not is_words(name, dtype):
+        type_ = _type_of(name, dtype)
+        if type_ is None:
             continue
         if isinstance(dtype, pl.List):
             yield type_, _count(items[name].cast(pl.List(pl.String)).to_list(), lambda terms: terms)
         else:
             yield type_, _count(items[name].cast(pl.String).to_list(), lambda term: [term])
+
+
+def _type_of(name: str, dtype: pl.DataType) -> AttributeType | None:
+    """What the terms of a column of the shop's own are; None where it holds no words or its name does not say."""
+    if not is_words(name, dtype):
+        return None
+    return next((_COLUMNS[word] for word in name.lower().split("_") if word in _COLUMNS), None)
 
 
 def _count(values: Iterable[_V | None], terms_of: Callable[[_V], Iterable[str | None]]) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""From an item table to one matrix: named parts, each computed once, weighted and set side by side."""
+"""The named parts of an embedding, each computed once and kept under a hash of what it depends on."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache as remembered
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from genretrieval.errors import DataError, RecipeError
 from genretrieval.histories import Histories, LeaveOneOut
 from genretrieval.keywords import KeywordDictionary
 from genretrieval_pipelines.embed.collaborative import DEFAULT_DIM, collaborative_embeddings
-from genretrieval_pipelines.embed.keywords import enhance, mine_keywords
+from genretrieval_pipelines.embed.keywords import enhance, mine_keywords, mined_columns
 from genretrieval_pipelines.embed.linear import Matrix, unit_rows
-from genretrieval_pipelines.embed.text import HASHING_DIM, MINILM_SHA256, item_texts, text_embedder
+from genretrieval_pipelines.embed.text import HASHING_DIM, MINILM_SHA256, TextEmbedder, text_embedder
 
 _METHOD_VERSION = 1  # raise it when a change here would give other vectors for equal input
+
+_T = TypeVar("_T")
 
 
 class EmbeddingPart(BaseModel):
@@ -87,199 +91,65 @@ class EmbeddingPart(BaseModel):
         return self.name in ("hashing", "minilm") or self.name.startswith("hf:")
 
 
-def embed_items(
-    items: pl.DataFrame,
-    spec: Sequence[EmbeddingPart],
-    histories: Histories | None,
-    cache: Path,
-    keywords: KeywordDictionary | None = None,
-) -> Matrix:
-    """Embed the catalogue.
-
-    Args:
-        items: the item table; row i is item row i everywhere.
-        spec: parts, set side by side in this order.
-        histories: users' histories over the same item rows, for the part ``collaborative``, which reads their
-            training part (leave-one-out) and nothing later; None when the shop has no interactions.
-        cache: folder where each part is kept under a hash of everything it depends on. A weight is not among
-            that, so trying weights recomputes nothing. The folder may be deleted at any time.
-        keywords: for the parts with `keywords`; None mines them from the items.
-
-    Returns:
-        float32 ``[n_items, dim]``, dim being the sum of the parts'.
-
-    Raises:
-        RecipeError: no parts, or ``collaborative`` without histories.
-        DataError: no items, a bad embedding column, or a model or cache file that cannot be read.
-        MissingExtraError: a part needs a package that is not installed.
-    """
-    _check(items, spec)
-    keywords = _dictionary(items, spec, keywords)
-    return np.concatenate([part.weight * _part(items, part, histories, cache, keywords) for part in spec], axis=1)
-
-
-def embed_queries(
-    queries: Sequence[str],
-    items: pl.DataFrame,
-    spec: Sequence[EmbeddingPart],
-    histories: Histories | None,
-    cache: Path,
-    keywords: KeywordDictionary | None = None,
-) -> Matrix:
-    """Embed queries in the space of `embed_items`, so that a tokenizer of items gives a query an ID too.
-
-    Text parts are embedded by the model that embeds the items, with its fit to the items' texts and the same keywords:
-    a query that says what an item says has its vector. Parts that read no words (``collaborative``, ``column:``) are
-    zeros. There every item is as far from a query as its own length, `weight` for all but items without a vector, so
-    which item is nearest is decided by the text.
-
-    Args:
-        queries: what visitors type.
-        items: as in `embed_items`.
-        spec: as in `embed_items`; at least one part reads text.
-        histories: as in `embed_items`; they decide how many dimensions the part ``collaborative`` has.
-        cache: as in `embed_items`.
-        keywords: as in `embed_items`; pass the same.
-
-    Returns:
-        float32 ``[len(queries), dim]``, with the dim of `embed_items`.
-
-    Raises:
-        RecipeError: as `embed_items`, or no part reads text.
-        DataError: as `embed_items`.
-        MissingExtraError: as `embed_items`.
-    """
-    _check(items, spec)
-    if not any(part.reads_text for part in spec):
-        raise RecipeError(
-            f"a query is words, and no embedding of the recipe reads any ({', '.join(part.name for part in spec)}): "
-            "all queries would be one vector; add hashing, minilm or an hf: model"
-        )
-    keywords = _dictionary(items, spec, keywords)
-    return np.concatenate(
-        [
-            part.weight * _text_part(items, part, cache, keywords, queries)
-            if part.reads_text
-            else np.zeros((len(queries), _part(items, part, histories, cache, keywords).shape[1]), np.float32)
-            for part in spec
-        ],
-        axis=1,
-    )
-
-
-def embed_new_items(
-    new: pl.DataFrame,
-    items: pl.DataFrame,
-    spec: Sequence[EmbeddingPart],
-    dim: int,
-    cache: Path,
-    keywords: KeywordDictionary | None = None,
-) -> Matrix:
-    """Embed items that came after a tokenizer was fitted, in the space that it was fitted in.
-
-    Text parts are embedded with their fit to the old items' texts, vector columns are read, and the part
-    ``collaborative`` is zero: nobody had met the new items, and computing it anew would turn the space.
-
-    Args:
-        new: table of the new items.
-        items: table of the items that the tokenizer was fitted on.
-        spec: the parts that it was fitted with.
-        dim: dimensions that it was fitted with; those that no other part has are collaborative.
-        cache: as in `embed_items`.
-        keywords: as in `embed_items`; pass the same.
-
-    Returns:
-        float32 ``[len(new), dim]``.
-
-    Raises:
-        DataError: as `embed_items`; or the parts do not make `dim` dimensions.
-    """
-    _check(items, spec)
-    keywords = _dictionary(items, spec, keywords)
-    blocks: list[Matrix | None] = []
-    for part in spec:
-        if part.reads_text:
-            blocks.append(part.weight * _text_part(items, part, cache, keywords, item_texts(new)))
-        elif part.name == "collaborative":
-            blocks.append(None)
-        else:
-            blocks.append(part.weight * _column(new, part.name.removeprefix("column:")))
-    missing = dim - sum(block.shape[1] for block in blocks if block is not None)
-    n_collaborative = sum(block is None for block in blocks)
-    if missing < 0 or (missing > 0 and n_collaborative != 1):
-        raise DataError(
-            f"the parts {', '.join(part.name for part in spec)} do not make the {dim} dimensions of the tokenizer; "
-            "give the recipe and the old item table that it was fitted with"
-        )
-    zeros = np.zeros((len(new), missing), np.float32)
-    return np.concatenate([zeros if block is None else block for block in blocks], axis=1)
-
-
-def _check(items: pl.DataFrame, spec: Sequence[EmbeddingPart]) -> None:
-    if not spec:
-        raise RecipeError("the recipe lists no embedding; give at least one part, e.g. `- name: hashing`")
-    if not len(items):
-        raise DataError("the item table is empty; there is nothing to embed")
-
-
-def _dictionary(
-    items: pl.DataFrame, spec: Sequence[EmbeddingPart], given: KeywordDictionary | None
-) -> KeywordDictionary | None:
-    """The keywords that parts use; None where no part uses any."""
-    if not any(part.keywords for part in spec):
-        return None
-    return mine_keywords(items) if given is None else given
-
-
-def _part(
-    items: pl.DataFrame,
+def text_block(
     part: EmbeddingPart,
-    histories: Histories | None,
-    cache: Path,
+    texts: Sequence[str],
+    model: Callable[[], TextEmbedder],
     keywords: KeywordDictionary | None,
-) -> Matrix:
-    """Unit rows of one part, from the cache where they are."""
-    if part.name.startswith("column:"):
-        return _column(items, part.name.removeprefix("column:"))
-    if part.name == "collaborative":
-        if histories is None:
-            raise RecipeError(
-                "the embedding 'collaborative' learns from interactions, and there are none; add "
-                "interactions.parquet, or take the part out of the recipe: items are then embedded by "
-                "their other parts alone"
-            )
-        sequences = list(LeaveOneOut(histories).train_sequences())
-        dim = part.dim or DEFAULT_DIM
-        key = _hash(["collaborative", dim, len(items), version("scipy")], sequences)
-        return _cached(cache, "collaborative", key, lambda: collaborative_embeddings(sequences, len(items), dim))
-    return _text_part(items, part, cache, keywords)
-
-
-def _text_part(
-    items: pl.DataFrame,
-    part: EmbeddingPart,
     cache: Path,
-    keywords: KeywordDictionary | None,
-    queries: Sequence[str] | None = None,
 ) -> Matrix:
-    """Unit rows of a text part for the items or, where given, for queries; from the cache where they are."""
-    catalogue = item_texts(items)
-    texts, read = (catalogue, {}) if queries is None else (queries, {"queries": queries})
+    """Unit rows of a text part for the catalogue's texts; `model` is asked for only where the cache lacks them."""
     label = part.name.partition(":")[0]
-    fitted = remembered(lambda: text_embedder(part.name, part.dim, part.revision).fit(catalogue))
-    plain = _cached(cache, label, _text_key(part, catalogue, **read), lambda: fitted().embed(texts))
+    plain = _cached_matrix(cache, label, _text_key(part, texts), lambda: model().embed(texts))
     if not part.keywords:
         return plain
     assert keywords is not None
-    key = _text_key(part, catalogue, **read, keywords=[keyword.text for keyword in keywords.keywords])
-    return _cached(cache, f"{label}-keywords", key, lambda: enhance(plain, texts, keywords, fitted().embed))
+    key = _text_key(part, texts, [keyword.text for keyword in keywords.keywords])
+    return _cached_matrix(cache, f"{label}-keywords", key, lambda: enhance(plain, texts, keywords, model().embed))
 
 
-def _text_key(part: EmbeddingPart, catalogue: Sequence[str], **read: Sequence[str]) -> str:
-    """Hash of what the vectors of a text part depend on; `read` names texts that come in beside the catalogue's."""
-    texts = chain(catalogue, *read.values())
-    identity = [*_text_identity(part), *([name, len(more)] for name, more in read.items())]
-    return _hash(identity, (text.encode() for text in texts))
+def fitted_model(part: EmbeddingPart, texts: Sequence[str], cache: Path) -> TextEmbedder:
+    """The model of a text part, fitted to the catalogue's texts; what it learned is kept in `cache`."""
+    model = text_embedder(part.name, part.dim, part.revision)
+    if part.name != "hashing":
+        return model
+    path = cache / f"hashing-model-{_text_key(part, texts)[:32]}.safetensors"
+    state = _cached(path, lambda: model.fit(texts).state(), _write_tensors, load_file)
+    return model.restore(state)
+
+
+def collaborative_block(part: EmbeddingPart, n_items: int, histories: Histories | None, cache: Path) -> Matrix:
+    """Unit rows of the part ``collaborative``, which reads the training part of the histories alone."""
+    if histories is None:
+        raise RecipeError(
+            "the embedding 'collaborative' learns from interactions, and there are none; add "
+            "interactions.parquet, or take the part out of the recipe: items are then embedded by "
+            "their other parts alone"
+        )
+    sequences = list(LeaveOneOut(histories).train_sequences())
+    dim = part.dim or DEFAULT_DIM
+    key = _hash(["collaborative", dim, n_items, version("scipy")], sequences)
+    return _cached_matrix(cache, "collaborative", key, lambda: collaborative_embeddings(sequences, n_items, dim))
+
+
+def catalogue_keywords(items: pl.DataFrame, cache: Path) -> KeywordDictionary:
+    """`mine_keywords` of a catalogue, once."""
+    read = items.select(mined_columns(items))
+    key = _hash(["keywords", read.columns], [read.write_ndjson().encode()])
+    return _cached(
+        cache / f"keywords-{key[:32]}.parquet",
+        lambda: mine_keywords(items),
+        lambda mined, path: mined.save(path),
+        KeywordDictionary.load,
+    )
+
+
+def _text_key(part: EmbeddingPart, texts: Sequence[str], keywords: Sequence[str] | None = None) -> str:
+    """Hash of what the vectors of a text part depend on."""
+    identity = _text_identity(part)
+    if keywords is not None:
+        identity.append(["keywords", len(keywords)])
+    return _hash(identity, (text.encode() for text in chain(texts, keywords or ())))
 
 
 def _text_identity(part: EmbeddingPart) -> list[object]:
@@ -296,8 +166,9 @@ def _text_identity(part: EmbeddingPart) -> list[object]:
     return model
 
 
-def _column(items: pl.DataFrame, name: str) -> Matrix:
+def column_block(items: pl.DataFrame, part: EmbeddingPart) -> Matrix:
     """Unit rows of a vector column."""
+    name = part.name.removeprefix("column:")
     where = f"column {name!r} of the item table"
     if name not in items.columns:
         raise DataError(f"there is no {where}; the recipe asks for column:{name}")
@@ -333,24 +204,35 @@ def _hash(identity: list[object], blocks: Iterable[bytes | NDArray[np.int32]]) -
     return digest.hexdigest()
 
 
-def _cached(folder: Path, label: str, key: str, compute: Callable[[], Matrix]) -> Matrix:
-    """Read ``<label>-<key>.npy``, or compute it and put it there by rename, so that it is whole or absent."""
-    path = folder / f"{label}-{key[:32]}.npy"
+def _cached_matrix(folder: Path, label: str, key: str, compute: Callable[[], Matrix]) -> Matrix:
+    return _cached(folder / f"{label}-{key[:32]}.npy", compute, _write_matrix, partial(np.load, allow_pickle=False))
+
+
+def _write_matrix(x_ND: Matrix, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, x_ND)
+
+
+def _write_tensors(tensors: dict[str, NDArray[Any]], path: Path) -> None:
+    save_file(tensors, path)
+
+
+def _cached(path: Path, compute: Callable[[], _T], write: Callable[[_T, Path], None], read: Callable[[Path], _T]) -> _T:
+    """Read a file, or compute what it is to hold and put it there by rename, so that it is whole or absent."""
     if path.exists():
         try:
-            stored: Matrix = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            return read(path)
+        except (OSError, ValueError, EOFError, SafetensorError) as error:
             raise DataError(
                 f"cached embedding {path} cannot be read ({error}); delete it to compute it again"
             ) from error
-        return stored
     computed = compute()
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(suffix=".partial", dir=folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, computed)
-        os.replace(partial, path)
+        write(computed, Path(unfinished))
+        os.replace(unfinished, path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        Path(unfinished).unlink(missing_ok=True)
     return computed

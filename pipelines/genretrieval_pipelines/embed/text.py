@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -87,6 +87,12 @@ class TextEmbedder(Protocol):
     def embed(self, texts: Sequence[str]) -> Matrix:
         """float32 ``[len(texts), dim]``, rows of length 1; zeros for a text the model finds nothing in."""
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What `fit` learned, as arrays to be kept; empty for a model that learns nothing from a catalogue."""
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> Self:
+        """Be what `state` was taken of, in another process too; returns itself."""
+
 
 def text_embedder(name: str, dim: int | None = None, revision: str | None = None) -> TextEmbedder:
     """The text model called `name` in a recipe, not yet fitted.
@@ -152,6 +158,20 @@ class HashingEmbedder:
             for start in range(0, len(texts), self._BLOCK)
         ]
         return unit_rows(np.concatenate([*blocks, np.zeros((0, self._components.shape[1]), np.float32)]))
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Document frequencies and the components of the buckets that have any; empty buckets take no space."""
+        assert self._idf is not None
+        assert self._components is not None
+        filled = np.flatnonzero(self._components.any(axis=1))
+        return {"idf": self._idf, "buckets": filled, "components": self._components[filled]}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> Self:
+        """Read what `state` gave; returns itself."""
+        self._idf = state["idf"]
+        self._components = np.zeros((self.BUCKETS, state["components"].shape[1]), np.float32)
+        self._components[state["buckets"]] = state["components"]
+        return self
 
     def _counts(self, texts: Sequence[str]) -> sp.csr_matrix:
         features = [[self._features(word) for word in _WORD.findall(text.lower())] for text in texts]
@@ -219,6 +239,14 @@ class TransformerEmbedder:
 
     def fit(self, texts: Sequence[str]) -> Self:
         """Nothing to learn; returns itself."""
+        return self
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Nothing was learned."""
+        return {}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> Self:
+        """Nothing to read; returns itself."""
         return self
 
     def embed(self, texts: Sequence[str]) -> Matrix:
