@@ -36,7 +36,7 @@ def test_made_embeddings_are_kept_and_cut_off_ones_made_again(tmp_path: Path) ->
 
 def test_every_item_is_published_by_a_process_of_its_own(tmp_path: Path) -> None:
     figures = bench.bench_tokenize_scale(2_000, 8, folder=tmp_path, sample_items=500, threads=1)
-    assert open_published(tmp_path / "published").ids.n_items == 2_000
+    assert open_published(tmp_path / "bench-ids-2000x8").ids.n_items == 2_000
     assert [line.split(":")[0] for line in lines(figures)] == [
         "tokenize.scale.items",
         "tokenize.scale.minutes",
