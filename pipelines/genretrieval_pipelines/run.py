@@ -335,7 +335,7 @@ def validation_recall(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe
 
 def make_evaluation(recipe: Recipe, shop: Shop, ids: SemanticIds, work: Path, console: Console) -> Evaluation:
     """The quality table of a run."""
-    texts = [part for part in recipe.embedding if part.name.split(":")[0] in ("hashing", "minilm", "hf")]
+    texts = [part for part in recipe.embedding if part.reads_text]
     return Evaluation(
         shop,
         ids,

@@ -37,7 +37,7 @@ from genretrieval_tokenizers.publish import (
 from genretrieval_tokenizers.report import TokenizerReport, report
 from genretrieval_tokenizers.rq_opq import RqOpqConfig
 from genretrieval_tokenizers.rq_vae import RqVaeConfig
-from genretrieval_tokenizers.stream import EmbeddingShards, encode_shards
+from genretrieval_tokenizers.stream import EmbeddingShards, check_streamable, encode_shards
 from genretrieval_tokenizers.swing import swing_pairs
 from genretrieval_tokenizers.tokenizer import Tokenizer
 
@@ -442,11 +442,7 @@ def _encode(
             "a sample and its seed are for fitting a tokenizer, and one that is fitted was given; leave out --sample "
             "and --seed, or --tokenizer"
         )
-    if recipe.collisions.method == "reassign":
-        raise DataError(
-            "the recipe's collisions.method is 'reassign', which compares the embeddings of all items of a prefix; "
-            "as a stream they are never together in memory. Set collisions.method: dedup or none"
-        )
+    check_streamable(recipe.collisions)
     shards = EmbeddingShards(source, column, id_column)
     if codebooks is None:
         tokenizer = _fitted_on_sample(

@@ -398,9 +398,8 @@ def kmeans(
         x_ND: float32 ``[N, D]``; of more than `max_points_per_centroid` a code, a sample is drawn.
         size: codes.
         start: where the iterations start from. "progressive": k-means on ever more principal components
-            (faiss's `ProgressiveDimClustering`), which where vectors lie in many small clusters leaves 13 % less error
-            than starting from "random" ones. "spherical": k-means by direction, for vectors
-            that differ in nothing else.
+            (faiss's `ProgressiveDimClustering`), which where vectors lie in many small clusters leaves less error than
+            starting from "random" ones. "spherical": k-means by direction, for vectors that differ in nothing else.
         iterations: of k-means itself.
         max_points_per_centroid: vectors a code.
         seed: of the sample and the start.

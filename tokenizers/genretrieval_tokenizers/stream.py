@@ -228,7 +228,8 @@ def encode_shards(
             method is "reassign"; or the embeddings have other dimensions than the tokenizer.
     """
     # First all that could be refused after the long part.
-    _check_streamable(shards, tokenizer, collisions)
+    check_streamable(collisions)
+    _check_dimensions(shards, tokenizer)
     check_unpublished(output)
     item_ids = checked_ids(pa.chunked_array(shards.ids()), shards.n_items)
     output.mkdir(parents=True, exist_ok=True)
@@ -289,12 +290,20 @@ def _identity(shards: EmbeddingShards, tokenizer: Tokenizer) -> bytes:
     return hashlib.sha256(json.dumps([made_by, shards.column, files]).encode()).digest()
 
 
-def _check_streamable(shards: EmbeddingShards, tokenizer: Tokenizer, collisions: CollisionConfig) -> None:
+def check_streamable(collisions: CollisionConfig) -> None:
+    """Refuse what cannot be done without all embeddings together in memory.
+
+    Raises:
+        DataError: last codes are to be reassigned.
+    """
     if collisions.method == "reassign":
         raise DataError(
             "collisions.method is 'reassign', which compares the embeddings of all items of a prefix; as a stream they "
             "are never together in memory. Set collisions.method: dedup or none, or publish from memory"
         )
+
+
+def _check_dimensions(shards: EmbeddingShards, tokenizer: Tokenizer) -> None:
     if shards.dim != tokenizer.dim:
         raise DataError(
             f"{shards.files[0]}: {shards.column} has {shards.dim} dimensions, the tokenizer {tokenizer.dim}: they come "

@@ -9,11 +9,11 @@ Saved, it is three files::
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache as remembered
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -307,7 +307,7 @@ def embed_items(
 
 def _lazily(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> Callable[[], _R]:
     """`function` of these arguments, computed when it is first asked for, and once."""
-    return remembered(lambda: function(*args, **kwargs))
+    return functools.cache(lambda: function(*args, **kwargs))
 
 
 def _restored(part: EmbeddingPart, state: Mapping[str, NDArray[Any]]) -> TextEmbedder:
