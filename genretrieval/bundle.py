@@ -5,6 +5,7 @@
     generator.safetensors    the weights it was exported from
     codebooks.safetensors    the tokenizer
     catalogue.parquet        items, their attributes and their semantic IDs
+    item_vectors.npy         for models with a dense head: float32 [n_items, D], memory-mapped
     query_tokenizer.json     for models that read queries
     config.yaml              the recipe as it was run
     metrics.json             its quality figures
@@ -27,7 +28,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from genretrieval.errors import BundleError, BundleIncompleteError
@@ -39,6 +42,7 @@ GRAPH = "retriever.onnx"
 WEIGHTS = "generator.safetensors"
 CODEBOOKS = "codebooks.safetensors"
 CATALOGUE = "catalogue.parquet"
+ITEM_VECTORS = "item_vectors.npy"
 QUERY_TOKENIZER = "query_tokenizer.json"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -70,6 +74,7 @@ class Manifest(BaseModel):
     max_query_tokens: int
     reads_queries: bool
     beam_width: int = Field(description="Default beam width of a request.")
+    dense_weight: float = Field(0.0, description="Of the dense head's score beside the log-probability of the codes.")
     exclude_seen: bool = Field(description="Whether the quality figures leave out items that the user had seen.")
     metrics: dict[str, float] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict, description="File name to sha256.")
@@ -94,6 +99,22 @@ class Bundle:
     def catalogue(self) -> pl.DataFrame:
         """Items in row order: ``item_id``, ``semantic_id`` list<int32>, ``popularity``, every attribute."""
         return pl.read_parquet(self.path / CATALOGUE)
+
+    def item_vectors(self) -> NDArray[np.float32] | None:
+        """Item vectors float32 ``[n_items, D]``, memory-mapped, of a model with a dense head.
+
+        Raises:
+            BundleError: they do not fit the catalogue.
+        """
+        if ITEM_VECTORS not in self.manifest.files:
+            return None
+        vectors: NDArray[np.float32] = np.load(self.path / ITEM_VECTORS, mmap_mode="r", allow_pickle=False)
+        if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != self.manifest.n_items:
+            raise BundleError(
+                f"{self.path / ITEM_VECTORS} is {vectors.dtype} {vectors.shape}, not float32 [{self.manifest.n_items}, "
+                "D]: it would rank other items than the catalogue's. Export the bundle again"
+            )
+        return vectors
 
     def features(self) -> RequestFeatures:
         """How requests are turned into model inputs."""

@@ -68,9 +68,15 @@ class RetrievedItem(_Message):
     """An item and how it was written."""
 
     item_id: str
-    score: float = Field(description="Summed log-probability of its codes.")
+    score: float = Field(
+        description="What items are ordered by: the summed log-probability of the codes, and where the bundle has a "
+        "dense head its weighted score."
+    )
     semantic_id: list[int]
-    level_scores: list[float] = Field(description="The parts of `score`, one a level.")
+    level_scores: list[float] = Field(
+        description="Log-probability of each code; empty for an item that the dense head added to what was written."
+    )
+    dense_score: float | None = Field(default=None, description="By the dense head, where the bundle has one.")
 
 
 class Timings(_Message):

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -40,6 +40,12 @@ class Leaves(NamedTuple):
     leaves: NDArray[np.int64]
     scores: NDArray[np.float32]
     level_scores: NDArray[np.float32]
+    user: NDArray[np.float32] | None = None
+
+    def of(self, row: int) -> Leaves:
+        """What it returned for one request of the batch."""
+        user = None if self.user is None else self.user[row]
+        return Leaves(self.leaves[row], self.scores[row], self.level_scores[row], user)
 
 
 class Backend(Protocol):
@@ -64,6 +70,10 @@ class Servable(Protocol):
 
     def catalogue(self) -> pl.DataFrame:
         """Items in row order, see `genretrieval.bundle.Bundle.catalogue`."""
+        ...
+
+    def item_vectors(self) -> NDArray[np.float32] | None:
+        """Item vectors of a model that has them, see `genretrieval.bundle.Bundle.item_vectors`."""
         ...
 
 
@@ -203,6 +213,28 @@ class MaskRows:
         return None
 
 
+@dataclass(frozen=True)
+class DenseItems:
+    """What a dense head ranks.
+
+    Attributes:
+        vectors: float32 ``[n_items, D]``, memory-mapped.
+        cold: int64, rows of the items that training never saw. The search hardly ever writes their IDs (LIGER, arXiv
+            2411.18814), so they are candidates beside what it found.
+    """
+
+    vectors: NDArray[np.float32]
+    cold: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, bundle: Servable, catalogue: Catalogue) -> DenseItems | None:
+        """Read a bundle's item vectors, if it has any."""
+        vectors = bundle.item_vectors()
+        if vectors is None:
+            return None
+        return cls(vectors, np.flatnonzero(catalogue.table["popularity"].to_numpy() == 0))
+
+
 class Retriever:
     """Answers requests from one bundle. Thread-safe when its backend is."""
 
@@ -213,6 +245,7 @@ class Retriever:
         self.features = bundle.features()
         self.catalogue = Catalogue.open(bundle)
         self.masks = MaskRows(self.catalogue)
+        self.dense = DenseItems.open(bundle, self.catalogue)
         self._index_inputs = graph_inputs(self.catalogue.index)
 
     def retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse]:
@@ -254,8 +287,7 @@ class Retriever:
             ended = time.perf_counter()
             responses = []
             for i, request in enumerate(requests):
-                leaves = Leaves(*(part[i] for part in found))
-                items = self._items(request, histories[i], leaves, self.masks.items[mask_rows[i]])
+                items = self._items(request, histories[i], found.of(i), self.masks.items[mask_rows[i]])
                 total = (time.perf_counter() - started) * 1e3
                 timings = Timings(inference_ms=(ended - begun) * 1e3, total_ms=total)
                 responses.append(self._response(request, len(histories[i]), items, timings))
@@ -281,6 +313,7 @@ class Retriever:
         codes = np.zeros((n, length, self.catalogue.ids.n_levels), np.int64)
         events, gaps = np.zeros((n, length), np.int64), np.zeros((n, length), np.int64)
         mask = np.zeros((n, length), bool)
+        vectors = np.zeros((n, length, self.dense.vectors.shape[1] if self.dense else 0), np.float32)
         tokens = [self.features.query_tokens(request.query) for request in requests]
         query = np.zeros((n, max([2, *map(len, tokens)])), np.int64)
         for i, (request, history) in enumerate(zip(requests, recent, strict=True)):
@@ -291,6 +324,8 @@ class Retriever:
             times = [NO_TIME if e.timestamp is None else e.timestamp for e in past]
             gaps[i, :size] = self.features.gap_buckets(np.asarray(times, np.int64))
             mask[i, :size] = True
+            if self.dense:
+                vectors[i, :size] = self.dense.vectors[history[:, 1]]
             query[i, : len(tokens[i])] = tokens[i]
         made: dict[str, NDArray[Any]] = {
             "history_codes": codes,
@@ -300,6 +335,7 @@ class Retriever:
             "query_tokens": query,
             "query_mask": query != 0,
             "profile": np.stack([self.features.profile_ids(request.profile) for request in requests]),
+            "history_vectors": vectors,
             "beams": np.arange(width, dtype=np.int64),
             "mask_row": np.asarray(mask_rows, np.int64),
             **self._index_inputs,
@@ -316,34 +352,65 @@ class Retriever:
     ) -> list[RetrievedItem]:
         """Items of the found leaves, best first: those that match the filters, without what is excluded.
 
-        Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows.
+        Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. Where
+        there is a dense head, it ranks them anew and items that training never saw join them.
         """
-        index, names = self.catalogue.index, self.catalogue.table["item_id"]
-        excluded = {self.catalogue.rows.get(item) for item in request.exclude_item_ids}
+        allowed = self._allowed(request, history, matching)
+        found_in = np.lexsort((found.leaves, -found.scores))
+        found_in = found_in[found.scores[found_in] >= CLOSED_BELOW]
+        in_order = ((row, beam) for beam in found_in.tolist() for row in self._leaf(int(found.leaves[beam]), allowed))
+        if self.dense is None:
+            return [self._item(row, found, beam) for row, beam in islice(in_order, request.top_k)]
+        candidates = list(in_order)
+        rows = np.asarray([row for row, _ in candidates], np.int64)
+        beams = np.asarray([beam for _, beam in candidates], np.int64)
+        if len(found_in) == len(found.scores):
+            # The search was cut off: what it did not reach is at best as probable as the last that it did.
+            cold = self.dense.cold[allowed(self.dense.cold)]
+            cold = cold[~np.isin(cold, rows)]
+            rows = np.concatenate([rows, cold])
+            beams = np.concatenate([beams, np.full(len(cold), found_in[-1])])
+        assert found.user is not None
+        dense = self.dense.vectors[rows] @ found.user
+        scores = found.scores[beams] + self.bundle.manifest.dense_weight * dense
+        best = np.argsort(-scores, kind="stable")[: request.top_k]
+        return [
+            self._item(int(rows[i]), found, int(beams[i]), float(dense[i]), reached=i < len(candidates))
+            for i in best.tolist()
+        ]
+
+    def _allowed(
+        self, request: RetrieveRequest, history: NDArray[np.int64], matching: NDArray[np.bool_]
+    ) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
+        """Tells which item rows may be returned: those that match the filters and are not excluded."""
+        known = self.catalogue.rows
+        excluded = {known[item] for item in request.exclude_item_ids if item in known}
         if request.exclude_history != "off":
             everything = request.exclude_history == "all"
             excluded.update(
                 int(row) for position, row in history if everything or request.history[position].event == PURCHASE
             )
-        items: list[RetrievedItem] = []
-        for beam in np.lexsort((found.leaves, -found.scores)):
-            if found.scores[beam] < CLOSED_BELOW:
-                break
-            eligible = (
-                row for row in index.items_of(int(found.leaves[beam])).tolist() if row not in excluded and matching[row]
-            )
-            for row in islice(eligible, self.bundle.manifest.leaf_cap):
-                items.append(
-                    RetrievedItem(
-                        item_id=names[row],
-                        score=float(found.scores[beam]),
-                        semantic_id=self.catalogue.ids.codes[row].tolist(),
-                        level_scores=found.level_scores[beam].tolist(),
-                    )
-                )
-                if len(items) == request.top_k:
-                    return items
-        return items
+        barred = np.asarray(sorted(excluded), np.int64)
+        return lambda rows: matching[rows] & ~np.isin(rows, barred)
+
+    def _leaf(self, leaf: int, allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]]) -> list[int]:
+        """Items of a leaf that may be returned, in listing order, as many as the cap lets through."""
+        rows = self.catalogue.index.items_of(leaf).astype(np.int64)
+        listed: list[int] = rows[allowed(rows)].tolist()
+        return listed[: self.bundle.manifest.leaf_cap]
+
+    def _item(
+        self, row: int, found: Leaves, beam: int, dense: float | None = None, *, reached: bool = True
+    ) -> RetrievedItem:
+        """An item as it is returned."""
+        score = float(found.scores[beam])
+        return RetrievedItem(
+            item_id=self.catalogue.table["item_id"][row],
+            score=score if dense is None else score + self.bundle.manifest.dense_weight * dense,
+            semantic_id=self.catalogue.ids.codes[row].tolist(),
+            level_scores=found.level_scores[beam].tolist() if reached else [],
+            dense_score=dense,
+        )
 
     def _response(
         self, request: RetrieveRequest, n_known: int, items: list[RetrievedItem], timings: Timings

@@ -51,6 +51,8 @@ def tiny_config() -> GeneratorConfig:
         n_events=3,
         n_gaps=4,
         n_profile_buckets=7,
+        n_items=30,
+        content_dim=5,
         max_history=8,
         n_position_buckets=8,
         max_distance=16,
@@ -72,6 +74,9 @@ def make_generator(tiny_config: GeneratorConfig) -> MakeGenerator:
         for name, parameter in generator.named_parameters():
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        if generator.dense is not None:
+            torch.nn.init.normal_(generator.dense.own_ID)
+            generator.dense.set_content(torch.randn(generator.config.n_items, generator.config.content_dim))
         return generator.eval()
 
     return make
@@ -96,6 +101,8 @@ def make_requests() -> MakeRequests:
             made["query_mask"] = np.arange(n_query_tokens) < rng.integers(0, n_query_tokens + 1, (n, 1))
         if config.n_profile_buckets:
             made["profile"] = rng.integers(0, config.n_profile_buckets, (n, 2))
+        if config.n_items:
+            made["history_vectors"] = rng.normal(size=(n, length, config.d_model)).astype(np.float32)
         return made
 
     return make

@@ -22,6 +22,7 @@ from genretrieval.retrieval import Leaves
 OPSET = 23
 MINIMUM_ONNXRUNTIME = "1.23"
 OUTPUTS = ("leaves", "scores", "level_scores")
+DENSE_OUTPUT = "user"
 
 
 class NamedGraph(nn.Module):
@@ -32,6 +33,7 @@ class NamedGraph(nn.Module):
         request_names: request tensors that the graph reads, of those it could.
         all_request_names: every request tensor of the graph's signature, in order; the others are passed as None.
         n_levels: codes of a semantic ID.
+        vector_dim: width of the item vectors that the graph reads and of the user vector that it returns; 0 for none.
     """
 
     def __init__(
@@ -40,12 +42,19 @@ class NamedGraph(nn.Module):
         request_names: tuple[str, ...],
         all_request_names: tuple[str, ...],
         n_levels: int,
+        vector_dim: int = 0,
     ) -> None:
         super().__init__()
         self.retrieval = graph
         self.request_names = request_names
         self.all_request_names = all_request_names
         self.n_levels = n_levels
+        self.vector_dim = vector_dim
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of all outputs, in order."""
+        return (*OUTPUTS, DENSE_OUTPUT) if self.vector_dim else OUTPUTS
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,6 +87,7 @@ REQUEST_INPUTS = (
     "query_tokens",
     "query_mask",
     "profile",
+    "history_vectors",
 )
 
 
@@ -89,8 +99,11 @@ def named_graph(generator: Generator) -> NamedGraph:
         unread |= {"query_tokens", "query_mask"}
     if not config.n_profile_buckets:
         unread.add("profile")
+    if not config.n_items:
+        unread.add("history_vectors")
     names = tuple(name for name in REQUEST_INPUTS if name not in unread)
-    return NamedGraph(RetrievalGraph(generator).eval(), names, REQUEST_INPUTS, config.n_levels)
+    vector_dim = config.d_model if config.n_items else 0
+    return NamedGraph(RetrievalGraph(generator).eval(), names, REQUEST_INPUTS, config.n_levels, vector_dim)
 
 
 def example_inputs(graph: NamedGraph, n_profile_features: int) -> dict[str, Tensor]:
@@ -105,6 +118,7 @@ def example_inputs(graph: NamedGraph, n_profile_features: int) -> dict[str, Tens
         "query_tokens": torch.ones(rows, query, dtype=torch.long),
         "query_mask": torch.ones(rows, query, dtype=torch.bool),
         "profile": torch.zeros(rows, n_profile_features, dtype=torch.long),
+        "history_vectors": torch.zeros(rows, length, graph.vector_dim),
         "beams": torch.arange(beams),
         "mask_row": torch.zeros(rows, dtype=torch.long),
     }
@@ -151,7 +165,7 @@ def export_graph(graph: NamedGraph, example: dict[str, Tensor], path: Path) -> N
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(example),
-                output_names=list(OUTPUTS),
+                output_names=list(graph.outputs),
                 dynamic_shapes=(tuple(dynamic_dimensions(name) for name in example),),
                 optimize=True,
                 verbose=False,
@@ -174,4 +188,5 @@ class GraphBackend:
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
         """Run one batch (see `genretrieval.retrieval.Backend`)."""
         found = self.graph(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self.graph.names))
-        return Leaves(*(part.numpy() for part in found))
+        leaves, *scores = (part.numpy() for part in found if part is not None)
+        return Leaves(leaves, *scores)

@@ -23,6 +23,8 @@ class GeneratorConfig(PretrainedConfig):
         n_events: behaviours, entry 0 being one that training never saw.
         n_gaps: buckets of the time since the previous interaction, entry 0 being unknown.
         n_profile_buckets: rows of the hashed table of profile features; 0 makes a model without profiles.
+        n_items: rows of the item table; 0 makes a model without item vectors and without the dense head.
+        content_dim: width of the content vectors that item vectors are made from.
         max_history: interactions of a history that the model reads, the newest ones.
         n_position_buckets: buckets of the relative position bias (T5).
         max_distance: distance from which on all positions share a bucket.
@@ -45,6 +47,8 @@ class GeneratorConfig(PretrainedConfig):
         n_events: int = 1,
         n_gaps: int = 1,
         n_profile_buckets: int = 0,
+        n_items: int = 0,
+        content_dim: int = 0,
         max_history: int = 50,
         n_position_buckets: int = 32,
         max_distance: int = 128,
@@ -53,6 +57,8 @@ class GeneratorConfig(PretrainedConfig):
     ) -> None:
         if d_model % n_heads:
             raise ValueError(f"d_model={d_model} must be a multiple of n_heads={n_heads}")
+        if n_items and not content_dim:
+            raise ValueError(f"n_items={n_items} needs content_dim: new items are placed by their content")
         self.codebook_sizes = tuple(codebook_sizes)
         self.d_model = d_model
         self.n_heads = n_heads
@@ -65,6 +71,8 @@ class GeneratorConfig(PretrainedConfig):
         self.n_events = n_events
         self.n_gaps = n_gaps
         self.n_profile_buckets = n_profile_buckets
+        self.n_items = n_items
+        self.content_dim = content_dim
         self.max_history = max_history
         self.n_position_buckets = n_position_buckets
         self.max_distance = max_distance

@@ -1,9 +1,9 @@
 """The generator: history, query and profile in, the codes of the next item out, one level after another.
 
-The context has one position an item: the sum of its codes' embeddings, its event and the time since the item before
-it. A causal encoder reads the history, so that one pass trains the prediction of every item of it; a bidirectional
-encoder reads the query; a decoder of a few steps attends to both. Why one position an item and one causal pass:
-docs/decisions/0001-context-layout.md.
+The context has one position an item: the sum of its codes' embeddings, its own vector, its event and the time since
+the item before it. A causal encoder reads the history, so that one pass trains the prediction of every item of it; a
+bidirectional encoder reads the query; a decoder of a few steps attends to both. Why one position an item and one causal
+pass: docs/decisions/0001-context-layout.md.
 
 Shape suffixes are explained in `genretrieval.model.layers`.
 """
@@ -20,6 +20,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from genretrieval.model.configuration import GeneratorConfig
+from genretrieval.model.dense import DenseHead
 from genretrieval.model.layers import Decoder, Encoder, Queries, RelativeBias
 
 
@@ -71,6 +72,7 @@ class ContextEncoder(nn.Module):
         history_gaps: Tensor,
         history_mask: Tensor,
         profile: Tensor | None = None,
+        history_vectors: Tensor | None = None,
     ) -> Tensor:
         """Encode histories.
 
@@ -80,11 +82,14 @@ class ContextEncoder(nn.Module):
             history_gaps: int64 ``[B, S]``.
             history_mask: bool ``[B, S]``, True where an interaction is real.
             profile: int64 ``[B, n_features]``, hashed profile features.
+            history_vectors: float ``[B, S, D]``, item vectors, for a model that has them.
 
         Returns:
             Float ``[B, 1 + S, D]``: state 0 has seen the profile alone, state i the first i interactions.
         """
         x_BSD = self.embed(history_codes).sum(-2) + self.events(history_events) + self.gaps(history_gaps)
+        if history_vectors is not None:
+            x_BSD = x_BSD + history_vectors
         first_BD = self.begin.expand(x_BSD.shape[0], -1)
         if self.profile is not None and profile is not None:
             first_BD = first_BD + self.profile(profile).sum(-2)
@@ -107,9 +112,10 @@ class ContextEncoder(nn.Module):
         query_tokens: Tensor | None = None,
         query_mask: Tensor | None = None,
         profile: Tensor | None = None,
+        history_vectors: Tensor | None = None,
     ) -> Context:
         """Encode requests for the one item that comes next; shapes as in `history` and `query`."""
-        memory_BSD = self.history(history_codes, history_events, history_gaps, history_mask, profile)
+        memory_BSD = self.history(history_codes, history_events, history_gaps, history_mask, profile, history_vectors)
         last = history_mask.sum(1)[:, None, None].expand(-1, 1, memory_BSD.shape[-1])
         start_BD = self.start(memory_BSD.gather(1, last)[:, 0])
         mask_BS = torch.cat([history_mask.new_ones(history_mask.shape[0], 1), history_mask], 1)
@@ -151,11 +157,19 @@ class RequestEncoder(nn.Module):
         query_tokens: Tensor | None = None,
         query_mask: Tensor | None = None,
         profile: Tensor | None = None,
+        history_vectors: Tensor | None = None,
         **_: Any,
     ) -> EncodedRequest:
         """Encode requests; shapes as in `ContextEncoder.forward`."""
         found: Context = self.context(
-            history_codes, history_events, history_gaps, history_mask, query_tokens, query_mask, profile
+            history_codes,
+            history_events,
+            history_gaps,
+            history_mask,
+            query_tokens,
+            query_mask,
+            profile,
+            history_vectors,
         )
         return EncodedRequest(found.memory_BSD, found.mask_BS, found.start_BD)
 
@@ -180,6 +194,7 @@ class Generator(PreTrainedModel, GenerationMixin):
             c.n_decoder_layers, c.d_model, c.n_heads, c.d_ff, c.dropout, c.n_position_buckets, c.max_distance
         )
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.dense = DenseHead(c) if c.n_items else None
         self.post_init()
         # What ``generate`` needs to write whole semantic IDs, scored by the probability of their codes.
         self.generation_config.update(use_cache=False, max_new_tokens=c.n_levels, renormalize_logits=True)
@@ -194,6 +209,12 @@ class Generator(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=0.5 if module.embedding_dim == self.config.d_model else 0.1)
         elif isinstance(module, RelativeBias):
             module.lookup.copy_(module.buckets())
+        elif isinstance(module, DenseHead):
+            # Content has length 1: its projection is as wide as the embeddings it is added to.
+            nn.init.normal_(module.projection.weight, std=0.5)
+            nn.init.normal_(module.user.weight, std=0.1 * self.config.d_model**-0.5)
+            nn.init.zeros_(module.own_ID)
+            module.content_IC.zero_()
         elif isinstance(module, ContextEncoder):
             module.level_offsets.copy_(torch.tensor(self.config.level_offsets))
             nn.init.normal_(module.begin, std=0.5)
@@ -245,6 +266,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         query_tokens: Tensor | None = None,
         query_mask: Tensor | None = None,
         profile: Tensor | None = None,
+        history_vectors: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         encoder_outputs: EncodedRequest | None = None,
         objective: Callable[[Generator, dict[str, Tensor]], Tensor] | None = None,
@@ -261,7 +283,14 @@ class Generator(PreTrainedModel, GenerationMixin):
             return objective(self, batch)
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(
-                history_codes, history_events, history_gaps, history_mask, query_tokens, query_mask, profile
+                history_codes,
+                history_events,
+                history_gaps,
+                history_mask,
+                query_tokens,
+                query_mask,
+                profile,
+                history_vectors,
             )
         assert decoder_input_ids is not None
         context = encoder_outputs.context()

@@ -53,11 +53,13 @@ class Retrieved(NamedTuple):
         leaves_BK: int64, leaf ids; meaningless where the score is `CLOSED` or below.
         scores_BK: float32, summed log-probability of the codes.
         level_scores_BKL: float32, its parts.
+        user_BD: float32, what the dense head compares item vectors with; None for a model without one.
     """
 
     leaves_BK: Tensor
     scores_BK: Tensor
     level_scores_BKL: Tensor
+    user_BD: Tensor | None = None
 
 
 def attend(q_BQD: Tensor, k_BSD: Tensor, v_BSD: Tensor, bias_BHQS: Tensor, n_heads: int) -> Tensor:
@@ -171,6 +173,7 @@ class BeamSearch(nn.Module):
         level_offsets: first flat token of each level.
         normalise: ``children`` takes the softmax over the codes that exist under a beam's prefix, as our training
             does; ``vocabulary`` over all flat tokens, as Hugging Face does.
+        dense: float ``[D, D]``, what the dense head makes a user vector by, where there is one.
     """
 
     def __init__(
@@ -181,8 +184,10 @@ class BeamSearch(nn.Module):
         codebook_sizes: tuple[int, ...],
         level_offsets: tuple[int, ...],
         normalise: Normalise = "children",
+        dense: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.dense = _frozen(dense * decoder.norm.weight) if dense is not None else None
         self.normalise = normalise
         self.codebook_sizes = codebook_sizes
         self.level_offsets = level_offsets
@@ -222,6 +227,7 @@ class BeamSearch(nn.Module):
         score_BQ = x_ND.new_zeros(n_rows, 1)
         node_BQ = torch.zeros_like(score_BQ, dtype=torch.long)
         level_scores: list[Tensor] = []
+        user_BD: Tensor | None = None
         for level in range(len(self.codebook_sizes)):
             n_queries = n_beams if level else 1
             cross_bias = hidden_BQ1S.expand(n_rows, 1, n_queries, n_memory)
@@ -232,6 +238,8 @@ class BeamSearch(nn.Module):
                 crossed = attend(q_BQD, memory[2 * i], memory[2 * i + 1], cross_bias, self.n_heads)
                 x_ND = layer.feed_forward(add_linear(x_ND, crossed.flatten(0, 1), layer.cross_output))
 
+            if self.dense is not None and not level:
+                user_BD = linear(norm(x_ND), self.dense)
             child_BQC, logp_BQC, open_BQC = self._children(
                 norm(x_ND).unflatten(0, (n_rows, n_queries)), level, node_BQ, index
             )
@@ -248,7 +256,7 @@ class BeamSearch(nn.Module):
                 x_ND = nn.functional.embedding(self._tokens(level, node_BQ, index).flatten(), self.codes)
                 parent_N = (parent_BK + torch.arange(n_rows, device=x_ND.device)[:, None] * n_queries).flatten()
                 paths = [(k.index_select(0, parent_N), v.index_select(0, parent_N)) for k, v in paths]
-        return Retrieved(node_BQ, score_BQ, torch.stack(level_scores, -1))
+        return Retrieved(node_BQ, score_BQ, torch.stack(level_scores, -1), user_BD)
 
     def _attend_path(
         self, x_ND: Tensor, layer: FusedLayer, i: int, level: int, paths: list[tuple[Tensor, Tensor]]
@@ -307,6 +315,7 @@ class RetrievalGraph(nn.Module):
             generator.head.weight,
             config.codebook_sizes,
             config.level_offsets,
+            dense=generator.dense.user.weight if generator.dense is not None else None,
         )
 
     def forward(
@@ -318,11 +327,19 @@ class RetrievalGraph(nn.Module):
         query_tokens: Tensor | None,
         query_mask: Tensor | None,
         profile: Tensor | None,
+        history_vectors: Tensor | None,
         beams: Tensor,
         index: IndexTensors,
     ) -> Retrieved:
         """Retrieve; shapes as in `ContextEncoder.forward` and `BeamSearch.forward`."""
         context: Context = self.context(
-            history_codes, history_events, history_gaps, history_mask, query_tokens, query_mask, profile
+            history_codes,
+            history_events,
+            history_gaps,
+            history_mask,
+            query_tokens,
+            query_mask,
+            profile,
+            history_vectors,
         )
         return self.search(context.memory_BSD, context.mask_BS, context.start_BD, beams, index)

@@ -99,6 +99,14 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
         """Number of windows."""
         return len(self.windows)
 
+    def trained_items(self) -> NDArray[np.int64]:
+        """Item rows of every interaction in any window, sorted, each once."""
+        starts, ends = self.windows.starts, self.windows.ends
+        inside = np.zeros(len(self.histories.items) + 1, np.int64)
+        np.add.at(inside, starts, 1)
+        np.add.at(inside, ends, -1)
+        return np.unique(self.histories.items[np.cumsum(inside[:-1]) > 0]).astype(np.int64)
+
     def __getitem__(self, row: int) -> dict[str, NDArray[np.int64]]:
         """Window `row`; see `collate` for the names."""
         h, w = self.histories, self.windows

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from genretrieval.catalogue import CatalogueIndex
 from genretrieval.model import Generator
+from genretrieval.training.full_softmax import full_softmax_loss
+
+MAX_SOFTMAX_ITEMS = 50_000
 
 
 class Objective(Protocol):
@@ -19,19 +25,55 @@ class Objective(Protocol):
         ...
 
 
+class Candidates(NamedTuple):
+    """Items of a dense softmax.
+
+    Attributes:
+        rows: int64 ``[M]``, item rows, sorted.
+        vectors: float ``[M, D]``.
+        bias: float ``[M]``, logarithm of how many items each stands for; None where each stands for itself.
+    """
+
+    rows: Tensor
+    vectors: Tensor
+    bias: Tensor | None
+
+    def places(self, items: Tensor) -> Tensor:
+        """Positions of `items` in `rows`. What is not among them, as padding may be, gets some position."""
+        return torch.searchsorted(self.rows, items.contiguous()).clamp(max=len(self.rows) - 1)
+
+
 class NextItemObjective(nn.Module):
     """Cross-entropy of the next item's codes, each softmax taken over the codes that exist under the true prefix.
 
     With ``z`` the logits of level l and ``C(c_<l)`` the children of the prefix in the catalogue index, the loss of a
     target is ``sum_l -log( exp z[c_l] / sum_{c in C(c_<l)} exp z[c] ) / L``. The model spends nothing on IDs that do
     not exist, and training and search share one probability.
+
+    A model with a dense head adds, for the user vector ``u`` and item vectors ``v`` (LIGER, arXiv 2411.18814),
+
+        ``dense_weight * -log( exp(u . v_target) / sum_i exp(u . v_i) )``,
+
+    the sum running over the items that occur in training: as a mere negative, an item that no one has met yet would be
+    learnt to be what nobody takes. Over `MAX_SOFTMAX_ITEMS` of them, it is estimated from the batch's own items and a
+    uniform sample of the others, which count for as many as they stand for.
+
+    Args:
+        index: the catalogue.
+        trained_items: int64, rows of the items that occur in training, sorted; read for a dense head.
+        dense_weight: of the dense head's loss.
     """
 
     item_nodes: Tensor
+    trained_items: Tensor
 
-    def __init__(self, index: CatalogueIndex) -> None:
-        """Copy the index to tensors; they move with the module."""
+    def __init__(
+        self, index: CatalogueIndex, trained_items: NDArray[np.int64] | None = None, dense_weight: float = 1.0
+    ) -> None:
         super().__init__()
+        trained = np.arange(index.n_items) if trained_items is None else trained_items
+        self.register_buffer("trained_items", torch.from_numpy(trained.astype(np.int64)))
+        self.dense_weight = dense_weight
         self.register_buffer("item_nodes", torch.from_numpy(index.item_nodes()))
         self.codebook_sizes = index.codebook_sizes
         self.max_children = index.max_children
@@ -52,17 +94,42 @@ class NextItemObjective(nn.Module):
     def forward(self, model: Generator, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss over the targets that ``batch["learn"]`` marks."""
         learn = batch["learn"]
-        states_NLD = self.decode(model, batch)[learn]
-        return self.loss(model, states_NLD, batch["target_items"][learn], batch["target_codes"][learn])
+        items_N = batch["target_items"][learn]
+        candidates = self.candidates(model, batch["target_items"]) if model.dense is not None else None
+        states_NLD = self.decode(model, batch, candidates)[learn]
+        loss = self.loss(model, states_NLD, items_N, batch["target_codes"][learn])
+        if candidates is None or model.dense is None:
+            return loss
+        user_ND = model.dense.user_vectors(states_NLD)
+        dense = full_softmax_loss(user_ND, candidates.vectors, candidates.places(items_N), candidates.bias)
+        return loss + self.dense_weight * dense
 
-    def decode(self, model: Generator, batch: dict[str, Tensor]) -> Tensor:
+    def candidates(self, model: Generator, items_BT: Tensor) -> Candidates:
+        """The items that a batch's dense softmax runs over, among them all of its own that occur in training."""
+        assert model.dense is not None
+        n_trained = len(self.trained_items)
+        if n_trained <= MAX_SOFTMAX_ITEMS:
+            return Candidates(self.trained_items, model.dense.item_vectors(self.trained_items), None)
+        own = torch.unique(items_BT)
+        drawn = torch.randint(n_trained, (MAX_SOFTMAX_ITEMS,), device=items_BT.device)
+        rows, is_own = torch.unique(torch.cat([own, self.trained_items[drawn]]), return_inverse=True)
+        counts = torch.zeros(len(rows), device=rows.device).index_fill_(0, is_own[: len(own)], 1.0)
+        stand_for = (n_trained - len(own)) / max(1, len(rows) - len(own))
+        bias = torch.where(counts > 0, 0.0, math.log(max(1.0, stand_for)))
+        return Candidates(rows, model.dense.item_vectors(rows), bias)
+
+    def decode(self, model: Generator, batch: dict[str, Tensor], candidates: Candidates | None = None) -> Tensor:
         """Decoder states of all targets, float ``[B, T, L, D]``."""
+        vectors = None
+        if candidates is not None:
+            vectors = candidates.vectors[candidates.places(batch["target_items"][:, :-1])]
         states = model.context.history(
             batch["history_codes"],
             batch["history_events"],
             batch["history_gaps"],
             batch["history_mask"],
             batch["profile"],
+            vectors,
         )
         return model.decode_targets(
             batch["target_codes"], states, batch["query_rows"], batch["query_tokens"], batch["query_mask"]

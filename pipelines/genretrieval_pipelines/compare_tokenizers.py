@@ -33,7 +33,6 @@ from genretrieval.export.onnx import named_graph
 from genretrieval.figures import Figure
 from genretrieval.histories import LeaveOneOut, Split
 from genretrieval.metrics import SidGroups, catalogue_coverage, cohorts, ndcg, recall
-from genretrieval.model import Generator
 from genretrieval.retrieval import Retriever
 from genretrieval_pipelines.baselines.counts import Markov, Popularity, Transitions
 from genretrieval_pipelines.baselines.ranking import Baseline
@@ -42,7 +41,7 @@ from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.evaluate import K, ask, without_seen
 from genretrieval_pipelines.quality_report import counted_test_evaluations
 from genretrieval_pipelines.recipe import ComparisonRecipe, content_hash
-from genretrieval_pipelines.run import Draft, draft_bundle, request_features, train_generator
+from genretrieval_pipelines.run import draft_bundle, request_features, train_generator
 from genretrieval_pipelines.shop import Shop, open_shop
 from genretrieval_pipelines.tokenize import (
     REPORT,
@@ -307,9 +306,10 @@ def _measure(grid: Grid, shop: Shop, tokenized: Tokenized, name: str, seed: int,
     recipe, quiet = grid.recipe.cell(name, seed), Console(quiet=True)
     features = request_features(recipe, shop)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
-    generator = train_generator(recipe, shop, tokenized, draft, grid.work, quiet)
+    content = grid.embeddings(name, shop) if recipe.generator.dense_head else None
+    trained = train_generator(recipe, shop, tokenized, draft, grid.work, quiet, content)
     cases = measured_cases(grid.recipe, shop, split)
-    retriever = _retriever(generator, draft)
+    retriever = Retriever(trained.draft(draft), GraphBackend(named_graph(trained.generator)))
     beams, ids = grid.recipe.evaluation.beam_width, tokenized.ids
     answers = ask(retriever.retrieve, shop, cases, ids, recipe.generator.max_history, beams, quiet)
     ranked = without_seen(answers.items, shop.histories, cases) if shop.exclude_seen else answers.items
@@ -319,12 +319,6 @@ def _measure(grid: Grid, shop: Shop, tokenized: Tokenized, name: str, seed: int,
         **sid_metrics(ranked, cases, described),
         "invalid_rate": answers.invalid,
     }
-
-
-def _retriever(generator: Generator, draft: Draft) -> Retriever:
-    graph = named_graph(generator)
-    manifest = draft.manifest.model_copy(update={"graph_inputs": graph.names})
-    return Retriever(Draft(manifest, draft.request_features, draft.table), GraphBackend(graph))
 
 
 def item_metrics(ranked: NDArray[np.int32], cases: Cases, train_counts: NDArray[np.int64]) -> dict[str, float]:

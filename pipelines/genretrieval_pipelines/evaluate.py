@@ -93,10 +93,19 @@ class Answers:
     Attributes:
         items: int32 ``[n_cases, beam_width]``, item rows, `NOTHING` where it returned fewer.
         invalid: share of returned semantic IDs that name no item.
+        scores: float32 ``[n_cases, beam_width]``, as returned.
+        dense_scores: float32 ``[n_cases, beam_width]``, of the dense head; zeros for a model without one.
     """
 
     items: Ranked
     invalid: float
+    scores: NDArray[np.float32]
+    dense_scores: NDArray[np.float32]
+
+    def reweighted(self, change: float) -> Ranked:
+        """The items in the order they would have with a dense head whose weight is greater by `change`."""
+        scores = np.where(self.items == NOTHING, -np.inf, self.scores + change * self.dense_scores)
+        return np.take_along_axis(self.items, np.argsort(-scores, axis=1, kind="stable"), axis=1)
 
 
 def ask(
@@ -111,6 +120,7 @@ def ask(
     """Send every case, a few at a time."""
     rows = {item: row for row, item in enumerate(shop.items["item_id"])}
     found = np.full((len(cases), beam_width), NOTHING, np.int32)
+    scores, dense = (np.zeros((len(cases), beam_width), np.float32) for _ in range(2))
     generated: list[list[int]] = []
     # Requests of like length travel together: less padding.
     order = np.argsort(cases.ends - cases.starts, kind="stable")
@@ -119,10 +129,13 @@ def ask(
     for start in track(starts, "retrieving", console=console, transient=True, disable=not console.is_terminal):
         part = order[start : start + _REQUESTS]
         for case, response in zip(part, answer([next(pending) for _ in part]), strict=True):
-            found[case, : len(response.items)] = [rows[item.item_id] for item in response.items]
+            n = len(response.items)
+            found[case, :n] = [rows[item.item_id] for item in response.items]
+            scores[case, :n] = [item.score for item in response.items]
+            dense[case, :n] = [item.dense_score or 0.0 for item in response.items]
             generated.extend(item.semantic_id for item in response.items[:K])
     codes = np.asarray(generated, np.int32).reshape(-1, ids.n_levels)
-    return Answers(found, invalid_rate(codes, ids.codes) if len(codes) else 0.0)
+    return Answers(found, invalid_rate(codes, ids.codes) if len(codes) else 0.0, scores, dense)
 
 
 def without_seen(ranked: Ranked, histories: Histories, cases: Cases) -> Ranked:

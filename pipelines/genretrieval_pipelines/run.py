@@ -23,6 +23,7 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TaskID
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import TrainerCallback, TrainerState, set_seed
@@ -34,6 +35,7 @@ from genretrieval.bundle import (
     CODEBOOKS,
     CONFIG,
     GRAPH,
+    ITEM_VECTORS,
     METRICS,
     MODEL_CARD,
     QUERY_TOKENIZER,
@@ -58,16 +60,20 @@ from genretrieval.training.data import HistoryDataset, cut_windows
 from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.trainer import METRIC, train
 from genretrieval_pipelines import quality_report
+from genretrieval_pipelines.baselines.ranking import Ranked
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.embed import EmbeddingPart, item_texts
 from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, ask, without_seen
 from genretrieval_pipelines.queries import has_queries, train_query_tokenizer, with_query_pairs
 from genretrieval_pipelines.recipe import Recipe, content_hash
 from genretrieval_pipelines.shop import Shop, open_shop
-from genretrieval_pipelines.tokenize import Tokenized, tokenize
+from genretrieval_pipelines.tokenize import Tokenized, embed_shop, tokenize
 
 OpenBackend = Callable[[Path], Backend]
 VALIDATION_BEAMS = 20
+# The first judges checkpoints: both scores are log-probabilities of the same item.
+DENSE_WEIGHTS = (1.0, 0.0, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
+DENSE_WEIGHT = "dense_weight"
 NOT_MEASURED = (
     "Not measured: no user has three interactions, and no query is held out. The bundle can be served, but nothing is "
     "known of its quality"
@@ -81,6 +87,11 @@ class Draft:
     manifest: Manifest
     request_features: RequestFeatures
     table: pl.DataFrame
+    vectors: NDArray[np.float32] | None = None
+
+    def item_vectors(self) -> NDArray[np.float32] | None:
+        """Item vectors of a model that has them."""
+        return self.vectors
 
     def features(self) -> RequestFeatures:
         """How requests are turned into model inputs."""
@@ -121,16 +132,18 @@ def run(
     if processes.is_main_process:
         console.print(tokenized.report, style="dim", highlight=False, markup=False)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
+    content = embed_shop(recipe.embedding, shop, work) if recipe.generator.dense_head else None
     started = time.perf_counter()
-    generator = train_generator(recipe, shop, tokenized, draft, work, console)
+    trained = train_generator(recipe, shop, tokenized, draft, work, console, content)
     console.print(f"training the generator: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
     if not processes.is_main_process:
         return {}
     evaluation = make_evaluation(recipe, shop, tokenized.ids, work, console)
-    graph = named_graph(generator)
-    draft = Draft(draft.manifest.model_copy(update={"graph_inputs": graph.names}), features, draft.table)
+    generator = trained.generator
+    draft = trained.draft(draft)
     with write_bundle(output, draft.manifest) as folder:
         with stage(console, "exporting the retrieval graph"):
+            graph = named_graph(generator)
             example = example_inputs(graph, max(1, len(features.profile_features)))
             export_graph(graph, example, folder / GRAPH)
         with stage(console, "evaluating on validation, beside the baselines"):
@@ -209,10 +222,55 @@ def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
     return Draft(manifest, features, table)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A generator and how much its dense head has to say.
+
+    Attributes:
+        generator: in evaluation mode.
+        dense_weight: of the dense head's score beside the log-probability of the codes; 0 without one.
+    """
+
+    generator: Generator
+    dense_weight: float
+
+    def draft(self, draft: Draft) -> Draft:
+        """The bundle to be, of this generator."""
+        manifest = draft.manifest.model_copy(
+            update={"graph_inputs": named_graph(self.generator).names, "dense_weight": self.dense_weight}
+        )
+        return Draft(manifest, draft.request_features, draft.table, item_vectors(self.generator))
+
+
+@torch.inference_mode()
+def item_vectors(generator: Generator) -> NDArray[np.float32] | None:
+    """Float32 ``[n_items, D]`` of a model with a dense head."""
+    if generator.dense is None:
+        return None
+    vectors: NDArray[np.float32] = generator.dense.item_vectors().float().cpu().numpy()
+    return vectors
+
+
 def train_generator(
-    recipe: Recipe, shop: Shop, tokenized: Tokenized, draft: Draft, work: Path, console: Console
-) -> Generator:
-    """Train the generator, or read it back if this very training has finished before."""
+    recipe: Recipe,
+    shop: Shop,
+    tokenized: Tokenized,
+    draft: Draft,
+    work: Path,
+    console: Console,
+    content: NDArray[np.float32] | None,
+) -> Trained:
+    """Train the generator, or read it back if this very training has finished before.
+
+    Args:
+        recipe: all settings.
+        shop: the logs.
+        tokenized: the items' semantic IDs.
+        draft: the bundle to be.
+        work: where it is kept.
+        console: progress.
+        content: float32 ``[n_items, C]``, what item vectors are made from; None for a model without a dense head.
+    """
     sizes, features, ids = recipe.generator, draft.request_features, tokenized.ids
     config = GeneratorConfig(
         codebook_sizes=ids.codebook_sizes,
@@ -227,6 +285,8 @@ def train_generator(
         n_events=features.n_events,
         n_gaps=N_GAPS,
         n_profile_buckets=features.n_profile_buckets,
+        n_items=0 if content is None else len(content),
+        content_dim=0 if content is None else content.shape[1],
         max_history=sizes.max_history,
         dropout=sizes.dropout,
     )
@@ -237,6 +297,7 @@ def train_generator(
         features.query_tokenizer,
         features.profile_features,
         ids.codes.tobytes(),
+        b"" if content is None else np.ascontiguousarray(content).data,
         histories.items.data,
         histories.offsets.data,
         histories.events.data,
@@ -250,25 +311,31 @@ def train_generator(
     finished = folder / "generator.safetensors"
     set_seed(recipe.training.seed)
     model = Generator(config)
+    if model.dense is not None and content is not None:
+        model.dense.set_content(torch.from_numpy(content))
     if finished.exists():
+        with safe_open(finished, "pt") as file:
+            dense_weight = float(file.metadata()[DENSE_WEIGHT])
         model.load_state_dict(load_file(finished))
-        return model.eval()
+        return Trained(model.eval(), dense_weight)
     index = build_index(ids, order=-draft.table["popularity"].to_numpy())
     dataset = training_set(recipe, shop, ids, features)
     validate = partial(validation_recall, shop, draft, ids, recipe)
     train(
         model,
-        NextItemObjective(index),
+        NextItemObjective(index, dataset.trained_items()),
         dataset,
         validate,
         recipe.training,
         folder,
         callbacks=(TrainingProgress(console),),
     )
+    dense_weight = choose_dense_weight(shop, draft, ids, recipe, model.eval()) if model.dense is not None else 0.0
     partial_file = folder / "generator.partial.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial_file)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, partial_file, {DENSE_WEIGHT: repr(dense_weight)})
     os.replace(partial_file, finished)
-    return model.eval()
+    return Trained(model, dense_weight)
 
 
 class TrainingProgress(TrainerCallback):
@@ -318,16 +385,33 @@ def training_set(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
 
 def validation_recall(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, model: Generator) -> float:
     """Recall@10 of a generator on a fixed sample of validation cases, by beam search in torch."""
+    trained = Trained(model, DENSE_WEIGHTS[0] if model.dense is not None else 0.0)
+    cases, answers = _validate(shop, draft, ids, recipe, trained)
+    return _recall10(shop, cases, answers.items)
+
+
+def choose_dense_weight(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, model: Generator) -> float:
+    """The weight of the dense head, of `DENSE_WEIGHTS`, that is best on the validation cases that judge checkpoints.
+
+    At equal Recall@10 the earlier one.
+    """
+    cases, answers = _validate(shop, draft, ids, recipe, Trained(model, DENSE_WEIGHTS[0]))
+    recalls = [_recall10(shop, cases, answers.reweighted(weight - DENSE_WEIGHTS[0])) for weight in DENSE_WEIGHTS]
+    return DENSE_WEIGHTS[int(np.argmax(recalls))]
+
+
+def _validate(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, trained: Trained) -> tuple[Cases, Answers]:
     cases = shop.cases("validation")
     sample = np.random.default_rng(0).permutation(len(cases))[: recipe.training.validation_users]
     cases = cases.take(np.sort(sample))
+    retriever = Retriever(trained.draft(draft), GraphBackend(named_graph(trained.generator)))
+    quiet = Console(quiet=True)
+    return cases, ask(retriever.retrieve, shop, cases, ids, recipe.generator.max_history, VALIDATION_BEAMS, quiet)
+
+
+def _recall10(shop: Shop, cases: Cases, found: Ranked) -> float:
     if not len(cases):
         return 0.0
-    graph = named_graph(model)
-    manifest = draft.manifest.model_copy(update={"graph_inputs": graph.names})
-    retriever = Retriever(Draft(manifest, draft.request_features, draft.table), GraphBackend(graph))
-    quiet = Console(quiet=True)
-    found = ask(retriever.retrieve, shop, cases, ids, manifest.max_history, VALIDATION_BEAMS, quiet).items
     if shop.exclude_seen:
         found = without_seen(found, shop.histories, cases)
     return float(recall(found, cases.relevant, cases.relevant_offsets, 10).mean())
@@ -369,6 +453,8 @@ def _fill_bundle(
     generator.config.save_pretrained(folder)
     (folder / CODEBOOKS).write_bytes(tokenized.codebooks.read_bytes())
     draft.table.write_parquet(folder / CATALOGUE)
+    if draft.vectors is not None:
+        np.save(folder / ITEM_VECTORS, draft.vectors, allow_pickle=False)
     if features.query_tokenizer:
         (folder / QUERY_TOKENIZER).write_text(features.query_tokenizer, "utf-8")
     run_record = {"recipe": recipe.dump(), "data": str(data), "work": str(work)}

@@ -37,7 +37,7 @@ from genretrieval_serving.observability import Metrics
 
 log = structlog.get_logger(__name__)
 
-OUTPUTS = list(Leaves._fields)
+OUTPUTS = [name for name in Leaves._fields if name not in Leaves._field_defaults]
 Device = Literal["cpu", "cuda"]
 
 
@@ -100,13 +100,15 @@ class OnnxBackend:
         # Where CUDA does not start, onnxruntime would go on with the CPU and say so in a warning only.
         if self.session.get_providers()[0] != provider:
             raise InvalidInputError(f"onnxruntime cannot start {provider}; check the driver, or use the CPU")
-        if missing := set(OUTPUTS) - {output.name for output in self.session.get_outputs()}:
+        given = {output.name for output in self.session.get_outputs()}
+        self.outputs = [name for name in Leaves._fields if name in given]
+        if missing := set(OUTPUTS) - given:
             raise BundleError(f"{path} is no retrieval graph: it lacks the outputs {', '.join(sorted(missing))}")
 
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
         """Run one batch."""
-        leaves, scores, level_scores = self.session.run(OUTPUTS, inputs)
-        return Leaves(leaves, np.asarray(scores, np.float32), np.asarray(level_scores, np.float32))
+        leaves, *scores = self.session.run(self.outputs, inputs)
+        return Leaves(leaves, *(np.asarray(part, np.float32) for part in scores))
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,7 @@ def response_to_proto(response: RetrieveResponse) -> Any:
                 score=item.score,
                 semantic_id=item.semantic_id,
                 level_scores=item.level_scores,
+                dense_score=item.dense_score,
             )
             for item in response.items
         ],
@@ -129,6 +130,7 @@ def response_from_proto(message: Any) -> RetrieveResponse:
                 score=item.score,
                 semantic_id=list(item.semantic_id),
                 level_scores=list(item.level_scores),
+                dense_score=item.dense_score if item.HasField("dense_score") else None,
             )
             for item in message.items
         ],

@@ -31,12 +31,12 @@ class Exported:
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
-        return Leaves(*self.session.run(list(OUTPUTS), {name: inputs[name] for name in self.graph.names}))
+        return Leaves(*self.session.run(list(self.graph.outputs), {name: inputs[name] for name in self.graph.names}))
 
 
 @pytest.fixture(scope="module")
 def whole(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Queries, profile and all."""
+    """Queries, profile, dense head and all."""
     generator = make_generator(codebook_sizes=SIZES)
     return Exported(named_graph(generator), tmp_path_factory.mktemp("export") / "retriever.onnx")
 
@@ -45,7 +45,12 @@ def whole(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Expo
 def plain(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """History alone, two levels, one layer each."""
     generator = make_generator(
-        codebook_sizes=(12, 16), query_vocab_size=0, n_profile_buckets=0, n_encoder_layers=1, n_decoder_layers=1
+        codebook_sizes=(12, 16),
+        query_vocab_size=0,
+        n_profile_buckets=0,
+        n_items=0,
+        n_encoder_layers=1,
+        n_decoder_layers=1,
     )
     return Exported(named_graph(generator), tmp_path_factory.mktemp("export") / "retriever.onnx")
 
@@ -72,7 +77,11 @@ def assert_parity(
     }
     expected, found = GraphBackend(exported.graph).run(inputs), exported.run(inputs)
     for one, other in zip(expected, found, strict=True):
-        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    if expected.user is not None:
+        np.testing.assert_allclose(found.user, expected.user, rtol=0, atol=1e-4)
     live = expected.scores > CLOSED_BELOW
     assert np.array_equal(live, found.scores > CLOSED_BELOW)
     np.testing.assert_allclose(found.scores[live], expected.scores[live], rtol=0, atol=1e-4)
@@ -100,6 +109,7 @@ def assert_parity(
 )
 def test_parity(
     whole: Exported,
+    make_generator: Any,
     make_ids: Any,
     make_requests: Any,
     n_items: int,
@@ -109,7 +119,7 @@ def test_parity(
     width: int,
     n_masks: int,
 ) -> None:
-    config = GeneratorConfig(codebook_sizes=SIZES, query_vocab_size=11, n_events=3, n_gaps=4, n_profile_buckets=7)
+    config = make_generator(codebook_sizes=SIZES).config
     requests = make_requests(config, n, length, n_query_tokens, seed=n_items + n)
     assert_parity(whole, make_ids, requests, n_items, width, n_masks)
 
@@ -130,7 +140,7 @@ def test_parity_without_queries_and_profile(
 def test_the_graph_says_what_it_reads(whole: Exported) -> None:
     model = onnx.load(whole.path)
     assert tuple(value.name for value in model.graph.input) == whole.graph.names
-    assert tuple(value.name for value in model.graph.output) == OUTPUTS
+    assert tuple(value.name for value in model.graph.output) == (*OUTPUTS, "user")
     assert {o.version for o in model.opset_import if o.domain in ("", "ai.onnx")} == {OPSET}
     # Weights, the only thing that a bundle's graph owns, are inside the file.
     assert all(not tensor.external_data for tensor in model.graph.initializer)
@@ -143,11 +153,15 @@ def test_the_graph_says_what_it_reads(whole: Exported) -> None:
     assert all(sizes["history_codes"][:2])
 
 
-def test_a_graph_without_queries_and_profile_does_not_ask_for_them(make_generator: Any) -> None:
-    names = named_graph(make_generator(query_vocab_size=0, n_profile_buckets=0)).names
-    assert not {"query_tokens", "query_mask", "profile"} & set(names)
-    everything = named_graph(make_generator()).names
-    assert set(everything) - set(names) == {"query_tokens", "query_mask", "profile"}
+def test_a_graph_asks_for_what_its_model_reads(make_generator: Any) -> None:
+    plain, everything = (
+        named_graph(make_generator(query_vocab_size=0, n_profile_buckets=0, n_items=0)),
+        named_graph(make_generator()),
+    )
+    optional = {"query_tokens", "query_mask", "profile", "history_vectors"}
+    assert not optional & set(plain.names)
+    assert set(everything.names) - set(plain.names) == optional
+    assert plain.outputs == OUTPUTS
 
 
 def test_the_example_has_no_two_equal_dimensions(make_generator: Any) -> None:

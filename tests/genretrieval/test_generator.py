@@ -35,6 +35,7 @@ def batch(tiny_config: GeneratorConfig, make_requests: Any) -> dict[str, Tensor]
         "history_gaps": made["history_gaps"][:, :-1],
         "history_mask": torch.ones(N_ROWS, N_TARGETS - 1, dtype=torch.bool),
         "profile": made["profile"],
+        "history_vectors": made["history_vectors"][:, :-1],
         "query_rows": torch.tensor([1, 7]),
         "query_tokens": torch.tensor([[4, 5, 0], [6, 7, 8]]),
         "query_mask": torch.tensor([[True, True, False], [True, True, True]]),
@@ -44,7 +45,7 @@ def batch(tiny_config: GeneratorConfig, make_requests: Any) -> dict[str, Tensor]
 def decode(generator: Generator, batch: dict[str, Tensor]) -> Tensor:
     """States ``[B, T, L, D]`` as training computes them."""
     history = [batch[f"history_{name}"] for name in ("codes", "events", "gaps", "mask")]
-    states = generator.context.history(*history, batch["profile"])
+    states = generator.context.history(*history, batch["profile"], batch["history_vectors"])
     query = [batch[name] for name in ("query_rows", "query_tokens", "query_mask")]
     return generator.decode_targets(batch["target_codes"], states, *query)
 
@@ -58,6 +59,7 @@ def test_later_items_change_nothing(generator: Generator, batch: dict[str, Tenso
         changed["history_codes"][:, first_changed:] = 0
         changed["history_events"][:, first_changed:] = 1
         changed["history_gaps"][:, first_changed:] = 1
+        changed["history_vectors"][:, first_changed:] = 0.0
         after = decode(generator, changed)
         torch.testing.assert_close(after[:, :first_changed], before[:, :first_changed], **CLOSE)
         # The first code of the changed target is written before anything that changed is read.
@@ -82,10 +84,7 @@ def test_a_target_in_training_is_the_same_target_alone(generator: Generator, bat
     query_of = {1: (4, 5), 7: (6, 7, 8)}
     for row in range(N_ROWS):
         for target in range(N_TARGETS):
-            history = {
-                name: batch[name][row : row + 1, :target]
-                for name in ("history_codes", "history_events", "history_gaps", "history_mask")
-            }
+            history = {name: batch[name][row : row + 1, :target] for name in batch if name.startswith("history_")}
             query = query_of.get(row * N_TARGETS + target)
             if query is not None:
                 history["query_tokens"] = torch.tensor([query])
@@ -117,7 +116,7 @@ def test_a_batch_without_queries_decodes_like_a_model_without(generator: Generat
         "query_tokens": torch.zeros(0, 1, dtype=torch.long),
         "query_mask": torch.zeros(0, 1, dtype=torch.bool),
     }
-    states = generator.context.history(*list(batch.values())[1:6])
+    states = generator.context.history(*list(batch.values())[1:7])
     torch.testing.assert_close(decode(generator, batch), generator.decode_targets(batch["target_codes"], states))
 
 
@@ -130,7 +129,7 @@ def test_padding_changes_nothing(generator: Generator, tiny_config: GeneratorCon
     for name, tensor in requests.items():
         shape = (4, 2, *tensor.shape[2:])
         # Padding is any code, not only zero; the mask alone tells.
-        fill = torch.zeros(shape, dtype=torch.bool) if tensor.dtype == torch.bool else torch.ones(shape).long()
+        fill = (torch.zeros if tensor.dtype == torch.bool else torch.ones)(shape, dtype=tensor.dtype)
         padded[name] = tensor if name == "profile" else torch.cat([tensor, fill], 1)
     after = generator(**padded, decoder_input_ids=start).logits
     torch.testing.assert_close(after, before, **CLOSE)
@@ -169,6 +168,23 @@ def test_configuration_refuses_heads_that_do_not_divide_the_width() -> None:
         GeneratorConfig(d_model=10, n_heads=4)
 
 
+def test_configuration_refuses_item_vectors_without_content() -> None:
+    with pytest.raises(ValueError, match="n_items=3 needs content_dim"):
+        GeneratorConfig(n_items=3)
+
+
+@torch.inference_mode()
+def test_item_vectors_by_hand(make_generator: Any) -> None:
+    """A projection of the content, scaled to length 1, plus what was learnt of the item."""
+    head = make_generator(d_model=2, n_heads=1, n_items=2, content_dim=2).dense
+    head.projection.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    head.own_ID.copy_(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+    head.set_content(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    expected = torch.tensor([[0.6 + 0.5, 2 * 0.8 + 0.5], [0.0, 0.0]])
+    torch.testing.assert_close(head.item_vectors(), expected)
+    torch.testing.assert_close(head.item_vectors(torch.tensor([1, 0])), expected.flip(0))
+
+
 def test_configuration_numbers_the_flat_tokens() -> None:
     config = GeneratorConfig(codebook_sizes=(5, 6, 4))
     assert config.level_offsets == (1, 6, 12)
@@ -179,6 +195,9 @@ def test_every_part_starts_as_wide_as_it_is_said_to(tiny_config: GeneratorConfig
     torch.manual_seed(0)
     generator = Generator(GeneratorConfig(**{**tiny_config.to_dict(), "d_model": 64, "d_ff": 256}))
     layer = generator.decoder.layers[0]
+    assert generator.dense is not None
+    # What no one has met is placed by its content alone.
+    assert not generator.dense.own_ID.any()
     expected = {
         generator.context.codes.weight: 0.5,
         generator.context.start.weight: 64**-0.5,
@@ -187,6 +206,8 @@ def test_every_part_starts_as_wide_as_it_is_said_to(tiny_config: GeneratorConfig
         layer.cross.query.weight: (3 * 64) ** -0.5,
         layer.feed_forward.outer.weight: (3 * 256) ** -0.5,
         generator.head.weight: (3 * 64) ** -0.5,
+        generator.dense.projection.weight: 0.5,
+        generator.dense.user.weight: 0.1 * 64**-0.5,
     }
     for weight, std in expected.items():
         assert float(weight.detach().std()) == pytest.approx(std, rel=0.35 if weight.numel() < 100 else 0.1)
@@ -198,6 +219,10 @@ def test_saved_and_loaded_it_is_the_same(generator: Generator, tmp_path: Path) -
     loaded = Generator.from_pretrained(tmp_path)
     assert isinstance(loaded.config, GeneratorConfig)
     assert loaded.config.codebook_sizes == generator.config.codebook_sizes
+    assert loaded.dense is not None
+    assert generator.dense is not None
+    # Content is an input, not a weight.
+    loaded.dense.content_IC.copy_(generator.dense.content_IC)
     for (name, tensor), (_, other) in zip(
         [*generator.named_parameters(), *generator.named_buffers()],
         [*loaded.named_parameters(), *loaded.named_buffers()],

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from genretrieval.catalogue import build_index
 from genretrieval.features import RequestFeatures
 from genretrieval.semantic_ids import SemanticIds
+from genretrieval.training import objectives
 from genretrieval.training.data import HistoryDataset, collate, cut_windows
+from genretrieval.training.full_softmax import full_softmax_loss
 from genretrieval.training.objectives import NextItemObjective
 
 # Code 1 of level 0 names nothing. Under (0,) exist (0, 1) and (0, 2); under (2,) only (2, 0).
@@ -29,6 +31,7 @@ class ByHand(nn.Module):
         super().__init__()
         self.logits = nn.ParameterList([nn.Parameter(torch.tensor(LOGITS[level])) for level in range(2)])
         self.context = self
+        self.dense = None
 
     def history(self, codes: Tensor, *_: Tensor) -> Tensor:
         return torch.zeros(codes.shape[0], codes.shape[1] + 1, 1)
@@ -115,10 +118,11 @@ def test_it_reads_the_model_as_it_is_asked(make_generator: Any, make_histories: 
     made["history_gaps"] %= 4
     index = build_index(ids)
     with torch.no_grad():
-        loss = generator(objective=NextItemObjective(index), batch=made)
+        loss = generator(objective=NextItemObjective(index, dense_weight=0.0), batch=made)
         parts = []
         for row, target in torch.argwhere(made["learn"]).tolist():
             past = {name: made[name][row : row + 1, :target] for name in made if name.startswith("history_")}
+            past["history_vectors"] = generator.dense.item_vectors(made["target_items"][row : row + 1, :target])
             codes = made["target_codes"][row, target]
             flat = torch.cat([torch.zeros(1).long(), codes[:-1] + generator.context.level_offsets[:-1]])[None]
             logits = generator(**past, profile=made["profile"][row : row + 1], decoder_input_ids=flat).logits[0]
@@ -128,3 +132,60 @@ def test_it_reads_the_model_as_it_is_asked(make_generator: Any, make_histories: 
                 among = logits[level, np.unique(siblings) + offset]
                 parts.append(float(among.logsumexp(0) - logits[level, codes[level] + offset]))
     assert float(loss) == pytest.approx(np.mean(parts), abs=1e-5)
+
+
+class ByHandDense(ByHand):
+    """The same, with three item vectors and one user vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors = torch.tensor([[0.0], [math.log(2.0)], [math.log(5.0)]])
+        self.dense = self
+
+    def item_vectors(self, rows: Tensor) -> Tensor:
+        return self.vectors[rows]
+
+    def user_vectors(self, states_NLD: Tensor) -> Tensor:
+        return torch.ones(len(states_NLD), 1)
+
+
+@pytest.mark.parametrize(("trained", "expected"), [([0, 1, 2], math.log(8 / 2)), ([0, 1], math.log(3 / 2))])
+def test_the_dense_loss_runs_over_the_items_of_training(trained: list[int], expected: float) -> None:
+    """exp of the logits is 1, 2 and 5; item 1 is the target."""
+    made, index = batch([[1]], [[True]]), build_index(IDS)
+    rows = np.asarray(trained)
+    codes = NextItemObjective(index)(ByHand(), made)
+    for weight in (1.0, 0.25):
+        both = NextItemObjective(index, rows, dense_weight=weight)(ByHandDense(), made)
+        # Its products are in bfloat16.
+        assert float((both - codes).detach()) == pytest.approx(weight * expected, rel=1e-2)
+
+
+def test_a_sampled_softmax_estimates_the_whole_one(monkeypatch: Any, make_generator: Any, make_ids: Any) -> None:
+    """The mean of many samples of a third of the items comes near the loss over all of them."""
+    ids, generator = make_ids(30), make_generator()
+    objective = NextItemObjective(build_index(ids))
+    items, user = torch.tensor([3, 7, 7]), torch.randn(3, 16)
+
+    def loss() -> float:
+        chosen = objective.candidates(generator, items[None])
+        assert set(items.tolist()) <= set(chosen.rows.tolist())
+        assert torch.equal(chosen.rows[chosen.places(items)], items)
+        return float(full_softmax_loss(0.1 * user, chosen.vectors, chosen.places(items), chosen.bias).detach())
+
+    whole = loss()
+    monkeypatch.setattr(objectives, "MAX_SOFTMAX_ITEMS", 12)
+    assert np.mean([loss() for _ in range(300)]) == pytest.approx(whole, rel=0.03)
+
+
+def test_the_full_softmax_has_the_gradients_of_cross_entropy() -> None:
+    torch.manual_seed(0)
+    hidden, vectors = torch.randn(600, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    target, bias = torch.randint(40, (600,)), torch.randn(40)
+    ours = full_softmax_loss(hidden, vectors, target, bias)
+    theirs = nn.functional.cross_entropy(hidden @ vectors.T + bias, target)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-2)
+    gradients = zip(*(torch.autograd.grad(2 * loss, (hidden, vectors)) for loss in (ours, theirs)), strict=True)
+    for one, other in gradients:
+        # Its products are in bfloat16.
+        assert (one - other).norm() < 0.01 * other.norm()

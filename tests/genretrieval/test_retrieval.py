@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from genretrieval.bundle import CATALOGUE, GRAPH, Manifest, load_bundle, write_bundle
-from genretrieval.errors import RequestError
+from genretrieval.bundle import CATALOGUE, GRAPH, ITEM_VECTORS, Manifest, load_bundle, write_bundle
+from genretrieval.errors import BundleError, RequestError
 from genretrieval.request import Filters, RetrieveRequest
 from genretrieval.retrieval import Catalogue, Leaves, MaskRows, Retriever
 
@@ -62,7 +62,13 @@ class ByNumber:
         return Leaves(leaves, scores, np.repeat(scores[..., None] / 2, 2, axis=-1))
 
 
-def write(path: Path, table: pl.DataFrame = TABLE, leaf_cap: int | None = None) -> Path:
+def write(
+    path: Path,
+    table: pl.DataFrame = TABLE,
+    leaf_cap: int | None = None,
+    vectors: NDArray[np.float32] | None = None,
+    **changes: Any,
+) -> Path:
     manifest = Manifest(
         created=datetime(2026, 1, 2, tzinfo=UTC),
         genretrieval_version="0.1.0",
@@ -71,7 +77,7 @@ def write(path: Path, table: pl.DataFrame = TABLE, leaf_cap: int | None = None) 
         leaf_cap=leaf_cap,
         opset=18,
         minimum_onnxruntime="1.20",
-        graph_inputs=INPUTS,
+        graph_inputs=changes.pop("graph_inputs", INPUTS),
         events=("click", "purchase"),
         max_history=3,
         max_query_tokens=4,
@@ -80,10 +86,13 @@ def write(path: Path, table: pl.DataFrame = TABLE, leaf_cap: int | None = None) 
         exclude_seen=False,
         profile_features=("country",),
         n_profile_buckets=16,
+        **changes,
     )
     with write_bundle(path, manifest) as folder:
         table.write_parquet(folder / CATALOGUE)
         (folder / GRAPH).write_bytes(b"")
+        if vectors is not None:
+            np.save(folder / ITEM_VECTORS, vectors)
     return path
 
 
@@ -183,6 +192,62 @@ def test_a_capped_leaf_lists_its_most_popular_items_that_may_be_shown(tmp_path, 
     capped = Retriever(load_bundle(write(tmp_path / "capped", leaf_cap=1)), backend)
     assert items(capped) == "bcde"
     assert items(capped, exclude_item_ids=["b"]) == "acde"
+
+
+# Items a to e; the user of `ByVector` is (1, 0), so the first number is the dense score.
+VECTORS = np.asarray([[0.5, 9], [0, 9], [2, 9], [-1, 9], [3, 9]], np.float32)
+
+
+class ByVector(ByNumber):
+    """The same with a dense head."""
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        found = super().run(inputs)
+        return found._replace(user=np.tile(np.float32([1, 0]), (len(found.leaves), 1)))
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Retriever:
+    inputs = (*INPUTS[:4], "history_vectors", *INPUTS[4:])
+    folder = write(tmp_path / "dense", vectors=VECTORS, dense_weight=1.0, graph_inputs=inputs)
+    return Retriever(load_bundle(folder), ByVector())
+
+
+def test_a_dense_head_ranks_anew_what_was_found(dense) -> None:
+    """Leaf scores 0 (b, a), -1 (c), -2 (d), -3 (e), plus the dense scores above."""
+    (response,) = dense.retrieve([RetrieveRequest()])
+    assert [(item.item_id, item.score) for item in response.items] == [
+        ("c", 1.0), ("a", 0.5), ("b", 0.0), ("e", 0.0), ("d", -3.0),
+    ]  # fmt: skip
+    assert [item.dense_score for item in response.items] == [2.0, 0.5, 0.0, 3.0, -1.0]
+    assert response.items[0].level_scores == [-0.5, -0.5]
+    assert items(dense, filters={"in_stock": True}, exclude_item_ids=["a"]) == "bd"
+
+
+def test_the_dense_head_reads_the_vectors_of_the_history(dense) -> None:
+    items(dense, "ce")
+    given = dense.backend.inputs["history_vectors"]
+    assert given.dtype == np.float32
+    assert given[0].tolist() == VECTORS[[2, 4]].tolist()
+
+
+def test_items_that_training_never_saw_join_where_the_search_was_cut_off(dense) -> None:
+    """Item e is the only one without a training interaction."""
+    (response,) = dense.retrieve([RetrieveRequest(beam_width=2, top_k=2)])
+    assert [item.item_id for item in response.items] == ["e", "c"]
+    # As probable as the last that was found, -1, and its dense score.
+    assert response.items[0].score == 2.0
+    assert response.items[0].level_scores == []
+    assert response.items[0].semantic_id == [1, 2]
+    assert items(dense, beam_width=2, top_k=2, exclude_item_ids=["e"]) == "ca"
+    assert items(dense, beam_width=2, top_k=2, filters={"attributes": {"brand": ["acme"]}}) == "ca"
+
+
+@pytest.mark.parametrize("vectors", [VECTORS[:4], VECTORS.astype(np.float64), VECTORS[:, 0]])
+def test_item_vectors_that_are_not_the_catalogue_s_are_refused(tmp_path, vectors) -> None:
+    bundle = load_bundle(write(tmp_path / "odd", vectors=vectors))
+    with pytest.raises(BundleError, match=r"not float32 \[5, D\]"):
+        Retriever(bundle, ByVector())
 
 
 def test_a_filter_hides_the_rest_of_a_leaf(retriever) -> None:

@@ -83,16 +83,18 @@ class RetrieveRequest(_message.Message):
     def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ...) -> None: ...
 
 class RetrievedItem(_message.Message):
-    __slots__ = ("item_id", "score", "semantic_id", "level_scores")
+    __slots__ = ("item_id", "score", "semantic_id", "level_scores", "dense_score")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     SEMANTIC_ID_FIELD_NUMBER: _ClassVar[int]
     LEVEL_SCORES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_SCORE_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     score: float
     semantic_id: _containers.RepeatedScalarFieldContainer[int]
     level_scores: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., semantic_id: _Optional[_Iterable[int]] = ..., level_scores: _Optional[_Iterable[float]] = ...) -> None: ...
+    dense_score: float
+    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., semantic_id: _Optional[_Iterable[int]] = ..., level_scores: _Optional[_Iterable[float]] = ..., dense_score: _Optional[float] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_ms", "inference_ms", "total_ms")
