@@ -70,7 +70,9 @@ class Manifest(BaseModel):
     events: tuple[str, ...] = ()
     profile_features: tuple[str, ...] = ()
     n_profile_buckets: int = 0
+    scenarios: tuple[str, ...] = ()
     max_history: int
+    max_past: int = Field(0, description="Events before the history, exposures among them, that the model reads.")
     max_query_tokens: int
     reads_queries: bool
     beam_width: int = Field(description="Default beam width of a request.")
@@ -126,6 +128,7 @@ class Bundle:
             n_profile_buckets=m.n_profile_buckets,
             query_tokenizer=tokenizer,
             max_query_tokens=m.max_query_tokens,
+            scenarios=m.scenarios,
         )
 
 

@@ -40,6 +40,7 @@ class RequestFeatures:
         n_profile_buckets: rows of the hashed table; a missing value hashes like any other.
         query_tokenizer: Hugging Face tokenizer, as JSON; empty for a model without queries. Token 0 is padding.
         max_query_tokens: longer queries are cut.
+        scenarios: surfaces in training; scenario id 0 is every other one, and none.
     """
 
     events: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class RequestFeatures:
     n_profile_buckets: int = 0
     query_tokenizer: str = ""
     max_query_tokens: int = 16
+    scenarios: tuple[str, ...] = ()
     _tokenizer: Tokenizer | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,20 @@ class RequestFeatures:
     def n_events(self) -> int:
         """Rows of the event table."""
         return len(self.events) + 1
+
+    @property
+    def exposure_id(self) -> int:
+        """Event id of an exposure in the past; a history has none."""
+        return self.n_events
+
+    @property
+    def n_scenarios(self) -> int:
+        """Rows of the scenario table; 0 without scenarios."""
+        return len(self.scenarios) + 1 if self.scenarios else 0
+
+    def scenario_id(self, scenario: str | None) -> int:
+        """Row of the scenario table."""
+        return self.scenarios.index(scenario) + 1 if scenario in self.scenarios else 0
 
     @property
     def query_vocab_size(self) -> int:

@@ -13,6 +13,7 @@ Split = Literal["validation", "test"]
 
 NO_QUERY = -1
 NO_TIME = -1
+NO_SCENARIO = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Histories:
         event_names: every behaviour seen, sorted.
         queries: every distinct query string seen.
         order_rule: one line that says how ties were ordered; printed with every metric.
+        scenario_rows: int16 ``[n]``, positions in `scenario_names`, `NO_SCENARIO` where the interaction had none.
+        scenario_names: every scenario seen, sorted.
     """
 
     user_ids: list[str]
@@ -42,11 +45,18 @@ class Histories:
     event_names: tuple[str, ...]
     queries: list[str]
     order_rule: str
+    scenario_rows: NDArray[np.int16] | None = None
+    scenario_names: tuple[str, ...] = ()
 
     @property
     def n_users(self) -> int:
         """Users with at least one interaction."""
         return len(self.user_ids)
+
+    def scenario(self, position: int) -> str | None:
+        """Where the interaction at `position` of the flat arrays happened."""
+        row = NO_SCENARIO if self.scenario_rows is None else int(self.scenario_rows[position])
+        return None if row == NO_SCENARIO else self.scenario_names[row]
 
     def lengths(self) -> NDArray[np.int64]:
         """int64 ``[n_users]``: interactions of each user."""
@@ -59,6 +69,68 @@ class Histories:
         users = np.repeat(np.arange(self.n_users, dtype=np.int64), self.lengths())
         distinct = len(np.unique(users << 32 | self.items.astype(np.int64)))
         return 1.0 - distinct / len(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class Exposures:
+    """What every user was shown, in time order; user u owns ``[offsets[u], offsets[u + 1])``.
+
+    Attributes:
+        offsets: int64 ``[n_users + 1]``.
+        items: int32 ``[n]``, item rows of the catalogue.
+        times: int64 ``[n]``, unix seconds. An exposure without a time cannot be placed before anything and is left out.
+    """
+
+    offsets: NDArray[np.int64]
+    items: NDArray[np.int32]
+    times: NDArray[np.int64]
+
+    def before(self, user: int, time: int, at_most: int) -> slice:
+        """The newest exposures of a user before `time`, at most so many."""
+        start, end = int(self.offsets[user]), int(self.offsets[user + 1])
+        end = start + int(np.searchsorted(self.times[start:end], time, side="left"))
+        return slice(max(start, end - at_most), end)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """Events of one user in time order, exposures among them.
+
+    Attributes:
+        items: int64 ``[n]``, item rows.
+        events: int64 ``[n]``, positions in ``event_names``; exposure is one position behind them.
+        times: int64 ``[n]``.
+    """
+
+    items: NDArray[np.int64]
+    events: NDArray[np.int64]
+    times: NDArray[np.int64]
+
+
+def past_before(
+    histories: Histories, exposures: Exposures | None, user: int, position: int, first: int, at_most: int
+) -> Past:
+    """The newest events of a user before the interaction at `position` of the flat arrays.
+
+    Args:
+        histories: all interactions.
+        exposures: what users were shown, if that is to be read.
+        user: user row.
+        position: where the history that is read in full begins.
+        first: where the user's interactions begin.
+        at_most: events.
+    """
+    taken = slice(max(first, position - at_most), position)
+    items, times = histories.items[taken], histories.times[taken]
+    events = histories.events[taken].astype(np.int64)
+    known = position < len(histories.times) and histories.times[position] != NO_TIME
+    if exposures is not None and known:
+        shown = exposures.before(user, int(histories.times[position]), at_most)
+        items, times = np.append(items, exposures.items[shown]), np.append(times, exposures.times[shown])
+        events = np.append(events, np.full(shown.stop - shown.start, len(histories.event_names), np.int64))
+        newest = np.argsort(times, kind="stable")[max(0, len(times) - at_most) :]
+        items, events, times = items[newest], events[newest], times[newest]
+    return Past(items.astype(np.int64), events, times)
 
 
 @dataclass(frozen=True, slots=True)

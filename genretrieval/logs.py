@@ -18,7 +18,7 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from genretrieval.errors import DataError
-from genretrieval.histories import NO_QUERY, NO_TIME, Histories
+from genretrieval.histories import NO_QUERY, NO_SCENARIO, NO_TIME, Exposures, Histories
 from genretrieval.schemas import (
     EXPOSURE,
     INTERACTIONS,
@@ -154,11 +154,12 @@ class PreparedLogs:
         rows = (
             self.interactions()
             .filter(pl.col("event") != EXPOSURE)
-            .select("user_row", "item_row", "event", "timestamp", "query")
+            .select("user_row", "item_row", "event", "timestamp", "query", "scenario")
             .collect(engine="streaming")
         )
         event_names = rows["event"].unique().sort().to_list()
         queries = rows["query"].drop_nulls().unique().sort().to_list()
+        scenarios = rows["scenario"].drop_nulls().unique().sort().to_list()
         user_rows = rows["user_row"].to_numpy()
         n_users = int(user_rows[-1]) + 1 if len(user_rows) else 0
         return Histories(
@@ -171,6 +172,24 @@ class PreparedLogs:
             event_names=tuple(event_names),
             queries=queries,
             order_rule=self.report.order_rule,
+            scenario_rows=_positions(rows["scenario"], scenarios).fill_null(NO_SCENARIO).to_numpy().astype(np.int16),
+            scenario_names=tuple(scenarios),
+        )
+
+    def exposures(self) -> Exposures:
+        """What every user was shown and when, by user row as `histories`."""
+        rows = (
+            self.interactions()
+            .filter(pl.col("event") == EXPOSURE, pl.col("timestamp").is_not_null())
+            .select("user_row", "item_row", "timestamp")
+            .sort("user_row", "timestamp", maintain_order=True)
+            .collect(engine="streaming")
+        )
+        n_users = pl.scan_parquet(self.users_path).select(pl.len()).collect().item()
+        return Exposures(
+            offsets=np.searchsorted(rows["user_row"].to_numpy(), np.arange(n_users + 1)).astype(np.int64),
+            items=rows["item_row"].to_numpy(),
+            times=rows["timestamp"].to_numpy(),
         )
 
 

@@ -20,7 +20,11 @@ class _Message(BaseModel):
 
 
 class HistoryEvent(_Message):
-    """One past interaction of the user, oldest first in a request."""
+    """One past interaction of the user, oldest first in a request.
+
+    An `exposure` is no interaction. A bundle whose model reads a long past reads those before its history; every other
+    one passes over them.
+    """
 
     item_id: Id
     event: str = Field(default="", max_length=64, description="Behaviour, e.g. click or purchase.")
@@ -52,6 +56,7 @@ class RetrieveRequest(_Message):
     query: str | None = Field(default=None, max_length=2048)
     history: list[HistoryEvent] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     profile: dict[str, str] = Field(default_factory=dict, description="Profile features by name.")
+    scenario: str | None = Field(default=None, max_length=64, description="Page or surface that asks, e.g. home.")
     filters: Filters | None = None
     exclude_item_ids: list[Id] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     exclude_history: Literal["off", "purchased", "all"] = "off"

@@ -23,6 +23,7 @@ from genretrieval.errors import RequestError
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import NO_TIME
 from genretrieval.request import Filters, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
+from genretrieval.schemas import EXPOSURE
 from genretrieval.semantic_ids import SemanticIds
 
 # A closed beam ends under this; a real one cannot (see genretrieval.model.search.CLOSED).
@@ -214,6 +215,38 @@ class MaskRows:
 
 
 @dataclass(frozen=True)
+class KnownEvents:
+    """Events of a request's history whose item the catalogue has, oldest first.
+
+    Attributes:
+        rows: int64 ``[n]``, item rows.
+        events: int64 ``[n]``, behaviours as the model numbers them.
+        times: int64 ``[n]``, unix seconds or `NO_TIME`.
+        purchased: bool ``[n]``.
+        interactions: int64, positions of those that are no exposures.
+    """
+
+    rows: NDArray[np.int64]
+    events: NDArray[np.int64]
+    times: NDArray[np.int64]
+    purchased: NDArray[np.bool_]
+    interactions: NDArray[np.int64]
+
+    def before(self, read: NDArray[np.int64], at_most: int) -> NDArray[np.int64]:
+        """Positions of the newest events before those at `read`; of all events, where nothing is read."""
+        end = int(read[0]) if len(read) else len(self.rows)
+        return np.arange(max(0, end - at_most), end)
+
+
+def _stack(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Vectors of different lengths as int64 ``[n, >= 2]``, zeros on the right; a graph has no dimension of one."""
+    stacked = np.zeros((len(rows), max([2, *map(len, rows)])), np.int64)
+    for i, row in enumerate(rows):
+        stacked[i, : len(row)] = row
+    return stacked
+
+
+@dataclass(frozen=True)
 class DenseItems:
     """What a dense head ranks.
 
@@ -279,63 +312,57 @@ class Retriever:
 
     def _retrieve(self, requests: Sequence[RetrieveRequest], width: int) -> list[RetrieveResponse]:
         started = time.perf_counter()
-        histories = [self._history_rows(request) for request in requests]
+        known = [self._known(request) for request in requests]
         with self.masks.hold([request.filters for request in requests]) as mask_rows:
-            inputs = self._graph_inputs(requests, histories, mask_rows, width)
+            inputs = self._graph_inputs(requests, known, mask_rows, width)
             begun = time.perf_counter()
             found = self.backend.run(inputs)
             ended = time.perf_counter()
             responses = []
             for i, request in enumerate(requests):
-                items = self._items(request, histories[i], found.of(i), self.masks.items[mask_rows[i]])
+                items = self._items(request, known[i], found.of(i), self.masks.items[mask_rows[i]])
                 total = (time.perf_counter() - started) * 1e3
                 timings = Timings(inference_ms=(ended - begun) * 1e3, total_ms=total)
-                responses.append(self._response(request, len(histories[i]), items, timings))
+                responses.append(self._response(request, known[i], items, timings))
         return responses
 
-    def _history_rows(self, request: RetrieveRequest) -> NDArray[np.int64]:
-        """Positions of the history's events that the catalogue knows, as ``[n, 2]`` (position, item row)."""
+    def _known(self, request: RetrieveRequest) -> KnownEvents:
+        """The events of a request's history whose item the catalogue has."""
         rows = self.catalogue.rows
-        known = [(i, rows[e.item_id]) for i, e in enumerate(request.history) if e.item_id in rows]
-        return np.asarray(known, np.int64).reshape(-1, 2)
+        known = [event for event in request.history if event.item_id in rows]
+        exposed = np.asarray([event.event == EXPOSURE for event in known], bool)
+        events = self.features.event_ids([event.event for event in known])
+        times = [NO_TIME if event.timestamp is None else event.timestamp for event in known]
+        return KnownEvents(
+            rows=np.asarray([rows[event.item_id] for event in known], np.int64),
+            events=np.where(exposed, self.features.exposure_id, events),
+            times=np.asarray(times, np.int64),
+            purchased=np.asarray([event.event == PURCHASE for event in known], bool),
+            interactions=np.flatnonzero(~exposed),
+        )
 
     def _graph_inputs(
         self,
         requests: Sequence[RetrieveRequest],
-        histories: Sequence[NDArray[np.int64]],
+        known: Sequence[KnownEvents],
         mask_rows: list[int],
         width: int,
     ) -> dict[str, NDArray[Any]]:
         """Inputs of the graph for a batch; of those made here, the ones this bundle's graph has."""
         manifest = self.bundle.manifest
-        recent = [history[-manifest.max_history :] for history in histories]
-        n, length = len(requests), max([2, *map(len, recent)])
-        codes = np.zeros((n, length, self.catalogue.ids.n_levels), np.int64)
-        events, gaps = np.zeros((n, length), np.int64), np.zeros((n, length), np.int64)
-        mask = np.zeros((n, length), bool)
-        vectors = np.zeros((n, length, self.dense.vectors.shape[1] if self.dense else 0), np.float32)
+        read = [events.interactions[-manifest.max_history :] for events in known]
+        past = [events.before(first, manifest.max_past) for events, first in zip(known, read, strict=True)]
         tokens = [self.features.query_tokens(request.query) for request in requests]
-        query = np.zeros((n, max([2, *map(len, tokens)])), np.int64)
-        for i, (request, history) in enumerate(zip(requests, recent, strict=True)):
-            past = [request.history[position] for position in history[:, 0]]
-            size = len(past)
-            codes[i, :size] = self.catalogue.ids.codes[history[:, 1]]
-            events[i, :size] = self.features.event_ids([e.event for e in past])
-            times = [NO_TIME if e.timestamp is None else e.timestamp for e in past]
-            gaps[i, :size] = self.features.gap_buckets(np.asarray(times, np.int64))
-            mask[i, :size] = True
-            if self.dense:
-                vectors[i, :size] = self.dense.vectors[history[:, 1]]
-            query[i, : len(tokens[i])] = tokens[i]
+        query = _stack(tokens)
+        gaps = [self.features.gap_buckets(events.times[rows]) for events, rows in zip(known, read, strict=True)]
         made: dict[str, NDArray[Any]] = {
-            "history_codes": codes,
-            "history_events": events,
-            "history_gaps": gaps,
-            "history_mask": mask,
+            **self._event_inputs("history", known, read),
+            "history_gaps": _stack(gaps),
+            **self._event_inputs("past", known, past),
             "query_tokens": query,
             "query_mask": query != 0,
             "profile": np.stack([self.features.profile_ids(request.profile) for request in requests]),
-            "history_vectors": vectors,
+            "scenario": np.asarray([self.features.scenario_id(request.scenario) for request in requests], np.int64),
             "beams": np.arange(width, dtype=np.int64),
             "mask_row": np.asarray(mask_rows, np.int64),
             **self._index_inputs,
@@ -343,10 +370,26 @@ class Retriever:
         }
         return {name: made[name] for name in manifest.graph_inputs}
 
+    def _event_inputs(
+        self, part: str, known: Sequence[KnownEvents], read: Sequence[NDArray[np.int64]]
+    ) -> dict[str, NDArray[Any]]:
+        """Codes, behaviours, mask and vectors of the events at the positions `read` of each request."""
+        rows = [events.rows[positions] for events, positions in zip(known, read, strict=True)]
+        stacked = _stack(rows)
+        mask = np.arange(stacked.shape[1]) < np.asarray([len(r) for r in rows])[:, None]
+        inputs: dict[str, NDArray[Any]] = {
+            f"{part}_codes": self.catalogue.ids.codes[stacked].astype(np.int64),
+            f"{part}_events": _stack([events.events[positions] for events, positions in zip(known, read, strict=True)]),
+            f"{part}_mask": mask,
+        }
+        if self.dense:
+            inputs[f"{part}_vectors"] = self.dense.vectors[stacked]
+        return inputs
+
     def _items(
         self,
         request: RetrieveRequest,
-        history: NDArray[np.int64],
+        known: KnownEvents,
         found: Leaves,
         matching: NDArray[np.bool_],
     ) -> list[RetrievedItem]:
@@ -355,7 +398,7 @@ class Retriever:
         Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. Where
         there is a dense head, it ranks them anew and items that training never saw join them.
         """
-        allowed = self._allowed(request, history, matching)
+        allowed = self._allowed(request, known, matching)
         found_in = np.lexsort((found.leaves, -found.scores))
         found_in = found_in[found.scores[found_in] >= CLOSED_BELOW]
         in_order = ((row, beam) for beam in found_in.tolist() for row in self._leaf(int(found.leaves[beam]), allowed))
@@ -380,16 +423,14 @@ class Retriever:
         ]
 
     def _allowed(
-        self, request: RetrieveRequest, history: NDArray[np.int64], matching: NDArray[np.bool_]
+        self, request: RetrieveRequest, known: KnownEvents, matching: NDArray[np.bool_]
     ) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
         """Tells which item rows may be returned: those that match the filters and are not excluded."""
-        known = self.catalogue.rows
-        excluded = {known[item] for item in request.exclude_item_ids if item in known}
+        rows = self.catalogue.rows
+        excluded = {rows[item] for item in request.exclude_item_ids if item in rows}
         if request.exclude_history != "off":
-            everything = request.exclude_history == "all"
-            excluded.update(
-                int(row) for position, row in history if everything or request.history[position].event == PURCHASE
-            )
+            gone = known.rows if request.exclude_history == "all" else known.rows[known.purchased]
+            excluded.update(gone.tolist())
         barred = np.asarray(sorted(excluded), np.int64)
         return lambda rows: matching[rows] & ~np.isin(rows, barred)
 
@@ -413,7 +454,7 @@ class Retriever:
         )
 
     def _response(
-        self, request: RetrieveRequest, n_known: int, items: list[RetrievedItem], timings: Timings
+        self, request: RetrieveRequest, known: KnownEvents, items: list[RetrievedItem], timings: Timings
     ) -> RetrieveResponse:
         rows, manifest = self.catalogue.rows, self.bundle.manifest
         named = [event.item_id for event in request.history] + request.exclude_item_ids
@@ -422,7 +463,7 @@ class Retriever:
             degraded.append("fewer_than_top_k")
         if request.query and not self.features.query_tokens(request.query).size:
             degraded.append("query_ignored")
-        if n_known > manifest.max_history:
+        if len(known.interactions) > manifest.max_history + manifest.max_past:
             degraded.append("history_truncated")
         digest = hashlib.blake2b(_canonical(request).encode(), digest_size=8).hexdigest()
         return RetrieveResponse(

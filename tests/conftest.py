@@ -53,6 +53,9 @@ def tiny_config() -> GeneratorConfig:
         n_profile_buckets=7,
         n_items=30,
         content_dim=5,
+        n_scenarios=3,
+        n_past_tokens=2,
+        max_past=20,
         max_history=8,
         n_position_buckets=8,
         max_distance=16,
@@ -84,10 +87,10 @@ def make_generator(tiny_config: GeneratorConfig) -> MakeGenerator:
 
 @pytest.fixture(scope="session")
 def make_requests() -> MakeRequests:
-    """Random requests as the model reads them: ``make_requests(config, n, length, n_query_tokens, seed)``."""
+    """Random requests as the model reads them: ``make_requests(config, n, length, n_query_tokens, seed, n_past)``."""
 
     def make(
-        config: GeneratorConfig, n: int, length: int = 4, n_query_tokens: int = 3, seed: int = 0
+        config: GeneratorConfig, n: int, length: int = 4, n_query_tokens: int = 3, seed: int = 0, n_past: int = 6
     ) -> dict[str, NDArray[Any]]:
         rng = np.random.default_rng(seed)
         made: dict[str, NDArray[Any]] = {
@@ -101,6 +104,14 @@ def make_requests() -> MakeRequests:
             made["query_mask"] = np.arange(n_query_tokens) < rng.integers(0, n_query_tokens + 1, (n, 1))
         if config.n_profile_buckets:
             made["profile"] = rng.integers(0, config.n_profile_buckets, (n, 2))
+        if config.n_scenarios:
+            made["scenario"] = rng.integers(0, config.n_scenarios, n)
+        if config.n_past_tokens:
+            made["past_codes"] = rng.integers(0, config.codebook_sizes, (n, n_past, config.n_levels))
+            made["past_events"] = rng.integers(0, config.n_behaviours, (n, n_past))
+            made["past_mask"] = np.arange(n_past) < rng.integers(0, n_past + 1, (n, 1))
+        if config.n_past_tokens and config.n_items:
+            made["past_vectors"] = rng.normal(size=(n, n_past, config.d_model)).astype(np.float32)
         if config.n_items:
             made["history_vectors"] = rng.normal(size=(n, length, config.d_model)).astype(np.float32)
         return made

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from genretrieval.model import Generator
+from genretrieval.model.generator import request_tensors
 from genretrieval.model.search import IndexTensors, RetrievalGraph, Retrieved
 from genretrieval.retrieval import Leaves
 
@@ -29,9 +30,8 @@ class NamedGraph(nn.Module):
     """A retrieval graph that takes its inputs by position, in the order of `names`.
 
     Args:
-        graph: called with the request tensors, then ``beams`` and the index.
-        request_names: request tensors that the graph reads, of those it could.
-        all_request_names: every request tensor of the graph's signature, in order; the others are passed as None.
+        graph: called with the request tensors by name, ``beams`` and the index.
+        request_names: request tensors that the graph reads, in order.
         n_levels: codes of a semantic ID.
         vector_dim: width of the item vectors that the graph reads and of the user vector that it returns; 0 for none.
     """
@@ -40,14 +40,12 @@ class NamedGraph(nn.Module):
         self,
         graph: nn.Module,
         request_names: tuple[str, ...],
-        all_request_names: tuple[str, ...],
         n_levels: int,
         vector_dim: int = 0,
     ) -> None:
         super().__init__()
         self.retrieval = graph
         self.request_names = request_names
-        self.all_request_names = all_request_names
         self.n_levels = n_levels
         self.vector_dim = vector_dim
 
@@ -67,7 +65,7 @@ class NamedGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> Retrieved:
         """Call the graph."""
         given = dict(zip(self.names, inputs, strict=True))
-        request = [given.get(name) for name in self.all_request_names]
+        request = {name: given[name] for name in self.request_names}
         levels = range(self.n_levels)
         index = IndexTensors(
             tokens=[given[f"token_{level}"] for level in levels],
@@ -76,39 +74,19 @@ class NamedGraph(nn.Module):
             allowed=[given[f"allowed_{level}"] for level in levels],
             mask_row_B=given["mask_row"],
         )
-        return self.retrieval(*request, given["beams"], index)
-
-
-REQUEST_INPUTS = (
-    "history_codes",
-    "history_events",
-    "history_gaps",
-    "history_mask",
-    "query_tokens",
-    "query_mask",
-    "profile",
-    "history_vectors",
-)
+        return self.retrieval(request, given["beams"], index)
 
 
 def named_graph(generator: Generator) -> NamedGraph:
     """The retrieval graph of a generator, with the inputs that it reads and no others."""
     config = generator.config
-    unread = set()
-    if not config.query_vocab_size:
-        unread |= {"query_tokens", "query_mask"}
-    if not config.n_profile_buckets:
-        unread.add("profile")
-    if not config.n_items:
-        unread.add("history_vectors")
-    names = tuple(name for name in REQUEST_INPUTS if name not in unread)
     vector_dim = config.d_model if config.n_items else 0
-    return NamedGraph(RetrievalGraph(generator).eval(), names, REQUEST_INPUTS, config.n_levels, vector_dim)
+    return NamedGraph(RetrievalGraph(generator).eval(), request_tensors(config), config.n_levels, vector_dim)
 
 
 def example_inputs(graph: NamedGraph, n_profile_features: int) -> dict[str, Tensor]:
     """Small inputs to trace with; every dynamic dimension differs from the others and from one."""
-    rows, length, query, beams, mask_rows = 3, 5, 4, 6, 2
+    rows, length, past, query, beams, mask_rows = 3, 5, 8, 4, 6, 2
     given: dict[str, Tensor] = {
         "context_tokens": torch.ones(rows, length, dtype=torch.long),
         "history_codes": torch.zeros(rows, length, graph.n_levels, dtype=torch.long),
@@ -119,6 +97,11 @@ def example_inputs(graph: NamedGraph, n_profile_features: int) -> dict[str, Tens
         "query_mask": torch.ones(rows, query, dtype=torch.bool),
         "profile": torch.zeros(rows, n_profile_features, dtype=torch.long),
         "history_vectors": torch.zeros(rows, length, graph.vector_dim),
+        "past_codes": torch.zeros(rows, past, graph.n_levels, dtype=torch.long),
+        "past_events": torch.zeros(rows, past, dtype=torch.long),
+        "past_mask": torch.ones(rows, past, dtype=torch.bool),
+        "past_vectors": torch.zeros(rows, past, graph.vector_dim),
+        "scenario": torch.zeros(rows, dtype=torch.long),
         "beams": torch.arange(beams),
         "mask_row": torch.zeros(rows, dtype=torch.long),
     }
@@ -142,7 +125,7 @@ def dynamic_dimensions(name: str) -> dict[int, Any]:
         return {} if level == "0" else {0: Dim.DYNAMIC}
     if kind == "allowed":
         return {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    if name in ("beams", "mask_row", "profile"):
+    if name in ("beams", "mask_row", "profile", "scenario"):
         return {0: Dim.DYNAMIC}
     return {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 

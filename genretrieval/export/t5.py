@@ -14,6 +14,7 @@ from transformers import T5ForConditionalGeneration
 
 from genretrieval.errors import InvalidInputError
 from genretrieval.export.onnx import NamedGraph
+from genretrieval.model.generator import Request
 from genretrieval.model.layers import Attention, Decoder, Encoder, FeedForward
 from genretrieval.model.search import BeamSearch, FusedEncoder, IndexTensors, Retrieved
 
@@ -61,14 +62,15 @@ class T5RetrievalGraph(nn.Module):
             normalise="vocabulary",
         )
 
-    def forward(self, context_tokens: Tensor, beams: Tensor, index: IndexTensors) -> Retrieved:
+    def forward(self, request: Request, beams: Tensor, index: IndexTensors) -> Retrieved:
         """Retrieve.
 
         Args:
-            context_tokens: int64 ``[B, S]``, padded on the right.
+            request: ``context_tokens``, int64 ``[B, S]``, padded on the right.
             beams: as in `BeamSearch.forward`.
             index: as in `BeamSearch.forward`.
         """
+        context_tokens = request["context_tokens"]
         mask_BS = context_tokens != self.pad_token_id
         x_BSD = self.embedding(context_tokens)
         return self.search(self.encoder(x_BSD, mask_BS), mask_BS, torch.zeros_like(x_BSD[:, 0]), beams, index)
@@ -84,7 +86,7 @@ def t5_graph(model: T5ForConditionalGeneration, codebook_sizes: tuple[int, ...])
         InvalidInputError: as `T5RetrievalGraph`.
     """
     graph = T5RetrievalGraph(model, codebook_sizes).eval()
-    return NamedGraph(graph, REQUEST_INPUTS, REQUEST_INPUTS, len(codebook_sizes))
+    return NamedGraph(graph, REQUEST_INPUTS, len(codebook_sizes))
 
 
 def _check(model: T5ForConditionalGeneration, codebook_sizes: tuple[int, ...]) -> None:

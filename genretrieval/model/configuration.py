@@ -25,6 +25,11 @@ class GeneratorConfig(PretrainedConfig):
         n_profile_buckets: rows of the hashed table of profile features; 0 makes a model without profiles.
         n_items: rows of the item table; 0 makes a model without item vectors and without the dense head.
         content_dim: width of the content vectors that item vectors are made from.
+        n_scenarios: surfaces that requests come from, entry 0 being one that training never saw; 0 makes a model
+            without scenarios.
+        n_past_tokens: tokens that the past before the history is compressed to, for each behaviour; 0 makes a model
+            that reads the history alone.
+        max_past: events of that past that the model reads, exposures among them, the newest ones.
         max_history: interactions of a history that the model reads, the newest ones.
         n_position_buckets: buckets of the relative position bias (T5).
         max_distance: distance from which on all positions share a bucket.
@@ -49,6 +54,9 @@ class GeneratorConfig(PretrainedConfig):
         n_profile_buckets: int = 0,
         n_items: int = 0,
         content_dim: int = 0,
+        n_scenarios: int = 0,
+        n_past_tokens: int = 0,
+        max_past: int = 0,
         max_history: int = 50,
         n_position_buckets: int = 32,
         max_distance: int = 128,
@@ -59,6 +67,10 @@ class GeneratorConfig(PretrainedConfig):
             raise ValueError(f"d_model={d_model} must be a multiple of n_heads={n_heads}")
         if n_items and not content_dim:
             raise ValueError(f"n_items={n_items} needs content_dim: new items are placed by their content")
+        if bool(n_past_tokens) != bool(max_past):
+            raise ValueError(f"n_past_tokens={n_past_tokens} and max_past={max_past}: give both or neither")
+        if bool(n_past_tokens) != bool(max_past):
+            raise ValueError(f"n_past_tokens={n_past_tokens} and max_past={max_past}: give both or neither")
         self.codebook_sizes = tuple(codebook_sizes)
         self.d_model = d_model
         self.n_heads = n_heads
@@ -73,6 +85,9 @@ class GeneratorConfig(PretrainedConfig):
         self.n_profile_buckets = n_profile_buckets
         self.n_items = n_items
         self.content_dim = content_dim
+        self.n_scenarios = n_scenarios
+        self.n_past_tokens = n_past_tokens
+        self.max_past = max_past
         self.max_history = max_history
         self.n_position_buckets = n_position_buckets
         self.max_distance = max_distance
@@ -81,6 +96,11 @@ class GeneratorConfig(PretrainedConfig):
         kwargs.setdefault("pad_token_id", 0)
         kwargs.setdefault("decoder_start_token_id", 0)
         super().__init__(**kwargs)
+
+    @property
+    def n_behaviours(self) -> int:
+        """Behaviours of the past: the events of a history, then exposure."""
+        return self.n_events + 1
 
     @property
     def n_levels(self) -> int:

@@ -2,15 +2,16 @@
 
 The context has one position an item: the sum of its codes' embeddings, its own vector, its event and the time since
 the item before it. A causal encoder reads the history, so that one pass trains the prediction of every item of it; a
-bidirectional encoder reads the query; a decoder of a few steps attends to both. Why one position an item and one causal
-pass: docs/decisions/0001-context-layout.md.
+bidirectional encoder reads the query; a Query-Former compresses the past before the history to a few tokens; a decoder
+of a few steps attends to all of them. Why one position an item and one causal pass:
+docs/decisions/0001-context-layout.md.
 
 Shape suffixes are explained in `genretrieval.model.layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +23,45 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 from genretrieval.model.configuration import GeneratorConfig
 from genretrieval.model.dense import DenseHead
 from genretrieval.model.layers import Decoder, Encoder, Queries, RelativeBias
+from genretrieval.model.query_former import QueryFormer
+
+# The tensors of a batch of requests that a generator reads. Padding stands on the right; a model reads what its
+# configuration has a place for:
+#
+#   history_codes    int64 [B, S, L]  semantic IDs in time order, padded with any code
+#   history_events   int64 [B, S]
+#   history_gaps     int64 [B, S]
+#   history_mask     bool  [B, S]     True where an interaction is real
+#   history_vectors  float [B, S, D]  item vectors                                          n_items
+#   past_codes       int64 [B, N, L]  events before the history, exposures among them       n_past_tokens
+#   past_events      int64 [B, N]     as in the history; `n_events` is exposure
+#   past_mask        bool  [B, N]
+#   past_vectors     float [B, N, D]                                                        n_past_tokens and n_items
+#   profile          int64 [B, n]     hashed profile features                               n_profile_buckets
+#   query_tokens     int64 [B, Q]                                                           query_vocab_size
+#   query_mask       bool  [B, Q]
+#   scenario         int64 [B]                                                              n_scenarios
+Request = Mapping[str, Tensor]
+
+
+def request_tensors(config: GeneratorConfig) -> tuple[str, ...]:
+    """Names of the tensors that a generator of this configuration reads, in order."""
+    read: dict[str, object] = {
+        "history_codes": True,
+        "history_events": True,
+        "history_gaps": True,
+        "history_mask": True,
+        "history_vectors": config.n_items,
+        "past_codes": config.n_past_tokens,
+        "past_events": config.n_past_tokens,
+        "past_mask": config.n_past_tokens,
+        "past_vectors": config.n_past_tokens and config.n_items,
+        "profile": config.n_profile_buckets,
+        "query_tokens": config.query_vocab_size,
+        "query_mask": config.query_vocab_size,
+        "scenario": config.n_scenarios,
+    }
+    return tuple(name for name, needed in read.items() if needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +98,8 @@ class ContextEncoder(nn.Module):
         self.query_encoder: nn.Module | None = None
         if c.query_vocab_size:
             self.query_encoder = Encoder(c.n_query_layers, *sizes, causal=False)
+        self.scenarios = nn.Embedding(c.n_scenarios, c.d_model) if c.n_scenarios else None
+        self.query_former = QueryFormer(c) if c.n_past_tokens else None
         self.start = nn.Linear(c.d_model, c.d_model, bias=False)
         self.register_buffer("level_offsets", torch.tensor(c.level_offsets), persistent=False)
 
@@ -65,37 +107,45 @@ class ContextEncoder(nn.Module):
         """Embeddings of codes, level by level: ``[..., L]`` (a prefix of the levels will do) to ``[..., L, D]``."""
         return cast(Tensor, self.codes(codes_XL + self.level_offsets[: codes_XL.shape[-1]]))
 
-    def history(
-        self,
-        history_codes: Tensor,
-        history_events: Tensor,
-        history_gaps: Tensor,
-        history_mask: Tensor,
-        profile: Tensor | None = None,
-        history_vectors: Tensor | None = None,
-    ) -> Tensor:
+    def history(self, request: Request) -> Tensor:
         """Encode histories.
-
-        Args:
-            history_codes: int64 ``[B, S, L]``, semantic IDs in time order, padded on the right with any code.
-            history_events: int64 ``[B, S]``.
-            history_gaps: int64 ``[B, S]``.
-            history_mask: bool ``[B, S]``, True where an interaction is real.
-            profile: int64 ``[B, n_features]``, hashed profile features.
-            history_vectors: float ``[B, S, D]``, item vectors, for a model that has them.
 
         Returns:
             Float ``[B, 1 + S, D]``: state 0 has seen the profile alone, state i the first i interactions.
         """
-        x_BSD = self.embed(history_codes).sum(-2) + self.events(history_events) + self.gaps(history_gaps)
-        if history_vectors is not None:
-            x_BSD = x_BSD + history_vectors
+        x_BSD = self._items(request, "history") + self.events(request["history_events"])
+        x_BSD = x_BSD + self.gaps(request["history_gaps"])
         first_BD = self.begin.expand(x_BSD.shape[0], -1)
-        if self.profile is not None and profile is not None:
-            first_BD = first_BD + self.profile(profile).sum(-2)
+        if self.profile is not None:
+            first_BD = first_BD + self.profile(request["profile"]).sum(-2)
         x_BSD = torch.cat([first_BD[:, None], x_BSD], 1)
-        mask_BS = torch.cat([history_mask.new_ones(history_mask.shape[0], 1), history_mask], 1)
+        mask_BS = request["history_mask"]
+        mask_BS = torch.cat([mask_BS.new_ones(mask_BS.shape[0], 1), mask_BS], 1)
         return cast(Tensor, self.encoder(x_BSD, mask_BS))
+
+    def past(self, request: Request) -> tuple[Tensor, Tensor] | None:
+        """Compress what came before the histories; None for a model that reads the history alone.
+
+        Returns:
+            Tokens float ``[B, R, D]``, and bool ``[B, R]``, which of them mean something.
+        """
+        if self.query_former is None:
+            return None
+        found: tuple[Tensor, Tensor] = self.query_former(
+            self._items(request, "past"), request["past_events"], request["past_mask"]
+        )
+        return found
+
+    def _items(self, request: Request, part: str) -> Tensor:
+        """Items of the history or of the past, as one embedding each: codes and, where there is one, item vector."""
+        x = self.embed(request[f"{part}_codes"]).sum(-2)
+        vectors = request.get(f"{part}_vectors")
+        return x if vectors is None else x + vectors
+
+    def starts(self, states_XD: Tensor, scenario_X: Tensor | None) -> Tensor:
+        """What the first decoder step starts from, added to the embedding of the start token: ``[..., D]``."""
+        start = cast(Tensor, self.start(states_XD))
+        return start if self.scenarios is None else start + self.scenarios(scenario_X)
 
     def query(self, query_tokens: Tensor, query_mask: Tensor) -> Tensor:
         """Encode queries: int64 ``[N, Q]`` and bool ``[N, Q]`` to float ``[N, Q, D]``."""
@@ -103,26 +153,20 @@ class ContextEncoder(nn.Module):
         assert self.query_encoder is not None
         return cast(Tensor, self.query_encoder(self.query_tokens(query_tokens), query_mask))
 
-    def forward(
-        self,
-        history_codes: Tensor,
-        history_events: Tensor,
-        history_gaps: Tensor,
-        history_mask: Tensor,
-        query_tokens: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        profile: Tensor | None = None,
-        history_vectors: Tensor | None = None,
-    ) -> Context:
-        """Encode requests for the one item that comes next; shapes as in `history` and `query`."""
-        memory_BSD = self.history(history_codes, history_events, history_gaps, history_mask, profile, history_vectors)
-        last = history_mask.sum(1)[:, None, None].expand(-1, 1, memory_BSD.shape[-1])
-        start_BD = self.start(memory_BSD.gather(1, last)[:, 0])
-        mask_BS = torch.cat([history_mask.new_ones(history_mask.shape[0], 1), history_mask], 1)
-        if query_tokens is not None and query_mask is not None:
-            memory_BSD = torch.cat([memory_BSD, self.query(query_tokens, query_mask)], 1)
-            mask_BS = torch.cat([mask_BS, query_mask], 1)
-        return Context(memory_BSD, mask_BS, start_BD)
+    def forward(self, request: Request) -> Context:
+        """Encode requests for the one item that comes next."""
+        memory_BSD, mask_BS = self.history(request), request["history_mask"]
+        last = mask_BS.sum(1)[:, None, None].expand(-1, 1, memory_BSD.shape[-1])
+        start_BD = self.starts(memory_BSD.gather(1, last)[:, 0], request.get("scenario"))
+        parts, masks = [memory_BSD], [mask_BS.new_ones(mask_BS.shape[0], 1), mask_BS]
+        past = self.past(request)
+        if past is not None:
+            parts.append(past[0])
+            masks.append(past[1])
+        if self.query_encoder is not None:
+            parts.append(self.query(request["query_tokens"], request["query_mask"]))
+            masks.append(request["query_mask"])
+        return Context(torch.cat(parts, 1), torch.cat(masks, 1), start_BD)
 
 
 @dataclass
@@ -148,29 +192,9 @@ class RequestEncoder(nn.Module):
         super().__init__()
         self.context = context
 
-    def forward(
-        self,
-        history_codes: Tensor,
-        history_events: Tensor,
-        history_gaps: Tensor,
-        history_mask: Tensor,
-        query_tokens: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        profile: Tensor | None = None,
-        history_vectors: Tensor | None = None,
-        **_: Any,
-    ) -> EncodedRequest:
-        """Encode requests; shapes as in `ContextEncoder.forward`."""
-        found: Context = self.context(
-            history_codes,
-            history_events,
-            history_gaps,
-            history_mask,
-            query_tokens,
-            query_mask,
-            profile,
-            history_vectors,
-        )
+    def forward(self, **kwargs: Any) -> EncodedRequest:
+        """Encode requests, whose tensors are given by name, among other things that ``generate`` passes on."""
+        found: Context = self.context({name: given for name, given in kwargs.items() if isinstance(given, Tensor)})
         return EncodedRequest(found.memory_BSD, found.mask_BS, found.start_BD)
 
 
@@ -209,6 +233,10 @@ class Generator(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=0.5 if module.embedding_dim == self.config.d_model else 0.1)
         elif isinstance(module, RelativeBias):
             module.lookup.copy_(module.buckets())
+        elif isinstance(module, QueryFormer):
+            nn.init.normal_(module.queries_RD, std=0.5)
+            for name, table in module.tables().items():
+                getattr(module, name).copy_(table)
         elif isinstance(module, DenseHead):
             # Content has length 1: its projection is as wide as the embeddings it is added to.
             nn.init.normal_(module.projection.weight, std=0.5)
@@ -220,36 +248,33 @@ class Generator(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.begin, std=0.5)
             nn.init.normal_(module.start.weight, std=self.config.d_model**-0.5)
 
-    def decode_targets(
-        self,
-        target_codes: Tensor,
-        history_states: Tensor,
-        query_rows: Tensor | None = None,
-        query_tokens: Tensor | None = None,
-        query_mask: Tensor | None = None,
-    ) -> Tensor:
+    def decode_targets(self, batch: Request) -> Tensor:
         """Teacher-force every target of every history in one pass.
 
         Args:
-            target_codes: int64 ``[B, T, L]``; target t follows the first t interactions.
-            history_states: float ``[B, T, D]`` from `ContextEncoder.history` of the first T - 1 interactions.
-            query_rows: int64 ``[N]``, which targets (flat, ``b * T + t``) were asked for with a query.
-            query_tokens: int64 ``[N, Q]``, their queries.
-            query_mask: bool ``[N, Q]``.
+            batch: a request of the first T - 1 interactions of every history, and ``target_codes`` int64
+                ``[B, T, L]``; target t follows the first t of them. ``query_tokens`` and ``query_mask`` belong to the
+                targets at ``query_rows``, int64 ``[N]``, flat (``b * T + t``); ``target_scenarios`` is int64
+                ``[B, T]``.
 
         Returns:
             Float ``[B, T, L, D]``, the decoder's state before each code; see `level_logits`.
         """
+        context, target_codes = self.context, batch["target_codes"]
         n_rows, n_targets = target_codes.shape[:2]
-        start = self.context.start(history_states) + self.context.codes.weight[0]
-        written = self.context.embed(target_codes[..., :-1])
-        x_BTLD = torch.cat([start[:, :, None], written], 2)
-        seen = torch.ones(n_targets, n_targets, dtype=torch.bool, device=start.device).tril()
+        memory = context.history(batch)
+        start = context.starts(memory, batch.get("target_scenarios")) + context.codes.weight[0]
+        x_BTLD = torch.cat([start[:, :, None], context.embed(target_codes[..., :-1])], 2)
+        seen = torch.ones(n_targets, n_targets, dtype=torch.bool, device=start.device).tril().expand(n_rows, -1, -1)
+        past = context.past(batch)
+        if past is not None:
+            memory = torch.cat([memory, past[0]], 1)
+            seen = torch.cat([seen, past[1][:, None].expand(-1, n_targets, -1)], 2)
         queries = None
-        if query_rows is not None and query_tokens is not None and query_mask is not None and len(query_rows):
-            queries = Queries(query_rows, self.context.query(query_tokens, query_mask), query_mask)
-        decoded = self.decoder(x_BTLD, history_states, seen.expand(n_rows, -1, -1), queries)
-        return cast(Tensor, decoded)
+        if context.query_encoder is not None and len(batch["query_rows"]):
+            encoded = context.query(batch["query_tokens"], batch["query_mask"])
+            queries = Queries(batch["query_rows"], encoded, batch["query_mask"])
+        return cast(Tensor, self.decoder(x_BTLD, memory, seen, queries))
 
     def level_logits(self, states_XD: Tensor, level: int) -> Tensor:
         """Scores of the codes of `level`: ``[..., D]`` to ``[..., V]``."""
@@ -259,21 +284,15 @@ class Generator(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        history_codes: Tensor | None = None,
-        history_events: Tensor | None = None,
-        history_gaps: Tensor | None = None,
-        history_mask: Tensor | None = None,
-        query_tokens: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        profile: Tensor | None = None,
-        history_vectors: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         encoder_outputs: EncodedRequest | None = None,
         objective: Callable[[Generator, dict[str, Tensor]], Tensor] | None = None,
         batch: dict[str, Tensor] | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> Seq2SeqLMOutput | Tensor:
         """Next-code logits over the flat vocabulary, in the form that Hugging Face ``generate`` drives.
+
+        The tensors of a `Request` are given by name.
 
         Tokens of another level than the one to be written are -inf. Given an `objective` and a training `batch`, it
         is their loss instead: data-parallel wrappers only see what runs inside ``forward``.
@@ -282,16 +301,7 @@ class Generator(PreTrainedModel, GenerationMixin):
             assert batch is not None
             return objective(self, batch)
         if encoder_outputs is None:
-            encoder_outputs = self.get_encoder()(
-                history_codes,
-                history_events,
-                history_gaps,
-                history_mask,
-                query_tokens,
-                query_mask,
-                profile,
-                history_vectors,
-            )
+            encoder_outputs = self.get_encoder()(**kwargs)
         assert decoder_input_ids is not None
         context = encoder_outputs.context()
         x_BLD = self.context.codes(decoder_input_ids)
@@ -307,6 +317,11 @@ class Generator(PreTrainedModel, GenerationMixin):
     def get_encoder(self, *_: Any, **__: Any) -> RequestEncoder:
         """The part that reads a request (Hugging Face asks an encoder-decoder for it)."""
         return RequestEncoder(self.context)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """``generate`` would look for the tensors of a request in the signature of `forward`."""
+        if unknown := set(model_kwargs) - set(request_tensors(self.config)) - {"encoder_outputs"}:
+            raise ValueError(f"this generator reads {request_tensors(self.config)}, and not {sorted(unknown)}")
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """No cache: a semantic ID is a handful of codes."""

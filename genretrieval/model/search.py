@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from genretrieval.model.generator import Context, Generator
+from genretrieval.model.generator import Context, Generator, Request
 from genretrieval.model.layers import Decoder, DecoderLayer, Encoder, EncoderLayer, RelativeBias
 
 Normalise = Literal["children", "vocabulary"]
@@ -318,28 +318,7 @@ class RetrievalGraph(nn.Module):
             dense=generator.dense.user.weight if generator.dense is not None else None,
         )
 
-    def forward(
-        self,
-        history_codes: Tensor,
-        history_events: Tensor,
-        history_gaps: Tensor,
-        history_mask: Tensor,
-        query_tokens: Tensor | None,
-        query_mask: Tensor | None,
-        profile: Tensor | None,
-        history_vectors: Tensor | None,
-        beams: Tensor,
-        index: IndexTensors,
-    ) -> Retrieved:
-        """Retrieve; shapes as in `ContextEncoder.forward` and `BeamSearch.forward`."""
-        context: Context = self.context(
-            history_codes,
-            history_events,
-            history_gaps,
-            history_mask,
-            query_tokens,
-            query_mask,
-            profile,
-            history_vectors,
-        )
+    def forward(self, request: Request, beams: Tensor, index: IndexTensors) -> Retrieved:
+        """Retrieve for a batch of requests; the rest as in `BeamSearch.forward`."""
+        context: Context = self.context(request)
         return self.search(context.memory_BSD, context.mask_BS, context.start_BD, beams, index)

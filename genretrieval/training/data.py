@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from genretrieval.features import RequestFeatures
-from genretrieval.histories import NO_QUERY, Histories
+from genretrieval.histories import NO_QUERY, Exposures, Histories, past_before
 from genretrieval.semantic_ids import SemanticIds
 
 
@@ -76,6 +76,9 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
         ids: SemanticIds,
         features: RequestFeatures,
         profiles: NDArray[np.int64],
+        *,
+        max_past: int = 0,
+        exposures: Exposures | None = None,
     ) -> None:
         """Keep references.
 
@@ -85,11 +88,19 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
             ids: semantic IDs of the catalogue.
             features: turns events, times and queries into model inputs.
             profiles: int64 ``[n_users, n_features]``, hashed profile features of each user; may have no columns.
+            max_past: events before a window that the model reads; 0 for a model that reads the window alone.
+            exposures: what users were shown, as part of that past.
         """
         self.histories = histories
         self.windows = windows
         self.ids = ids
         self.profiles = profiles
+        self.max_past = max_past
+        self.exposures = exposures
+        self.scenario_ids = np.zeros(len(histories.items), np.int64)
+        if histories.scenario_rows is not None:
+            known = np.asarray([features.scenario_id(name) for name in histories.scenario_names] + [0], np.int64)
+            self.scenario_ids = known[histories.scenario_rows]
         # One more entry, for the event -1 of a query that stands alone.
         self.event_ids = np.append(features.event_ids(histories.event_names), 0)
         self.gap_buckets = features.gap_buckets
@@ -114,6 +125,14 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
         items = h.items[start:end]
         learnt = np.arange(start, end) >= learn_from
         queries = np.where(learnt, h.query_rows[start:end], NO_QUERY)
+        past = {}
+        if self.max_past:
+            first = int(h.offsets[user]) if user >= 0 else start
+            before = past_before(h, self.exposures if user >= 0 else None, user, start, first, self.max_past)
+            # Exposure is one behind the events of a history, as its id is.
+            ids = np.append(self.event_ids[:-1], len(self.event_ids))
+            codes = self.ids.codes[before.items].astype(np.int64)
+            past = {"past_items": before.items, "past_codes": codes, "past_events": ids[before.events]}
         asked = [int(t) for t in np.flatnonzero(queries != NO_QUERY) if len(self.query_tokens[queries[t]])]
         return {
             "items": items.astype(np.int64),
@@ -124,6 +143,8 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
             "profile": self.profiles[user],
             "query_targets": np.asarray(asked, np.int64),
             "query_tokens": _pad_rows([self.query_tokens[queries[t]] for t in asked]),
+            "scenarios": self.scenario_ids[start:end],
+            **past,
         }
 
 
@@ -135,12 +156,21 @@ def _pad_rows(rows: list[NDArray[np.int64]], length: int = 0) -> NDArray[np.int6
     return out
 
 
+def _pad_codes(rows: list[NDArray[np.int64]], length: int) -> NDArray[np.int64]:
+    """Stack semantic IDs of sequences of different lengths: int64 ``[n, length, L]``, zeros on the right."""
+    out = np.zeros((len(rows), length, rows[0].shape[1]), np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
 def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
-    """Pad windows to one batch.
+    """Pad windows to one batch, in the form that `Generator.decode_targets` takes.
 
     Returns:
         ``target_items`` int64 ``[B, T]``, ``target_codes`` int64 ``[B, T, L]``, ``learn`` bool ``[B, T]``;
-        ``history_*`` of the first T - 1 interactions, as `ContextEncoder.history` takes them; ``profile`` int64
+        ``history_*`` of the first T - 1 interactions; ``past_items`` int64 ``[B, N]`` and ``past_*`` of the events
+        before them, where they are read; ``target_scenarios`` int64 ``[B, T]``; ``profile`` int64
         ``[B, n_features]``; ``query_rows`` int64 ``[N]`` (flat ``b * T + t``), ``query_tokens`` int64 ``[N, Q]`` and
         ``query_mask`` bool ``[N, Q]`` of the targets that had a query. Token 0 is padding.
     """
@@ -153,6 +183,7 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
         n = len(entry["items"])
         items[b, :n], codes[b, :n], events[b, :n] = entry["items"], entry["codes"], entry["events"]
         gaps[b, :n], learn[b, :n], real[b, :n] = entry["gaps"], entry["learn"], True
+    scenarios = _pad_rows([entry["scenarios"] for entry in entries])
     query_rows = np.concatenate([b * length + e["query_targets"] for b, e in enumerate(entries)])
     query_tokens = _pad_rows([row for e in entries for row in e["query_tokens"]], 1)
     arrays = {
@@ -167,7 +198,14 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
         "query_rows": query_rows,
         "query_tokens": query_tokens,
         "query_mask": query_tokens != 0,
+        "target_scenarios": scenarios,
     }
+    if "past_items" in entries[0]:
+        arrays["past_items"] = _pad_rows([entry["past_items"] for entry in entries], 2)
+        arrays["past_codes"] = _pad_codes([entry["past_codes"] for entry in entries], arrays["past_items"].shape[1])
+        arrays["past_events"] = _pad_rows([entry["past_events"] for entry in entries], 2)
+        lengths = np.asarray([len(entry["past_items"]) for entry in entries])
+        arrays["past_mask"] = np.arange(arrays["past_items"].shape[1]) < lengths[:, None]
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 

@@ -31,15 +31,19 @@ class Candidates(NamedTuple):
     Attributes:
         rows: int64 ``[M]``, item rows, sorted.
         vectors: float ``[M, D]``.
-        bias: float ``[M]``, logarithm of how many items each stands for; None where each stands for itself.
+        bias: float ``[M]``, logarithm of how many items each stands for.
     """
 
     rows: Tensor
     vectors: Tensor
-    bias: Tensor | None
+    bias: Tensor
+
+    def vectors_of(self, items: Tensor) -> Tensor:
+        """Vectors of `items`, float ``[..., D]``. What is not among the candidates, as padding may be, gets some."""
+        return self.vectors[self.places(items)]
 
     def places(self, items: Tensor) -> Tensor:
-        """Positions of `items` in `rows`. What is not among them, as padding may be, gets some position."""
+        """Positions of `items` in `rows`."""
         return torch.searchsorted(self.rows, items.contiguous()).clamp(max=len(self.rows) - 1)
 
 
@@ -55,8 +59,8 @@ class NextItemObjective(nn.Module):
         ``dense_weight * -log( exp(u . v_target) / sum_i exp(u . v_i) )``,
 
     the sum running over the items that occur in training: as a mere negative, an item that no one has met yet would be
-    learnt to be what nobody takes. Over `MAX_SOFTMAX_ITEMS` of them, it is estimated from the batch's own items and a
-    uniform sample of the others, which count for as many as they stand for.
+    learnt to be what nobody takes. In a catalogue of over `MAX_SOFTMAX_ITEMS` items it is estimated: from the batch's
+    own items and a uniform sample of the others, which count for as many as they stand for.
 
     Args:
         index: the catalogue.
@@ -66,13 +70,17 @@ class NextItemObjective(nn.Module):
 
     item_nodes: Tensor
     trained_items: Tensor
+    trained_bias_I: Tensor
 
     def __init__(
         self, index: CatalogueIndex, trained_items: NDArray[np.int64] | None = None, dense_weight: float = 1.0
     ) -> None:
         super().__init__()
         trained = np.arange(index.n_items) if trained_items is None else trained_items
+        bias = np.full(index.n_items, -np.inf, np.float32)
+        bias[trained] = 0.0
         self.register_buffer("trained_items", torch.from_numpy(trained.astype(np.int64)))
+        self.register_buffer("trained_bias_I", torch.from_numpy(bias))
         self.dense_weight = dense_weight
         self.register_buffer("item_nodes", torch.from_numpy(index.item_nodes()))
         self.codebook_sizes = index.codebook_sizes
@@ -95,7 +103,7 @@ class NextItemObjective(nn.Module):
         """Mean loss over the targets that ``batch["learn"]`` marks."""
         learn = batch["learn"]
         items_N = batch["target_items"][learn]
-        candidates = self.candidates(model, batch["target_items"]) if model.dense is not None else None
+        candidates = self.candidates(model, batch) if model.dense is not None else None
         states_NLD = self.decode(model, batch, candidates)[learn]
         loss = self.loss(model, states_NLD, items_N, batch["target_codes"][learn])
         if candidates is None or model.dense is None:
@@ -104,36 +112,30 @@ class NextItemObjective(nn.Module):
         dense = full_softmax_loss(user_ND, candidates.vectors, candidates.places(items_N), candidates.bias)
         return loss + self.dense_weight * dense
 
-    def candidates(self, model: Generator, items_BT: Tensor) -> Candidates:
-        """The items that a batch's dense softmax runs over, among them all of its own that occur in training."""
+    def candidates(self, model: Generator, batch: dict[str, Tensor]) -> Candidates:
+        """The items that a batch's dense softmax runs over; all that the batch reads are among them."""
         assert model.dense is not None
-        n_trained = len(self.trained_items)
-        if n_trained <= MAX_SOFTMAX_ITEMS:
-            return Candidates(self.trained_items, model.dense.item_vectors(self.trained_items), None)
-        own = torch.unique(items_BT)
-        drawn = torch.randint(n_trained, (MAX_SOFTMAX_ITEMS,), device=items_BT.device)
-        rows, is_own = torch.unique(torch.cat([own, self.trained_items[drawn]]), return_inverse=True)
-        counts = torch.zeros(len(rows), device=rows.device).index_fill_(0, is_own[: len(own)], 1.0)
-        stand_for = (n_trained - len(own)) / max(1, len(rows) - len(own))
-        bias = torch.where(counts > 0, 0.0, math.log(max(1.0, stand_for)))
+        n_items, n_trained = len(self.trained_bias_I), len(self.trained_items)
+        if n_items <= MAX_SOFTMAX_ITEMS:
+            rows = torch.arange(n_items, device=self.trained_items.device)
+            return Candidates(rows, model.dense.item_vectors(), self.trained_bias_I)
+        read = [batch[name].flatten() for name in ("target_items", "past_items") if name in batch]
+        own = torch.unique(torch.cat(read))
+        drawn = self.trained_items[torch.randint(n_trained, (MAX_SOFTMAX_ITEMS,), device=own.device)]
+        rows, places = torch.unique(torch.cat([own, drawn]), return_inverse=True)
+        is_own = torch.zeros_like(rows, dtype=torch.bool).index_fill_(0, places[: len(own)], True)
+        left = n_trained - int((self.trained_bias_I[own] == 0).sum())
+        stand_for = max(1.0, left / max(1, int((~is_own).sum())))
+        bias = self.trained_bias_I[rows] + torch.where(is_own, 0.0, math.log(stand_for))
         return Candidates(rows, model.dense.item_vectors(rows), bias)
 
     def decode(self, model: Generator, batch: dict[str, Tensor], candidates: Candidates | None = None) -> Tensor:
         """Decoder states of all targets, float ``[B, T, L, D]``."""
-        vectors = None
         if candidates is not None:
-            vectors = candidates.vectors[candidates.places(batch["target_items"][:, :-1])]
-        states = model.context.history(
-            batch["history_codes"],
-            batch["history_events"],
-            batch["history_gaps"],
-            batch["history_mask"],
-            batch["profile"],
-            vectors,
-        )
-        return model.decode_targets(
-            batch["target_codes"], states, batch["query_rows"], batch["query_tokens"], batch["query_mask"]
-        )
+            batch = {**batch, "history_vectors": candidates.vectors_of(batch["target_items"][:, :-1])}
+            if "past_items" in batch:
+                batch["past_vectors"] = candidates.vectors_of(batch["past_items"])
+        return model.decode_targets(batch)
 
     def loss(self, model: Generator, states_NLD: Tensor, items_N: Tensor, codes_NL: Tensor) -> Tensor:
         """Mean loss of N targets from the decoder's states before each of their codes."""

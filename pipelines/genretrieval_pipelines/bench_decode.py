@@ -321,7 +321,7 @@ class FreeBeamSearch(BeamSearch):
 def free_t5_graph(model: T5ForConditionalGeneration, codebook_sizes: tuple[int, ...]) -> NamedGraph:
     """`t5_graph` with `FreeBeamSearch`; its leaves are codes of the last level, its index inputs are not read."""
     graph = T5RetrievalGraph(model, codebook_sizes, FreeBeamSearch).eval()
-    return NamedGraph(graph, REQUEST_INPUTS, REQUEST_INPUTS, len(codebook_sizes))
+    return NamedGraph(graph, REQUEST_INPUTS, len(codebook_sizes))
 
 
 # --- catalogues and requests ---

@@ -25,6 +25,7 @@ class Cases:
         starts: int64 ``[n_cases]``, where the history begins in the flat arrays of `Histories`.
         ends: int64 ``[n_cases]``, where it stops (the target is not part of it); equal to `starts` when it is empty.
         queries: the query of each case, or None for a recommendation.
+        scenarios: the page or surface that each case asks from, or None.
         relevant: int32, item rows that count as hits, case after case.
         relevant_offsets: int64 ``[n_cases + 1]``, where each case's items lie in `relevant`.
     """
@@ -33,6 +34,7 @@ class Cases:
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     queries: list[str | None]
+    scenarios: list[str | None]
     relevant: NDArray[np.int32]
     relevant_offsets: NDArray[np.int64]
 
@@ -50,6 +52,7 @@ class Cases:
             starts=self.starts[rows],
             ends=self.ends[rows],
             queries=[self.queries[r] for r in rows],
+            scenarios=[self.scenarios[r] for r in rows],
             relevant=np.concatenate(parts) if parts else np.empty(0, np.int32),
             relevant_offsets=offsets,
         )
@@ -64,6 +67,7 @@ def leave_one_out_cases(histories: Histories, split: Split) -> Cases:
         starts=histories.offsets[users],
         ends=positions,
         queries=[None if row == NO_QUERY else histories.queries[row] for row in query_rows],
+        scenarios=[histories.scenario(position) for position in positions.tolist()],
         relevant=histories.items[positions].astype(np.int32),
         relevant_offsets=np.arange(len(users) + 1, dtype=np.int64),
     )
@@ -80,6 +84,7 @@ def query_cases(query_items: pl.DataFrame) -> Cases:
         starts=np.zeros(n, np.int64),
         ends=np.zeros(n, np.int64),
         queries=grouped["query"].to_list(),
+        scenarios=[None] * n,
         relevant=items.explode().to_numpy().astype(np.int32) if n else np.empty(0, np.int32),
         relevant_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
     )

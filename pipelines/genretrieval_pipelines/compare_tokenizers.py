@@ -41,7 +41,7 @@ from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.evaluate import K, ask, without_seen
 from genretrieval_pipelines.quality_report import counted_test_evaluations
 from genretrieval_pipelines.recipe import ComparisonRecipe, content_hash
-from genretrieval_pipelines.run import draft_bundle, request_features, train_generator
+from genretrieval_pipelines.run import draft_bundle, reads, request_features, train_generator
 from genretrieval_pipelines.shop import Shop, open_shop
 from genretrieval_pipelines.tokenize import (
     REPORT,
@@ -311,7 +311,7 @@ def _measure(grid: Grid, shop: Shop, tokenized: Tokenized, name: str, seed: int,
     cases = measured_cases(grid.recipe, shop, split)
     retriever = Retriever(trained.draft(draft), GraphBackend(named_graph(trained.generator)))
     beams, ids = grid.recipe.evaluation.beam_width, tokenized.ids
-    answers = ask(retriever.retrieve, shop, cases, ids, recipe.generator.max_history, beams, quiet)
+    answers = ask(retriever.retrieve, shop, cases, ids, reads(recipe, shop), beams, quiet)
     ranked = without_seen(answers.items, shop.histories, cases) if shop.exclude_seen else answers.items
     described = ids.codes[:, :-1] if recipe.collisions.method == "dedup" else ids.codes
     return {

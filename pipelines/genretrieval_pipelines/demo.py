@@ -8,7 +8,7 @@ from rich.console import Console
 
 from genretrieval.figures import Figure
 from genretrieval.request import RetrieveRequest
-from genretrieval_pipelines.evaluate import requests
+from genretrieval_pipelines.evaluate import Reads, requests
 from genretrieval_pipelines.recipe import load_recipe
 from genretrieval_pipelines.run import OpenBackend, run, stage
 from genretrieval_pipelines.shop import open_shop
@@ -33,7 +33,7 @@ def build_demo(
     shop = open_shop(shop_folder, work)
     cases = shop.cases("test")
     shown: dict[str, RetrieveRequest] = {}
-    for request in requests(shop, cases, max_history=10, beam_width=50):
+    for request in requests(shop, cases, Reads(history=10), beam_width=50):
         kind = "search" if request.query else "recommendation"
         if len(request.history) >= SHOWN_ITEMS and kind not in shown:
             shown[kind] = request.model_copy(update={"top_k": SHOWN_ITEMS})

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from genretrieval.figures import Figure
-from genretrieval.histories import NO_TIME, Histories, LeaveOneOut, Split
+from genretrieval.histories import NO_TIME, Exposures, Histories, LeaveOneOut, Split, past_before
 from genretrieval.metrics import (
     NOTHING,
     SidGroups,
@@ -32,6 +32,7 @@ from genretrieval.metrics import (
     unfilled_rate,
 )
 from genretrieval.request import HistoryEvent, RetrieveRequest, RetrieveResponse
+from genretrieval.schemas import EXPOSURE
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval_pipelines.baselines.blend import blend, choose_weight
 from genretrieval_pipelines.baselines.counts import (
@@ -58,29 +59,43 @@ BOOTSTRAP_SEED = 0
 _REQUESTS = 32
 
 
-def requests(shop: Shop, cases: Cases, max_history: int, beam_width: int) -> Iterator[RetrieveRequest]:
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a model reads of a history, so that requests carry that and no more.
+
+    Attributes:
+        history: interactions that are read in full.
+        past: events before them.
+        exposures: what users were shown, where the past has exposures.
+    """
+
+    history: int
+    past: int = 0
+    exposures: Exposures | None = None
+
+
+def requests(shop: Shop, cases: Cases, reads: Reads, beam_width: int) -> Iterator[RetrieveRequest]:
     """Each case as the request that a shop would send; as many items are asked for as there are beams."""
     h = shop.histories
     item_ids = shop.items["item_id"].to_list()
+    names = [*h.event_names, EXPOSURE]
     for i, query in enumerate(cases.queries):
-        start = max(int(cases.starts[i]), int(cases.ends[i]) - max_history)
-        past = slice(start, int(cases.ends[i]))
+        first, end, user = int(cases.starts[i]), int(cases.ends[i]), int(cases.user_rows[i])
+        start = max(first, end - reads.history)
+        past = past_before(h, reads.exposures, user, start, first, reads.past)
+        items = np.append(past.items, h.items[start:end]).tolist()
+        events = np.append(past.events, h.events[start:end]).tolist()
+        times = np.append(past.times, h.times[start:end]).tolist()
         history = [
-            HistoryEvent(
-                item_id=item_ids[item],
-                event=h.event_names[event],
-                timestamp=None if time == NO_TIME else time,
-            )
-            for item, event, time in zip(
-                h.items[past].tolist(), h.events[past].tolist(), h.times[past].tolist(), strict=True
-            )
+            HistoryEvent(item_id=item_ids[item], event=names[event], timestamp=None if time == NO_TIME else time)
+            for item, event, time in zip(items, events, times, strict=True)
         ]
-        user = int(cases.user_rows[i])
         yield RetrieveRequest(
             user_id=None if user == NO_USER else h.user_ids[user],
             query=query,
             history=history,
             profile=shop.profile(user),
+            scenario=cases.scenarios[i],
             top_k=beam_width,
             beam_width=beam_width,
         )
@@ -113,7 +128,7 @@ def ask(
     shop: Shop,
     cases: Cases,
     ids: SemanticIds,
-    max_history: int,
+    reads: Reads,
     beam_width: int,
     console: Console,
 ) -> Answers:
@@ -124,7 +139,7 @@ def ask(
     generated: list[list[int]] = []
     # Requests of like length travel together: less padding.
     order = np.argsort(cases.ends - cases.starts, kind="stable")
-    pending = requests(shop, cases.take(order), max_history, beam_width)
+    pending = requests(shop, cases.take(order), reads, beam_width)
     starts = range(0, len(cases), _REQUESTS)
     for start in track(starts, "retrieving", console=console, transient=True, disable=not console.is_terminal):
         part = order[start : start + _REQUESTS]

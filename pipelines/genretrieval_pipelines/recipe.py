@@ -36,6 +36,9 @@ class GeneratorSection(_Section):
     n_decoder_layers: int = 2
     n_query_layers: int = 1
     max_history: int = 50
+    max_past: int = Field(default=0, ge=0, description="Events before the history, exposures among them.")
+    n_past_tokens: int = Field(default=8, ge=1, description="Tokens that each behaviour of the past is compressed to.")
+    scenario: bool = Field(default=True, description="Tells the model which page or surface asks, where logs say it.")
     max_query_tokens: int = 16
     query_vocab_size: int = Field(default=4096, description="At most; a small corpus has fewer tokens.")
     n_profile_buckets: int = 4096

@@ -52,7 +52,7 @@ from genretrieval.export.onnx import example_inputs, named_graph
 from genretrieval.features import N_GAPS, RequestFeatures
 from genretrieval.figures import Figure
 from genretrieval.histories import LeaveOneOut, Split
-from genretrieval.metrics import recall
+from genretrieval.metrics import ndcg, recall
 from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.retrieval import Backend, Retriever
 from genretrieval.semantic_ids import SemanticIds
@@ -63,16 +63,17 @@ from genretrieval_pipelines import quality_report
 from genretrieval_pipelines.baselines.ranking import Ranked
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.embed import EmbeddingPart, item_texts
-from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, ask, without_seen
+from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, Reads, ask, without_seen
 from genretrieval_pipelines.queries import has_queries, train_query_tokenizer, with_query_pairs
 from genretrieval_pipelines.recipe import Recipe, content_hash
 from genretrieval_pipelines.shop import Shop, open_shop
 from genretrieval_pipelines.tokenize import Tokenized, embed_shop, tokenize
 
 OpenBackend = Callable[[Path], Backend]
+Metric = Callable[[Ranked, NDArray[np.int32], NDArray[np.int64], int], NDArray[np.float64]]
 VALIDATION_BEAMS = 20
 # The first judges checkpoints: both scores are log-probabilities of the same item.
-DENSE_WEIGHTS = (1.0, 0.0, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0)
+DENSE_WEIGHTS = (1.0, 0.0, 0.25, 0.5, 2.0, 4.0, 8.0)
 DENSE_WEIGHT = "dense_weight"
 NOT_MEASURED = (
     "Not measured: no user has three interactions, and no query is held out. The bundle can be served, but nothing is "
@@ -191,7 +192,14 @@ def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
         n_profile_buckets=sizes.n_profile_buckets if profile else 0,
         query_tokenizer=tokenizer.to_str() if tokenizer else "",
         max_query_tokens=sizes.max_query_tokens,
+        scenarios=shop.histories.scenario_names if sizes.scenario else (),
     )
+
+
+def reads(recipe: Recipe, shop: Shop) -> Reads:
+    """What the generator of this recipe reads of a history."""
+    past = recipe.generator.max_past
+    return Reads(recipe.generator.max_history, past, shop.logs.exposures() if past else None)
 
 
 def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures) -> Draft:
@@ -213,7 +221,9 @@ def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
         events=features.events,
         profile_features=features.profile_features,
         n_profile_buckets=features.n_profile_buckets,
+        scenarios=features.scenarios,
         max_history=recipe.generator.max_history,
+        max_past=recipe.generator.max_past,
         max_query_tokens=features.max_query_tokens,
         reads_queries=bool(features.query_tokenizer),
         beam_width=recipe.evaluation.beam_width,
@@ -287,6 +297,9 @@ def train_generator(
         n_profile_buckets=features.n_profile_buckets,
         n_items=0 if content is None else len(content),
         content_dim=0 if content is None else content.shape[1],
+        n_scenarios=features.n_scenarios,
+        n_past_tokens=sizes.n_past_tokens if sizes.max_past else 0,
+        max_past=sizes.max_past,
         max_history=sizes.max_history,
         dropout=sizes.dropout,
     )
@@ -303,6 +316,7 @@ def train_generator(
         histories.events.data,
         histories.times.data,
         histories.query_rows.data,
+        shop.fingerprint if sizes.max_past or features.scenarios else "",
         histories.event_names,
         histories.queries,
         *(table.write_ipc(None).getvalue() for table in (shop.pairs, shop.users)),
@@ -380,41 +394,45 @@ def training_set(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
         for user in range(shop.histories.n_users):
             profiles[user] = features.profile_ids(shop.profile(user))
     windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)
-    return HistoryDataset(histories, windows, ids, features, profiles)
+    read = reads(recipe, shop)
+    return HistoryDataset(histories, windows, ids, features, profiles, max_past=read.past, exposures=read.exposures)
 
 
 def validation_recall(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, model: Generator) -> float:
     """Recall@10 of a generator on a fixed sample of validation cases, by beam search in torch."""
     trained = Trained(model, DENSE_WEIGHTS[0] if model.dense is not None else 0.0)
-    cases, answers = _validate(shop, draft, ids, recipe, trained)
-    return _recall10(shop, cases, answers.items)
+    cases, answers = _validate(shop, draft, ids, recipe, trained, VALIDATION_BEAMS)
+    return _mean_of(recall, shop, cases, answers.items)
 
 
 def choose_dense_weight(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, model: Generator) -> float:
-    """The weight of the dense head, of `DENSE_WEIGHTS`, that is best on the validation cases that judge checkpoints.
+    """The weight of the dense head, of `DENSE_WEIGHTS`, with the best NDCG@10 on the cases that judge checkpoints.
 
-    At equal Recall@10 the earlier one.
+    The search is as wide as the one that is served: a narrower one leaves the dense head less to choose from. At equal
+    NDCG@10 the earlier weight.
     """
-    cases, answers = _validate(shop, draft, ids, recipe, Trained(model, DENSE_WEIGHTS[0]))
-    recalls = [_recall10(shop, cases, answers.reweighted(weight - DENSE_WEIGHTS[0])) for weight in DENSE_WEIGHTS]
-    return DENSE_WEIGHTS[int(np.argmax(recalls))]
+    trained = Trained(model, DENSE_WEIGHTS[0])
+    cases, answers = _validate(shop, draft, ids, recipe, trained, recipe.evaluation.beam_width)
+    found = [_mean_of(ndcg, shop, cases, answers.reweighted(weight - DENSE_WEIGHTS[0])) for weight in DENSE_WEIGHTS]
+    return DENSE_WEIGHTS[int(np.argmax(found))]
 
 
-def _validate(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, trained: Trained) -> tuple[Cases, Answers]:
+def _validate(
+    shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, trained: Trained, beam_width: int
+) -> tuple[Cases, Answers]:
     cases = shop.cases("validation")
     sample = np.random.default_rng(0).permutation(len(cases))[: recipe.training.validation_users]
     cases = cases.take(np.sort(sample))
     retriever = Retriever(trained.draft(draft), GraphBackend(named_graph(trained.generator)))
-    quiet = Console(quiet=True)
-    return cases, ask(retriever.retrieve, shop, cases, ids, recipe.generator.max_history, VALIDATION_BEAMS, quiet)
+    return cases, ask(retriever.retrieve, shop, cases, ids, reads(recipe, shop), beam_width, Console(quiet=True))
 
 
-def _recall10(shop: Shop, cases: Cases, found: Ranked) -> float:
+def _mean_of(metric: Metric, shop: Shop, cases: Cases, ranked: Ranked) -> float:
     if not len(cases):
         return 0.0
     if shop.exclude_seen:
-        found = without_seen(found, shop.histories, cases)
-    return float(recall(found, cases.relevant, cases.relevant_offsets, 10).mean())
+        ranked = without_seen(ranked, shop.histories, cases)
+    return float(metric(ranked, cases.relevant, cases.relevant_offsets, 10).mean())
 
 
 def make_evaluation(recipe: Recipe, shop: Shop, ids: SemanticIds, work: Path, console: Console) -> Evaluation:
@@ -433,7 +451,7 @@ def make_evaluation(recipe: Recipe, shop: Shop, ids: SemanticIds, work: Path, co
 
 def _ask(answer: Answer, shop: Shop, recipe: Recipe, ids: SemanticIds, console: Console, cases: Cases) -> Answers:
     beams = recipe.evaluation.beam_width
-    return ask(answer, shop, cases, ids, recipe.generator.max_history, beams, console)
+    return ask(answer, shop, cases, ids, reads(recipe, shop), beams, console)
 
 
 def _fill_bundle(

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from genretrieval.histories import Histories, LeaveOneOut, Split
-from genretrieval.logs import prepare_logs
+from genretrieval.logs import PreparedLogs, prepare_logs
 from genretrieval_pipelines.cases import NO_USER, Cases, leave_one_out_cases, query_cases
 from genretrieval_pipelines.queries import has_queries, made_queries, split_queries
 
@@ -28,6 +28,7 @@ class Shop:
         pairs: ``query``, ``item_row`` and ``split`` of judged or made queries; empty where there are none.
         data: the folder of the logs; a demo shop has its truth there.
         fingerprint: sha256 of the logs, over the names and bytes of their files.
+        logs: the prepared logs that all of it was read from.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Shop:
     pairs: pl.DataFrame
     data: Path
     fingerprint: str
+    logs: PreparedLogs
 
     def cases(self, split: Split) -> Cases:
         """Leave-one-out over users; for a shop without histories, its held-out queries."""
@@ -74,4 +76,4 @@ def open_shop(data: Path, work: Path) -> Shop:
     else:
         pairs = pl.DataFrame(schema={"query": pl.String, "item_row": pl.Int32, "split": pl.String})
     fingerprint = logs.report.inputs_sha256
-    return Shop(data.resolve().name, items, logs.users(), histories, pairs, data, fingerprint)
+    return Shop(data.resolve().name, items, logs.users(), histories, pairs, data, fingerprint, logs)

@@ -32,7 +32,7 @@ def _given(message: Any, *names: str) -> dict[str, Any]:
 
 
 def _request_fields(message: Any) -> dict[str, Any]:
-    fields = _given(message, "user_id", "query", "top_k", "beam_width") | {
+    fields = _given(message, "user_id", "query", "top_k", "beam_width", "scenario") | {
         "history": [{"item_id": e.item_id, "event": e.event} | _given(e, "timestamp") for e in message.history],
         "profile": dict(message.profile),
         "exclude_item_ids": list(message.exclude_item_ids),
@@ -96,6 +96,7 @@ def request_to_proto(request: RetrieveRequest) -> Any:
         exclude_history=_EXCLUDE_PROTO[request.exclude_history],
         top_k=request.top_k,
         beam_width=request.beam_width,
+        scenario=request.scenario,
     )
 
 

@@ -18,6 +18,9 @@ from genretrieval.model import GeneratorConfig
 from genretrieval.retrieval import CLOSED_BELOW, Leaves
 
 SIZES = (12, 16, 14)
+NOTHING_ELSE = {
+    "query_vocab_size": 0, "n_profile_buckets": 0, "n_items": 0, "n_scenarios": 0, "n_past_tokens": 0, "max_past": 0
+}  # fmt: skip
 
 
 class Exported:
@@ -36,7 +39,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def whole(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Queries, profile, dense head and all."""
+    """Queries, profile, a past, scenarios, dense head and all."""
     generator = make_generator(codebook_sizes=SIZES)
     return Exported(named_graph(generator), tmp_path_factory.mktemp("export") / "retriever.onnx")
 
@@ -46,9 +49,7 @@ def plain(make_generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Expo
     """History alone, two levels, one layer each."""
     generator = make_generator(
         codebook_sizes=(12, 16),
-        query_vocab_size=0,
-        n_profile_buckets=0,
-        n_items=0,
+        **NOTHING_ELSE,
         n_encoder_layers=1,
         n_decoder_layers=1,
     )
@@ -120,7 +121,7 @@ def test_parity(
     n_masks: int,
 ) -> None:
     config = make_generator(codebook_sizes=SIZES).config
-    requests = make_requests(config, n, length, n_query_tokens, seed=n_items + n)
+    requests = make_requests(config, n, length, n_query_tokens, seed=n_items + n, n_past=3 * length)
     assert_parity(whole, make_ids, requests, n_items, width, n_masks)
 
 
@@ -155,10 +156,11 @@ def test_the_graph_says_what_it_reads(whole: Exported) -> None:
 
 def test_a_graph_asks_for_what_its_model_reads(make_generator: Any) -> None:
     plain, everything = (
-        named_graph(make_generator(query_vocab_size=0, n_profile_buckets=0, n_items=0)),
+        named_graph(make_generator(**NOTHING_ELSE)),
         named_graph(make_generator()),
     )
-    optional = {"query_tokens", "query_mask", "profile", "history_vectors"}
+    past = {"past_codes", "past_events", "past_mask", "past_vectors"}
+    optional = {"query_tokens", "query_mask", "profile", "history_vectors", "scenario", *past}
     assert not optional & set(plain.names)
     assert set(everything.names) - set(plain.names) == optional
     assert plain.outputs == OUTPUTS

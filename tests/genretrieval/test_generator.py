@@ -28,7 +28,10 @@ def batch(tiny_config: GeneratorConfig, make_requests: Any) -> dict[str, Tensor]
     """Full histories and their targets; targets 1 and 7 (flat) have a query."""
     made = {name: torch.from_numpy(array) for name, array in make_requests(tiny_config, N_ROWS, N_TARGETS).items()}
     codes = made["history_codes"]
+    past = {name: made[name] for name in made if name.startswith("past_")}
     return {
+        **past,
+        "target_scenarios": torch.arange(N_ROWS * N_TARGETS).reshape(N_ROWS, -1) % 3,
         "target_codes": codes,
         "history_codes": codes[:, :-1],
         "history_events": made["history_events"][:, :-1],
@@ -44,10 +47,7 @@ def batch(tiny_config: GeneratorConfig, make_requests: Any) -> dict[str, Tensor]
 
 def decode(generator: Generator, batch: dict[str, Tensor]) -> Tensor:
     """States ``[B, T, L, D]`` as training computes them."""
-    history = [batch[f"history_{name}"] for name in ("codes", "events", "gaps", "mask")]
-    states = generator.context.history(*history, batch["profile"], batch["history_vectors"])
-    query = [batch[name] for name in ("query_rows", "query_tokens", "query_mask")]
-    return generator.decode_targets(batch["target_codes"], states, *query)
+    return generator.decode_targets(batch)
 
 
 @torch.inference_mode()
@@ -86,9 +86,10 @@ def test_a_target_in_training_is_the_same_target_alone(generator: Generator, bat
         for target in range(N_TARGETS):
             history = {name: batch[name][row : row + 1, :target] for name in batch if name.startswith("history_")}
             query = query_of.get(row * N_TARGETS + target)
-            if query is not None:
-                history["query_tokens"] = torch.tensor([query])
-                history["query_mask"] = torch.ones(1, len(query), dtype=torch.bool)
+            history["query_tokens"] = torch.tensor([query or (0,)])
+            history["query_mask"] = torch.full(history["query_tokens"].shape, query is not None)
+            history |= {name: batch[name][row : row + 1] for name in batch if name.startswith("past_")}
+            history["scenario"] = batch["target_scenarios"][row : row + 1, target]
             codes = batch["target_codes"][row, target]
             flat = torch.cat([torch.zeros(1, dtype=torch.long), codes[:-1] + generator.context.level_offsets[:-1]])
             logits = generator(**history, profile=batch["profile"][row : row + 1], decoder_input_ids=flat[None]).logits[
@@ -110,14 +111,14 @@ def test_only_a_target_s_own_query_reaches_it(generator: Generator, batch: dict[
 
 
 @torch.inference_mode()
-def test_a_batch_without_queries_decodes_like_a_model_without(generator: Generator, batch: dict[str, Tensor]) -> None:
-    batch |= {
-        "query_rows": torch.empty(0, dtype=torch.long),
-        "query_tokens": torch.zeros(0, 1, dtype=torch.long),
-        "query_mask": torch.zeros(0, 1, dtype=torch.bool),
+def test_a_query_without_tokens_is_no_query(generator: Generator, batch: dict[str, Tensor]) -> None:
+    none = {
+        "query_rows": torch.empty(0).long(),
+        "query_tokens": torch.zeros(0, 1).long(),
+        "query_mask": torch.zeros(0, 1),
     }
-    states = generator.context.history(*list(batch.values())[1:7])
-    torch.testing.assert_close(decode(generator, batch), generator.decode_targets(batch["target_codes"], states))
+    empty = {**batch, "query_mask": torch.zeros_like(batch["query_mask"])}
+    torch.testing.assert_close(decode(generator, batch | none), decode(generator, empty), **CLOSE)
 
 
 @torch.inference_mode()
@@ -130,7 +131,7 @@ def test_padding_changes_nothing(generator: Generator, tiny_config: GeneratorCon
         shape = (4, 2, *tensor.shape[2:])
         # Padding is any code, not only zero; the mask alone tells.
         fill = (torch.zeros if tensor.dtype == torch.bool else torch.ones)(shape, dtype=tensor.dtype)
-        padded[name] = tensor if name == "profile" else torch.cat([tensor, fill], 1)
+        padded[name] = tensor if name in ("profile", "scenario") else torch.cat([tensor, fill], 1)
     after = generator(**padded, decoder_input_ids=start).logits
     torch.testing.assert_close(after, before, **CLOSE)
 
@@ -138,11 +139,76 @@ def test_padding_changes_nothing(generator: Generator, tiny_config: GeneratorCon
 @torch.inference_mode()
 def test_an_empty_history_is_answered(generator: Generator) -> None:
     empty = torch.zeros(2, 0, dtype=torch.long)
+    history = {"codes": empty[..., None].expand(2, 0, 3), "events": empty, "gaps": empty, "mask": empty.bool()}
+    past = {"codes": empty[..., None].expand(2, 0, 3), "events": empty, "mask": empty.bool()}
     context = generator.context(
-        empty[..., None].expand(2, 0, 3), empty, empty, empty.bool(), profile=torch.zeros(2, 2).long()
+        {
+            **{f"history_{name}": tensor for name, tensor in history.items()},
+            **{f"past_{name}": tensor for name, tensor in past.items()},
+            "profile": torch.zeros(2, 2).long(),
+            "query_tokens": empty,
+            "query_mask": empty.bool(),
+            "scenario": torch.zeros(2).long(),
+        }
     )
-    assert context.memory_BSD.shape == (2, 1, 16)
+    # The beginning, and two tokens for each of four behaviours, none of which says anything.
+    assert context.memory_BSD.shape == (2, 9, 16)
+    assert context.mask_BS.tolist() == [[True] + [False] * 8] * 2
     assert context.start_BD.isfinite().all()
+
+
+@torch.inference_mode()
+def test_the_past_and_the_scenario_reach_every_target(generator: Generator, batch: dict[str, Tensor]) -> None:
+    before = decode(generator, batch)
+    batch["past_mask"] = torch.ones_like(batch["past_mask"])
+    changed = {**batch, "past_codes": (batch["past_codes"] + 1) % 4}
+    moved = (decode(generator, changed) - decode(generator, batch)).abs().amax((-1, -2))
+    assert (moved > 1e-3).all()
+    scenarios = batch["target_scenarios"].clone()
+    scenarios[1, 2] = (scenarios[1, 2] + 1) % 3
+    moved = (
+        (decode(generator, {**batch, "target_scenarios": scenarios}) - decode(generator, batch)).abs().amax((-1, -2))
+    )
+    assert moved[1, 2] > 1e-3
+    moved[1, 2] = 0.0
+    assert not moved.any()
+    assert before.isfinite().all()
+
+
+@torch.inference_mode()
+def test_a_behaviour_s_tokens_read_its_own_events_alone(generator: Generator) -> None:
+    """Behaviours 0 to 2 are events of a history, 3 is exposure; two tokens each."""
+    former = generator.context.query_former
+    assert former is not None
+    torch.manual_seed(0)
+    x, events = torch.randn(1, 5, 16), torch.tensor([[1, 3, 1, 2, 1]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    tokens, meant = former(x, events, mask)
+    assert meant.tolist() == [[False, False, True, True, True, True, True, True]]
+    for changed, touched in ((0, [2, 3]), (1, [6, 7]), (3, [4, 5]), (4, [])):
+        other = x.clone()
+        other[0, changed] += 1.0
+        moved = (former(other, events, mask)[0] - tokens).abs().amax(-1)[0]
+        assert [i for i in range(2, 8) if moved[i] > 1e-4] == touched
+
+
+@torch.inference_mode()
+def test_ages_count_back_from_the_newest_event(generator: Generator) -> None:
+    """Twice the binary logarithm of how far back an event lies, rounded down."""
+    former = generator.context.query_former
+    assert former is not None
+    assert former.age_of_N[1:10].tolist() == [0, 2, 3, 4, 4, 5, 5, 6, 6]
+    # Alike but for padding: the same tokens.
+    x, events = torch.randn(1, 3, 16), torch.tensor([[1, 1, 1]])
+    short, _ = former(x, events, torch.ones(1, 3, dtype=torch.bool))
+    padded = torch.cat([x, torch.ones(1, 4, 16)], 1)
+    long, _ = former(padded, torch.ones(1, 7).long(), torch.arange(7)[None] < 3)
+    torch.testing.assert_close(long[:, 2:4], short[:, 2:4], **CLOSE)
+
+
+def test_configuration_refuses_half_a_past() -> None:
+    with pytest.raises(ValueError, match="give both or neither"):
+        GeneratorConfig(n_past_tokens=4)
 
 
 def test_dropout_acts_in_training_alone(generator: Generator, batch: dict[str, Tensor]) -> None:

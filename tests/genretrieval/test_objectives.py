@@ -30,14 +30,10 @@ class ByHand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.logits = nn.ParameterList([nn.Parameter(torch.tensor(LOGITS[level])) for level in range(2)])
-        self.context = self
         self.dense = None
 
-    def history(self, codes: Tensor, *_: Tensor) -> Tensor:
-        return torch.zeros(codes.shape[0], codes.shape[1] + 1, 1)
-
-    def decode_targets(self, target_codes: Tensor, *_: Tensor) -> Tensor:
-        return torch.zeros(*target_codes.shape, 1)
+    def decode_targets(self, batch: dict[str, Tensor]) -> Tensor:
+        return torch.zeros(*batch["target_codes"].shape, 1)
 
     def level_logits(self, states: Tensor, level: int) -> Tensor:
         return self.logits[level] + states
@@ -109,7 +105,11 @@ def test_existing_codes_are_those_of_a_dict_trie(make_ids: Any) -> None:
 
 def test_it_reads_the_model_as_it_is_asked(make_generator: Any, make_histories: Any, make_ids: Any) -> None:
     """The loss is the mean, over targets and levels, of what beam search adds up for the target's own leaf."""
-    generator, ids, histories = make_generator(query_vocab_size=0), make_ids(30), make_histories(5)
+    generator, ids, histories = (
+        make_generator(query_vocab_size=0, n_scenarios=0, n_past_tokens=0, max_past=0),
+        make_ids(30),
+        make_histories(5),
+    )
     windows = cut_windows(histories.offsets, histories.offsets[1:], 8)
     profiles = np.arange(10).reshape(5, 2) % 7
     dataset = HistoryDataset(histories, windows, ids, RequestFeatures(events=("purchase",)), profiles)
@@ -142,8 +142,8 @@ class ByHandDense(ByHand):
         self.vectors = torch.tensor([[0.0], [math.log(2.0)], [math.log(5.0)]])
         self.dense = self
 
-    def item_vectors(self, rows: Tensor) -> Tensor:
-        return self.vectors[rows]
+    def item_vectors(self) -> Tensor:
+        return self.vectors
 
     def user_vectors(self, states_NLD: Tensor) -> Tensor:
         return torch.ones(len(states_NLD), 1)
@@ -164,12 +164,14 @@ def test_the_dense_loss_runs_over_the_items_of_training(trained: list[int], expe
 def test_a_sampled_softmax_estimates_the_whole_one(monkeypatch: Any, make_generator: Any, make_ids: Any) -> None:
     """The mean of many samples of a third of the items comes near the loss over all of them."""
     ids, generator = make_ids(30), make_generator()
-    objective = NextItemObjective(build_index(ids))
+    objective = NextItemObjective(build_index(ids), np.arange(1, 30))
     items, user = torch.tensor([3, 7, 7]), torch.randn(3, 16)
 
     def loss() -> float:
-        chosen = objective.candidates(generator, items[None])
-        assert set(items.tolist()) <= set(chosen.rows.tolist())
+        chosen = objective.candidates(generator, {"target_items": items[None], "past_items": torch.tensor([[0, 21]])})
+        assert {3, 7, 0, 21} <= set(chosen.rows.tolist())
+        # An item that was shown and never taken is read, and is no candidate.
+        assert chosen.bias[chosen.places(torch.tensor([0]))].item() == -torch.inf
         assert torch.equal(chosen.rows[chosen.places(items)], items)
         return float(full_softmax_loss(0.1 * user, chosen.vectors, chosen.places(items), chosen.bias).detach())
 

@@ -243,6 +243,34 @@ def test_items_that_training_never_saw_join_where_the_search_was_cut_off(dense) 
     assert items(dense, beam_width=2, top_k=2, filters={"attributes": {"brand": ["acme"]}}) == "ca"
 
 
+def test_the_past_is_what_came_before_the_history_and_exposures_are_no_history(tmp_path) -> None:
+    """A history of three interactions at most, then three events before them."""
+    past = ("past_codes", "past_events", "past_mask", "past_vectors", "history_vectors", "scenario")
+    folder = write(
+        tmp_path / "past", vectors=VECTORS, graph_inputs=(*INPUTS, *past), max_past=3, scenarios=("home", "search")
+    )
+    retriever = Retriever(load_bundle(folder), ByVector())
+    events = [("a", "exposure"), ("b", "click"), ("gone", "click"), ("c", "exposure"), ("d", "purchase"),
+              ("a", "click"), ("e", "exposure"), ("b", "click"), ("c", "buy")]  # fmt: skip
+    history = [{"item_id": item, "event": event} for item, event in events]
+    (response,) = retriever.retrieve([RetrieveRequest(history=history, scenario="search")])
+    given = retriever.backend.inputs
+    # Unknown events are 0, click 1, purchase 2, exposure 3.
+    assert given["history_events"].tolist() == [[1, 1, 0]]
+    assert given["history_vectors"][0].tolist() == VECTORS[[0, 1, 2]].tolist()
+    assert given["past_events"].tolist() == [[1, 3, 2]]
+    assert given["past_mask"].tolist() == [[True, True, True]]
+    assert given["past_vectors"][0].tolist() == VECTORS[[1, 2, 3]].tolist()
+    assert given["past_codes"].tolist() == [[[0, 0], [0, 1], [1, 0]]]
+    assert given["scenario"].tolist() == [2]
+    assert response.missing_ids == ["gone"]
+    assert "history_truncated" not in response.degraded
+    longer = [{"item_id": "a", "event": "click"}] * 7
+    (response,) = retriever.retrieve([RetrieveRequest(history=longer, scenario="elsewhere")])
+    assert "history_truncated" in response.degraded
+    assert retriever.backend.inputs["scenario"].tolist() == [0]
+
+
 @pytest.mark.parametrize("vectors", [VECTORS[:4], VECTORS.astype(np.float64), VECTORS[:, 0]])
 def test_item_vectors_that_are_not_the_catalogue_s_are_refused(tmp_path, vectors) -> None:
     bundle = load_bundle(write(tmp_path / "odd", vectors=vectors))

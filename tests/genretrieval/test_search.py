@@ -27,6 +27,9 @@ from genretrieval.retrieval import CLOSED_BELOW, Leaves, Retriever
 Requests = dict[str, NDArray[Any]]
 Ranking = list[tuple[int, float]]
 SAME = 1e-5
+NOTHING_ELSE = {
+    "query_vocab_size": 0, "n_profile_buckets": 0, "n_items": 0, "n_scenarios": 0, "n_past_tokens": 0, "max_past": 0
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +40,8 @@ def generator(make_generator: Any) -> Generator:
 
 @pytest.fixture(scope="module")
 def plain(make_generator: Any) -> Generator:
-    """A model that reads neither queries nor profiles and has no dense head."""
-    made: Generator = make_generator(1, query_vocab_size=0, n_profile_buckets=0, n_items=0)
+    """A model that reads histories alone."""
+    made: Generator = make_generator(1, **NOTHING_ELSE)
     return made
 
 
@@ -98,20 +101,14 @@ def exact(generator: Generator, request: Requests, index: CatalogueIndex) -> Ran
     codes = index.leaf_codes(np.arange(index.n_leaves))
     n = int(request["history_mask"].sum())
     rows = len(codes)
-    history = {
-        name: t[:, :n].expand(rows, n, *t.shape[2:]) for name, t in tensors(request).items() if "history" in name
-    }
-    profile = torch.from_numpy(request["profile"]).expand(rows, -1)
-    states = generator.context.history(**history, profile=profile)
+    batch = {name: t.expand(rows, *t.shape[1:]) for name, t in tensors(request).items()}
+    batch |= {name: t[:, :n] for name, t in batch.items() if name.startswith("history_")}
     target = torch.zeros(rows, n + 1, index.n_levels, dtype=torch.long)
     target[:, -1] = torch.from_numpy(codes)
-    decoded = generator.decode_targets(
-        target,
-        states,
-        torch.arange(rows) * (n + 1) + n,
-        torch.from_numpy(request["query_tokens"]).expand(rows, -1),
-        torch.from_numpy(request["query_mask"]).expand(rows, -1),
-    )[:, -1]
+    batch["target_codes"] = target
+    batch["target_scenarios"] = batch["scenario"][:, None].expand(-1, n + 1)
+    batch["query_rows"] = torch.arange(rows) * (n + 1) + n
+    decoded = generator.decode_targets(batch)[:, -1]
     score = np.zeros(rows)
     for level in range(index.n_levels):
         logits = generator.level_logits(decoded[:, level], level).double().numpy()
@@ -238,7 +235,7 @@ def test_padding_changes_nothing(generator: Generator, make_ids: Any, make_reque
     for name, array in requests.items():
         # Of any content: the mask alone tells.
         more = np.full((4, 3, *array.shape[2:]), array.dtype.type(0 if array.dtype == bool else 1))
-        padded[name] = array if name == "profile" else np.concatenate([array, more], 1)
+        padded[name] = array if name in ("profile", "scenario") else np.concatenate([array, more], 1)
     for found, expected in zip(search(generator, padded, index, 6), search(generator, requests, index, 6), strict=True):
         assert_same(found, expected)
 
@@ -286,7 +283,7 @@ def make_retriever(make_ids: Any) -> Callable[..., Retriever]:
 
 
 def test_ties_are_listed_by_leaf(make_generator: Any, make_retriever: Callable[..., Retriever]) -> None:
-    generator = make_generator(query_vocab_size=0, n_profile_buckets=0, n_items=0)
+    generator = make_generator(**NOTHING_ELSE)
     torch.nn.init.zeros_(generator.head.weight)
     graph = named_graph(generator)
     (response,) = make_retriever(GraphBackend(graph), graph.names).retrieve([RetrieveRequest(top_k=8)])

@@ -51,7 +51,7 @@ class Setting:
         features = RequestFeatures(events=histories.event_names)
         self.make_generator = make_generator
         self.objective = NextItemObjective(build_index(ids))
-        self.dataset = HistoryDataset(histories, windows, ids, features, profiles)
+        self.dataset = HistoryDataset(histories, windows, ids, features, profiles, max_past=6)
 
     def generator(self, **changes: Any) -> Generator:
         made: Generator = self.make_generator(n_gaps=12, query_vocab_size=0, **changes)

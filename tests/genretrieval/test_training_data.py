@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genretrieval.features import RequestFeatures
-from genretrieval.histories import Histories, LeaveOneOut
+from genretrieval.histories import Exposures, Histories, LeaveOneOut
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, collate, cut_windows
 from genretrieval_pipelines.queries import train_query_tokenizer
 
@@ -159,3 +159,44 @@ def test_the_order_is_that_of_the_seed_and_the_epoch() -> None:
 
 def test_a_window_longer_than_the_budget_is_a_batch_of_its_own() -> None:
     assert sorted(map(sorted, LengthBatchSampler(np.array([9, 1, 1, 1]), 4, 0))) == [[0], [1, 2, 3]]
+
+
+def test_the_past_of_a_window_by_hand(make_ids: Any) -> None:
+    """One user: items 0 to 5 at times 10 to 60; shown 6 and 7 before the second one, and 8 with it."""
+    histories = Histories(
+        user_ids=["u"],
+        offsets=np.array([0, 6]),
+        items=np.arange(6, dtype=np.int32),
+        events=np.array([0, 1, 0, 1, 0, 0], np.int16),
+        times=np.arange(10, 70, 10),
+        query_rows=np.full(6, -1, np.int32),
+        event_names=("click", "purchase"),
+        queries=[],
+        order_rule="made up",
+        scenario_rows=np.array([0, 1, -1, 1, 0, 1], np.int16),
+        scenario_names=("home", "search"),
+    )
+    exposures = Exposures(np.array([0, 4]), np.array([6, 7, 8, 9], np.int32), np.array([5, 19, 20, 21]))
+    features = RequestFeatures(events=("click", "purchase"), scenarios=("home", "search"))
+    windows = cut_windows(histories.offsets, np.array([5]), 2)
+    assert (windows.starts.tolist(), windows.ends.tolist()) == ([0, 2], [3, 5])
+    ids = make_ids(10)
+
+    def past(row: int, max_past: int) -> list[tuple[int, int]]:
+        entry = HistoryDataset(
+            histories, windows, ids, features, np.zeros((1, 0), np.int64), max_past=max_past, exposures=exposures
+        )[row]
+        assert entry["past_codes"].tolist() == ids.codes[entry["past_items"]].tolist()
+        return list(zip(entry["past_items"].tolist(), entry["past_events"].tolist(), strict=True))
+
+    # Click is behaviour 1, purchase 2, exposure 3; what happens at the very same time is not before.
+    assert past(0, 9) == [(6, 3)]
+    # Of equal times, interactions come first.
+    assert past(1, 9) == [(6, 3), (0, 1), (7, 3), (1, 2), (8, 3), (9, 3)]
+    assert past(1, 2) == [(8, 3), (9, 3)]
+    dataset = HistoryDataset(histories, windows, ids, features, np.zeros((1, 0), np.int64), max_past=9)
+    made = collate([dataset[row] for row in range(2)])
+    assert made["past_items"].tolist() == [[0, 0], [0, 1]]
+    assert made["past_mask"].tolist() == [[False, False], [True, True]]
+    assert made["target_scenarios"].tolist() == [[1, 2, 0], [0, 2, 1]]
+    assert dataset.trained_items().tolist() == [0, 1, 2, 3, 4]

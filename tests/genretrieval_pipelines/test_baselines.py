@@ -43,7 +43,7 @@ def histories(*sequences: list[int], queries: list[list[str | None]] | None = No
 def no_history(queries: list[str | None]) -> Cases:
     n = len(queries)
     zeros = np.zeros(n, np.int64)
-    return Cases(np.full(n, -1, np.int64), zeros, zeros, queries, np.zeros(n, np.int32), np.arange(n + 1))
+    return Cases(np.full(n, -1, np.int64), zeros, zeros, queries, [None] * n, np.zeros(n, np.int32), np.arange(n + 1))
 
 
 # Training parts: [0 1 2], [0 1], [1 2], [3 3]; the first three have a validation and a test item after it.

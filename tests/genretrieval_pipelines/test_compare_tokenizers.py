@@ -353,8 +353,8 @@ def trained(
     monkeypatch.setattr(run_pipeline, "train", lambda *args, **_: args[5].mkdir(parents=True, exist_ok=True))
     recipe, ids = RECIPE.cell("kmeans", 0), SemanticIds(codes, sizes)
     draft = draft_bundle(recipe, shop, ids, request_features(recipe, shop))
-    generator = train_generator(recipe, shop, Tokenized(ids, work, ""), draft, work, QUIET)
-    return tuple(generator.config.codebook_sizes)
+    trained = train_generator(recipe, shop, Tokenized(ids, work, ""), draft, work, QUIET, None)
+    return tuple(trained.generator.config.codebook_sizes)
 
 
 def test_a_generator_is_read_back_for_the_very_same_inputs_alone(
@@ -381,7 +381,15 @@ def test_a_generator_is_read_back_for_the_very_same_inputs_alone(
 def cases_of(*relevant: list[int]) -> Cases:
     zeros = np.zeros(len(relevant), np.int64)
     offsets = np.cumsum([0, *map(len, relevant)])
-    return Cases(zeros, zeros, zeros, [None] * len(relevant), np.concatenate(relevant).astype(np.int32), offsets)
+    return Cases(
+        zeros,
+        zeros,
+        zeros,
+        [None] * len(relevant),
+        [None] * len(relevant),
+        np.concatenate(relevant).astype(np.int32),
+        offsets,
+    )
 
 
 def lists(*ranked: list[int]) -> np.ndarray:

@@ -54,7 +54,7 @@ class Filters(_message.Message):
     def __init__(self, attributes: _Optional[_Mapping[str, StringList]] = ..., min_price: _Optional[float] = ..., max_price: _Optional[float] = ..., in_stock: _Optional[bool] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "query", "history", "profile", "filters", "exclude_item_ids", "exclude_history", "top_k", "beam_width")
+    __slots__ = ("user_id", "query", "history", "profile", "filters", "exclude_item_ids", "exclude_history", "top_k", "beam_width", "scenario")
     class ProfileEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class RetrieveRequest(_message.Message):
     EXCLUDE_HISTORY_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SCENARIO_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     query: str
     history: _containers.RepeatedCompositeFieldContainer[HistoryEvent]
@@ -80,7 +81,8 @@ class RetrieveRequest(_message.Message):
     exclude_history: ExcludeHistory
     top_k: int
     beam_width: int
-    def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ...) -> None: ...
+    scenario: str
+    def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ..., scenario: _Optional[str] = ...) -> None: ...
 
 class RetrievedItem(_message.Message):
     __slots__ = ("item_id", "score", "semantic_id", "level_scores", "dense_score")
