@@ -54,6 +54,7 @@ def tiny_config() -> GeneratorConfig:
         n_items=30,
         content_dim=5,
         n_scenarios=3,
+        n_experts=4,
         n_past_tokens=2,
         max_past=20,
         max_history=8,

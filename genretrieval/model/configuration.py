@@ -17,6 +17,8 @@ class GeneratorConfig(PretrainedConfig):
         d_ff: width of the feed-forward layers.
         n_encoder_layers: causal layers over the history.
         n_decoder_layers: layers that write the codes.
+        n_experts: experts of a sparse mixture in place of each feed-forward layer of the decoder; 0 keeps them dense.
+        experts_per_token: experts that work on a code, each ``d_ff // experts_per_token`` wide.
         n_query_layers: bidirectional layers over the query tokens.
         query_vocab_size: entries of the query tokenizer; 0 makes a model without queries.
         max_query_tokens: longer queries are cut.
@@ -46,6 +48,8 @@ class GeneratorConfig(PretrainedConfig):
         d_ff: int = 512,
         n_encoder_layers: int = 2,
         n_decoder_layers: int = 2,
+        n_experts: int = 0,
+        experts_per_token: int = 2,
         n_query_layers: int = 1,
         query_vocab_size: int = 0,
         max_query_tokens: int = 16,
@@ -77,6 +81,8 @@ class GeneratorConfig(PretrainedConfig):
         self.d_ff = d_ff
         self.n_encoder_layers = n_encoder_layers
         self.n_decoder_layers = n_decoder_layers
+        self.n_experts = n_experts
+        self.experts_per_token = experts_per_token
         self.n_query_layers = n_query_layers
         self.query_vocab_size = query_vocab_size
         self.max_query_tokens = max_query_tokens

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from genretrieval.model.configuration import GeneratorConfig
 from genretrieval.model.dense import DenseHead
-from genretrieval.model.layers import Decoder, Encoder, Queries, RelativeBias
+from genretrieval.model.layers import Decoder, Encoder, Experts, Queries, RelativeBias
 from genretrieval.model.query_former import QueryFormer
 
 # The tensors of a batch of requests that a generator reads. Padding stands on the right; a model reads what its
@@ -214,9 +214,9 @@ class Generator(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         c = config
         self.context = ContextEncoder(c)
-        self.decoder = Decoder(
-            c.n_decoder_layers, c.d_model, c.n_heads, c.d_ff, c.dropout, c.n_position_buckets, c.max_distance
-        )
+        experts = Experts(c.n_experts, c.experts_per_token) if c.n_experts else None
+        sizes = (c.d_model, c.n_heads, c.d_ff, c.dropout, c.n_position_buckets, c.max_distance)
+        self.decoder = Decoder(c.n_decoder_layers, *sizes, experts)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         self.dense = DenseHead(c) if c.n_items else None
         self.post_init()
@@ -240,7 +240,6 @@ class Generator(PreTrainedModel, GenerationMixin):
         elif isinstance(module, DenseHead):
             # Content has length 1: its projection is as wide as the embeddings it is added to.
             nn.init.normal_(module.projection.weight, std=0.5)
-            nn.init.normal_(module.user.weight, std=0.1 * self.config.d_model**-0.5)
             nn.init.zeros_(module.own_ID)
             module.content_IC.zero_()
         elif isinstance(module, ContextEncoder):

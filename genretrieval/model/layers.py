@@ -16,6 +16,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from genretrieval.model.moe import MixtureOfExperts
+
+# What an expert without tokens gains in a step; scores lie in (0, 1).
+BALANCE_RATE = 1e-3
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a gain, computed in float32."""
@@ -200,17 +205,35 @@ class Queries(NamedTuple):
         return empty.index_copy(0, self.rows_N, x_NX).unflatten(0, shape)
 
 
+class Experts(NamedTuple):
+    """A sparse mixture in place of each feed-forward layer of a decoder.
+
+    Attributes:
+        n_experts: experts to choose from, each ``d_ff // per_token`` wide: a token costs what a dense layer costs it.
+        per_token: experts that work on a token.
+    """
+
+    n_experts: int
+    per_token: int
+
+
 class DecoderLayer(nn.Module):
     """Self-attention over the codes written so far, cross-attention to the context, feed-forward."""
 
-    def __init__(self, d_model: int, n_heads: int, d_ff: int, dropout: float) -> None:
+    feed_forward: FeedForward | MixtureOfExperts
+
+    def __init__(self, d_model: int, n_heads: int, d_ff: int, dropout: float, experts: Experts | None = None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(d_model)
         self.attention = Attention(d_model, n_heads)
         self.cross_norm = RMSNorm(d_model)
         self.cross = Attention(d_model, n_heads)
         self.feed_forward_norm = RMSNorm(d_model)
-        self.feed_forward = FeedForward(d_model, d_ff)
+        if experts is None:
+            self.feed_forward = FeedForward(d_model, d_ff)
+        else:
+            width = d_ff // experts.per_token
+            self.feed_forward = MixtureOfExperts(d_model, width, *experts, balance_rate=BALANCE_RATE)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -246,10 +269,11 @@ class Decoder(nn.Module):
         dropout: float,
         n_position_buckets: int,
         max_distance: int,
+        experts: Experts | None = None,
     ) -> None:
         super().__init__()
         self.bias = RelativeBias(n_heads, n_position_buckets, max_distance, bidirectional=False)
-        layers = nn.ModuleList(DecoderLayer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        layers = nn.ModuleList(DecoderLayer(d_model, n_heads, d_ff, dropout, experts) for _ in range(n_layers))
         self.layers = cast("Sequence[DecoderLayer]", layers)
         self.norm = RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)

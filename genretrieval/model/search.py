@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 from genretrieval.model.generator import Context, Generator, Request
 from genretrieval.model.layers import Decoder, DecoderLayer, Encoder, EncoderLayer, RelativeBias
+from genretrieval.model.moe import FusedMixtureOfExperts, MixtureOfExperts
 
 Normalise = Literal["children", "vocabulary"]
 
@@ -116,14 +117,20 @@ class FusedLayer(nn.Module):
         qkv = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
         self.qkv = _frozen(qkv * gain)
         self.output = _frozen(attention.output.weight.T)
-        self.inner = _frozen(layer.feed_forward.inner.weight * layer.feed_forward_norm.weight)
-        self.outer = _frozen(layer.feed_forward.outer.weight.T)
+        self.mixture: FusedMixtureOfExperts | None = None
+        if isinstance(layer.feed_forward, MixtureOfExperts):
+            self.mixture = FusedMixtureOfExperts(layer.feed_forward, layer.feed_forward_norm.weight)
+        else:
+            self.inner = _frozen(layer.feed_forward.inner.weight * layer.feed_forward_norm.weight)
+            self.outer = _frozen(layer.feed_forward.outer.weight.T)
         if isinstance(layer, DecoderLayer):
             self.cross_query = _frozen(layer.cross.query.weight * layer.cross_norm.weight)
             self.cross_output = _frozen(layer.cross.output.weight.T)
 
     def feed_forward(self, x_ND: Tensor) -> Tensor:
         """Add the feed-forward's output to `x`."""
+        if self.mixture is not None:
+            return x_ND + self.mixture(norm(x_ND))
         return add_linear(x_ND, linear(norm(x_ND), self.inner).relu(), self.outer)
 
 

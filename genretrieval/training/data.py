@@ -40,6 +40,11 @@ class Windows:
         """Number of windows."""
         return len(self.starts)
 
+    def of_users(self, first: int) -> Windows:
+        """The windows of users from row `first` on."""
+        kept = self.users >= first
+        return Windows(self.users[kept], self.starts[kept], self.ends[kept], self.learn_from[kept])
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """int64 ``[n]``: interactions of each window."""

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from genretrieval.errors import RecipeError
 from genretrieval.model import Generator
+from genretrieval.model.moe import update_balance
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, collate
 from genretrieval.training.objectives import Objective
 
@@ -70,6 +71,28 @@ class TrainingConfig:
             raise RecipeError(f"training.weight_decay is {self.weight_decay}; it must be 0 or above")
         if not 0 <= self.warmup_share < 1:
             raise RecipeError(f"training.warmup_share is {self.warmup_share}; it is a share of all steps, in [0, 1)")
+
+
+class ExpertBalance(TrainerCallback):
+    """Moves the routers' biases after every step and keeps count of who works on how much.
+
+    Attributes:
+        loads: by mixture, int64 ``[n_experts]``, tokens of each expert since the last evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[str, Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Balance; under torchrun all processes do, with the loads of all."""
+        for name, load in update_balance(kwargs["model"]).items():
+            self.loads[name] = self.loads.get(name, 0) + load
+
+    def report(self) -> dict[str, float]:
+        """Share of the fullest expert of each mixture, times the number of experts: 1 is balanced."""
+        report = {f"expert_load/{name}": float(load.max() / load.float().mean()) for name, load in self.loads.items()}
+        self.loads = {}
+        return report
 
 
 class GeneratorTrainer(Trainer):
@@ -132,6 +155,8 @@ class GeneratorTrainer(Trainer):
         arguments.eval_steps = arguments.save_steps = arguments.logging_steps = steps
         super().__init__(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.remove_callback(PrinterCallback)
+        self.experts = ExpertBalance()
+        self.add_callback(self.experts)
         if isinstance(objective, torch.nn.Module):
             objective.to(self.args.device)
 
@@ -149,7 +174,7 @@ class GeneratorTrainer(Trainer):
         self.model.eval()
         metrics = {f"eval_{METRIC}": self.validate(self.accelerator.unwrap_model(self.model))}
         self.model.train()
-        self.log(metrics)
+        self.log(metrics | self.experts.report())
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

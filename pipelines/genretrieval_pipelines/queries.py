@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from genretrieval.histories import NO_QUERY, NO_TIME, Histories
+from genretrieval.histories import NO_QUERY, NO_SCENARIO, NO_TIME, Histories, LeaveOneOut
 
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 
@@ -62,7 +62,20 @@ def with_query_pairs(histories: Histories, pairs: pl.DataFrame) -> Histories:
         times=np.concatenate([histories.times, np.full(n, NO_TIME, np.int64)]),
         query_rows=np.concatenate([histories.query_rows, rows]),
         queries=list(known),
+        scenario_rows=(
+            None
+            if histories.scenario_rows is None
+            else np.concatenate([histories.scenario_rows, np.full(n, NO_SCENARIO, np.int16)])
+        ),
     )
+
+
+def searched(histories: Histories) -> pl.DataFrame:
+    """Every query of the training part of the histories with an item taken for it: columns ``query``, ``item_row``."""
+    found = np.flatnonzero(LeaveOneOut(histories).trained() & (histories.query_rows != NO_QUERY))
+    queries = [histories.queries[row] for row in histories.query_rows[found]]
+    items = pl.Series(histories.items[found].astype(np.int32))
+    return pl.DataFrame({"query": queries, "item_row": items}, schema={"query": pl.String, "item_row": pl.Int32})
 
 
 def has_queries(histories: Histories) -> bool:

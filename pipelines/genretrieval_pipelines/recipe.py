@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -35,6 +35,8 @@ class GeneratorSection(_Section):
     n_encoder_layers: int = 2
     n_decoder_layers: int = 2
     n_query_layers: int = 1
+    n_experts: int = Field(default=0, ge=0, description="Of each feed-forward layer of the decoder; 0 keeps it dense.")
+    experts_per_token: int = Field(default=2, ge=2, description="Together as wide as a dense layer.")
     max_history: int = 50
     max_past: int = Field(default=0, ge=0, description="Events before the history, exposures among them.")
     n_past_tokens: int = Field(default=8, ge=1, description="Tokens that each behaviour of the past is compressed to.")
@@ -44,6 +46,25 @@ class GeneratorSection(_Section):
     n_profile_buckets: int = 4096
     dense_head: bool = Field(default=True, description="Item vectors beside codes; what the search found is re-ranked.")
     dropout: float = 0.2
+
+
+Objective = Literal["alignment", "cooccurrence", "next_item"]
+
+
+class Stage(_Section):
+    """One stage of training; the generator goes on from where the stage before left it.
+
+    `alignment` teaches what items are called: titles, brands and categories are queries for their items.
+    `cooccurrence` teaches what was taken for a query, whoever asked. `next_item` is what is served: a query, if any,
+    from a visitor with a history. The first two need a shop with queries and are left out, with a note, elsewhere.
+    """
+
+    objective: Objective
+    epochs: int | None = Field(default=None, ge=1, description="Passes over its data; by default as `training` says.")
+
+    def config(self, training: TrainingConfig) -> TrainingConfig:
+        """Settings of this stage."""
+        return training if self.epochs is None else replace(training, epochs=self.epochs)
 
 
 class EvaluationSection(_Section):
@@ -61,6 +82,7 @@ class Recipe(_Section):
     collisions: CollisionConfig = CollisionConfig()
     generator: GeneratorSection = GeneratorSection()
     training: TrainingConfig = TrainingConfig()
+    stages: Annotated[list[Stage], Field(min_length=1)] = [Stage(objective="next_item")]
     evaluation: EvaluationSection = EvaluationSection()
 
     def dump(self) -> dict[str, Any]:

@@ -64,8 +64,8 @@ from genretrieval_pipelines.baselines.ranking import Ranked
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.embed import EmbeddingPart, item_texts
 from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, Reads, ask, without_seen
-from genretrieval_pipelines.queries import has_queries, train_query_tokenizer, with_query_pairs
-from genretrieval_pipelines.recipe import Recipe, content_hash
+from genretrieval_pipelines.queries import has_queries, made_queries, searched, train_query_tokenizer, with_query_pairs
+from genretrieval_pipelines.recipe import Objective, Recipe, content_hash
 from genretrieval_pipelines.shop import Shop, open_shop
 from genretrieval_pipelines.tokenize import Tokenized, embed_shop, tokenize
 
@@ -290,6 +290,8 @@ def train_generator(
         n_encoder_layers=sizes.n_encoder_layers,
         n_decoder_layers=sizes.n_decoder_layers,
         n_query_layers=sizes.n_query_layers,
+        n_experts=sizes.n_experts,
+        experts_per_token=sizes.experts_per_token,
         query_vocab_size=features.query_vocab_size,
         max_query_tokens=sizes.max_query_tokens,
         n_events=features.n_events,
@@ -307,6 +309,7 @@ def train_generator(
     key = content_hash(
         config.to_dict(),
         recipe.training,
+        recipe.stages,
         features.query_tokenizer,
         features.profile_features,
         ids.codes.tobytes(),
@@ -333,17 +336,22 @@ def train_generator(
         model.load_state_dict(load_file(finished))
         return Trained(model.eval(), dense_weight)
     index = build_index(ids, order=-draft.table["popularity"].to_numpy())
-    dataset = training_set(recipe, shop, ids, features)
     validate = partial(validation_recall, shop, draft, ids, recipe)
-    train(
-        model,
-        NextItemObjective(index, dataset.trained_items()),
-        dataset,
-        validate,
-        recipe.training,
-        folder,
-        callbacks=(TrainingProgress(console),),
-    )
+    for number, stage_ in enumerate(recipe.stages):
+        dataset = training_set(recipe, shop, ids, features, stage_.objective)
+        if not len(dataset):
+            console.print(f"stage {stage_.objective}: left out, as this shop has no queries", style="yellow")
+            continue
+        console.print(f"stage {stage_.objective}: {len(dataset):,} histories", style="dim", highlight=False)
+        train(
+            model,
+            NextItemObjective(index, dataset.trained_items()),
+            dataset,
+            validate,
+            stage_.config(recipe.training),
+            folder / f"{number}-{stage_.objective}",
+            callbacks=(TrainingProgress(console),),
+        )
     dense_weight = choose_dense_weight(shop, draft, ids, recipe, model.eval()) if model.dense is not None else 0.0
     partial_file = folder / "generator.partial.safetensors"
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -381,19 +389,34 @@ class TrainingProgress(TrainerCallback):
         self.bar.stop()
 
 
-def training_set(recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures) -> HistoryDataset:
-    """Windows over the training part of every history, and every training pair of a query and an item."""
-    pairs = shop.pairs.filter(pl.col("split") == "train")
+def training_set(
+    recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures, objective: Objective = "next_item"
+) -> HistoryDataset:
+    """What a stage learns from.
+
+    For `next_item`, windows over the training part of every history, and every training pair of a query and an item;
+    for the others such pairs alone.
+    """
+    pairs = shop.pairs.filter(pl.col("split") == "train").select("query", "item_row")
+    if objective == "alignment":
+        held_out = shop.pairs.filter(pl.col("split") != "train")
+        pairs = made_queries(shop.items).join(held_out.select("query"), on="query", how="anti", maintain_order="left")
+    elif objective == "cooccurrence":
+        pairs = pl.concat([pairs, searched(shop.histories)]).unique(maintain_order=True)
+    if not features.query_tokenizer:
+        pairs = pairs.clear()
+    n_users = shop.histories.n_users
     histories = with_query_pairs(shop.histories, pairs)
-    ends = LeaveOneOut(shop.histories).train_ends()
-    ends = np.concatenate([ends, histories.offsets[len(ends) + 1 :]])
+    ends = np.concatenate([LeaveOneOut(shop.histories).train_ends(), histories.offsets[n_users + 1 :]])
+    windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)
+    if objective != "next_item":
+        windows = windows.of_users(n_users)
     profiles = np.zeros((histories.n_users, len(features.profile_features)), np.int64)
     if features.profile_features:
         anonymous = features.profile_ids({})
         profiles[:] = anonymous
-        for user in range(shop.histories.n_users):
+        for user in range(n_users):
             profiles[user] = features.profile_ids(shop.profile(user))
-    windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)
     read = reads(recipe, shop)
     return HistoryDataset(histories, windows, ids, features, profiles, max_past=read.past, exposures=read.exposures)
 

@@ -19,7 +19,8 @@ from genretrieval.retrieval import CLOSED_BELOW, Leaves
 
 SIZES = (12, 16, 14)
 NOTHING_ELSE = {
-    "query_vocab_size": 0, "n_profile_buckets": 0, "n_items": 0, "n_scenarios": 0, "n_past_tokens": 0, "max_past": 0
+    "query_vocab_size": 0, "n_profile_buckets": 0, "n_items": 0, "n_scenarios": 0, "n_past_tokens": 0, "max_past": 0,
+    "n_experts": 0,
 }  # fmt: skip
 
 

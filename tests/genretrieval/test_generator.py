@@ -270,10 +270,10 @@ def test_every_part_starts_as_wide_as_it_is_said_to(tiny_config: GeneratorConfig
         generator.decoder.bias.embedding.weight: 0.1,
         # PyTorch's default: uniform within 1 / sqrt(inputs).
         layer.cross.query.weight: (3 * 64) ** -0.5,
-        layer.feed_forward.outer.weight: (3 * 256) ** -0.5,
+        layer.feed_forward.outer: (3 * 128) ** -0.5,
         generator.head.weight: (3 * 64) ** -0.5,
         generator.dense.projection.weight: 0.5,
-        generator.dense.user.weight: 0.1 * 64**-0.5,
+        generator.dense.user.weight: (3 * 64) ** -0.5,
     }
     for weight, std in expected.items():
         assert float(weight.detach().std()) == pytest.approx(std, rel=0.35 if weight.numel() < 100 else 0.1)

@@ -28,7 +28,8 @@ Requests = dict[str, NDArray[Any]]
 Ranking = list[tuple[int, float]]
 SAME = 1e-5
 NOTHING_ELSE = {
-    "query_vocab_size": 0, "n_profile_buckets": 0, "n_items": 0, "n_scenarios": 0, "n_past_tokens": 0, "max_past": 0
+    "query_vocab_size": 0, "n_profile_buckets": 0, "n_items": 0, "n_scenarios": 0, "n_past_tokens": 0, "max_past": 0,
+    "n_experts": 0,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from genretrieval.errors import RecipeError
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import LeaveOneOut
 from genretrieval.model import Generator
+from genretrieval.model.moe import MixtureOfExperts
 from genretrieval.training.data import HistoryDataset, collate, cut_windows
 from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.trainer import GeneratorTrainer, TrainingConfig, last_complete_checkpoint, train
@@ -99,6 +100,26 @@ def test_losses_of_ten_steps_are_the_known_ones(setting: Setting) -> None:
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(json.dumps({"losses": [round(loss, 6) for loss in losses]}, indent=1) + "\n", "utf-8")
     assert losses == pytest.approx(json.loads(GOLDEN.read_text("utf-8"))["losses"], rel=1e-4)
+
+
+def test_experts_are_balanced_after_every_step_and_their_load_is_reported(setting: Setting, tmp_path: Path) -> None:
+    generator = setting.generator()
+    mixture = generator.decoder.layers[0].feed_forward
+    assert isinstance(mixture, MixtureOfExperts)
+    logged: list[dict[str, float]] = []
+
+    class Log(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            logged.append(dict(logs))
+
+    config = TrainingConfig(epochs=2, targets_per_batch=64, evaluate_every=1)
+    train(generator, setting.objective, setting.dataset, lambda _: 0.5, config, tmp_path, callbacks=(Log(),))
+    # Every code that was written in training has passed the router, and no count is left over.
+    assert mixture.router_bias.abs().max() > 0
+    assert int(mixture.update_balance().sum()) == 0
+    loads = [log[name] for log in logged for name in log if name.startswith("expert_load/")]
+    assert len(loads) == 2 * len(generator.decoder.layers)
+    assert all(1.0 <= load <= 4.0 for load in loads)
 
 
 def test_it_learns_and_keeps_the_best_checkpoint(setting: Setting, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,16 @@ from genretrieval.errors import BundleIncompleteError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import NamedGraph
 from genretrieval.figures import Figure
+from genretrieval.histories import LeaveOneOut
 from genretrieval.request import Filters, HistoryEvent, RetrieveRequest
 from genretrieval.retrieval import Retriever
+from genretrieval.semantic_ids import SemanticIds
+from genretrieval.training.data import HistoryDataset
 from genretrieval_pipelines import run as run_module
 from genretrieval_pipelines.agreement import Agreement
 from genretrieval_pipelines.recipe import Recipe
-from genretrieval_pipelines.run import evaluate_bundle, run
+from genretrieval_pipelines.run import evaluate_bundle, request_features, run, training_set
+from genretrieval_pipelines.shop import open_shop
 from genretrieval_pipelines.synth import ShopConfig, synthesize
 
 QUIET = Console(quiet=True)
@@ -37,8 +42,16 @@ RECIPE = Recipe.model_validate(
             "max_history": 10,
             "query_vocab_size": 300,
             "n_profile_buckets": 32,
+            "max_past": 12,
+            "n_past_tokens": 2,
+            "n_experts": 4,
         },
         "training": {"epochs": 2, "evaluate_every": 1, "validation_users": 20},
+        "stages": [
+            {"objective": "alignment", "epochs": 1},
+            {"objective": "cooccurrence", "epochs": 1},
+            {"objective": "next_item"},
+        ],
         "evaluation": {"beam_width": 20, "sasrec": {"dim": 16, "max_epochs": 1}},
     }
 )
@@ -107,6 +120,52 @@ def test_logs_become_a_bundle_with_figures_beside_baselines(
     assert {brands[item.item_id] for item in response.items} <= {brand}
     assert items["item_id"][0] not in {item.item_id for item in response.items}
     assert response.missing_ids == ["gone"]
+
+
+def test_what_each_stage_learns_from(demo_shop: Path, tmp_path: Path) -> None:
+    shop = open_shop(demo_shop, tmp_path)
+    held_out = pl.DataFrame({"query": [shop.items["title"][0]], "item_row": [0], "split": ["test"]})
+    pairs = held_out.with_columns(pl.col("item_row").cast(pl.Int32))
+    shop = replace(shop, pairs=pairs)
+    ids = SemanticIds(np.arange(120, dtype=np.int32)[:, None], (120,))
+    features = request_features(RECIPE, shop)
+    sets = {
+        name: training_set(RECIPE, shop, ids, features, name) for name in ("alignment", "cooccurrence", "next_item")
+    }
+
+    def taught(dataset: HistoryDataset) -> set[tuple[str, int]]:
+        h, w = dataset.histories, dataset.windows
+        assert (w.lengths == 1).all()
+        assert (h.events[w.starts] == -1).all()
+        return {(h.queries[h.query_rows[p]], int(h.items[p])) for p in w.starts.tolist()}
+
+    title = shop.items["title"].to_list()
+    assert {(title[row], row) for row in range(1, 120) if title[row] != title[0]} <= taught(sets["alignment"])
+    # What a made query is held out for is not learnt either.
+    assert all(query != title[0] for query, _ in taught(sets["alignment"]))
+    trained = LeaveOneOut(shop.histories).trained()
+    rows = shop.histories.query_rows
+    asked = np.flatnonzero(trained & (rows != -1))
+    expected = {(shop.histories.queries[rows[p]], int(shop.histories.items[p])) for p in asked.tolist()}
+    assert taught(sets["cooccurrence"]) == expected
+    learnt = sum(
+        int(entry["learn"].sum()) for entry in map(sets["next_item"].__getitem__, range(len(sets["next_item"])))
+    )
+    assert learnt == trained.sum()
+
+
+def test_a_shop_without_queries_leaves_the_first_stages_out(demo_shop: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo_shop, data)
+    interactions = pl.read_parquet(data / "interactions.parquet").drop("query", "scenario")
+    interactions.write_parquet(data / "interactions.parquet")
+    shop = open_shop(data, tmp_path / "work")
+    ids = SemanticIds(np.arange(120, dtype=np.int32)[:, None], (120,))
+    features = request_features(RECIPE, shop)
+    assert (features.query_tokenizer, features.n_scenarios) == ("", 0)
+    assert not len(training_set(RECIPE, shop, ids, features, "alignment"))
+    assert not len(training_set(RECIPE, shop, ids, features, "cooccurrence"))
+    assert len(training_set(RECIPE, shop, ids, features, "next_item"))
 
 
 def test_a_second_run_repeats_the_figures_and_trains_nothing(
