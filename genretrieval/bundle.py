@@ -5,7 +5,7 @@
     generator.safetensors    the weights it was exported from
     codebooks.safetensors    the tokenizer
     catalogue.parquet        items, their attributes and their semantic IDs
-    item_vectors.npy         for models with a dense head: float32 [n_items, D], memory-mapped
+    item_vectors.npy         for models with a dense head: float32 [n_items, 2, D], memory-mapped
     query_tokenizer.json     for models that read queries
     config.yaml              the recipe as it was run
     metrics.json             its quality figures
@@ -103,7 +103,9 @@ class Bundle:
         return pl.read_parquet(self.path / CATALOGUE)
 
     def item_vectors(self) -> NDArray[np.float32] | None:
-        """Item vectors float32 ``[n_items, D]``, memory-mapped, of a model with a dense head.
+        """Item vectors float32 ``[n_items, 2, D]``, memory-mapped, of a model with a dense head.
+
+        The first of an item is what it is read by in a history, the second what it is ranked by.
 
         Raises:
             BundleError: they do not fit the catalogue.
@@ -111,10 +113,11 @@ class Bundle:
         if ITEM_VECTORS not in self.manifest.files:
             return None
         vectors: NDArray[np.float32] = np.load(self.path / ITEM_VECTORS, mmap_mode="r", allow_pickle=False)
-        if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != self.manifest.n_items:
+        if vectors.dtype != np.float32 or vectors.ndim != 3 or vectors.shape[:2] != (self.manifest.n_items, 2):
             raise BundleError(
-                f"{self.path / ITEM_VECTORS} is {vectors.dtype} {vectors.shape}, not float32 [{self.manifest.n_items}, "
-                "D]: it would rank other items than the catalogue's. Export the bundle again"
+                f"{self.path / ITEM_VECTORS} is {vectors.dtype} {vectors.shape}, not float32 "
+                f"[{self.manifest.n_items}, 2, D]: it would rank other items than the catalogue's. Export the bundle "
+                "again"
             )
         return vectors
 

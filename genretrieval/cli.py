@@ -425,6 +425,19 @@ def bench_decode(
     _report_figures(bench(sizes, rounds=2 if quick else rounds, bundle=bundle, quick=quick), json_file)
 
 
+@bench_app.command("train")
+def bench_train(
+    data: Annotated[Path | None, typer.Option(help="A shop's logs; without, a shop is made.")] = None,
+    quick: Annotated[bool, typer.Option(help="A tiny model and shop; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Training against Hugging Face `Trainer` around an equal T5, interleaved, and what both have learnt."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_train import QUICK
+        from genretrieval_pipelines.bench_train import bench_train as bench
+    _report_figures(bench(data, QUICK if quick else None), json_file)
+
+
 @bench_app.command("tokenize")
 def bench_tokenize(
     items: Annotated[int, typer.Option(help="Items to encode.")] = 100_000,

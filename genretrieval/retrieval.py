@@ -251,12 +251,14 @@ class DenseItems:
     """What a dense head ranks.
 
     Attributes:
-        vectors: float32 ``[n_items, D]``, memory-mapped.
+        read: float32 ``[n_items, D]``, memory-mapped, what items are read by in a history.
+        ranked: float32 ``[n_items, D]``, memory-mapped, what they are ranked by.
         cold: int64, rows of the items that training never saw. The search hardly ever writes their IDs (LIGER, arXiv
             2411.18814), so they are candidates beside what it found.
     """
 
-    vectors: NDArray[np.float32]
+    read: NDArray[np.float32]
+    ranked: NDArray[np.float32]
     cold: NDArray[np.int64]
 
     @classmethod
@@ -265,7 +267,7 @@ class DenseItems:
         vectors = bundle.item_vectors()
         if vectors is None:
             return None
-        return cls(vectors, np.flatnonzero(catalogue.table["popularity"].to_numpy() == 0))
+        return cls(vectors[:, 0], vectors[:, 1], np.flatnonzero(catalogue.table["popularity"].to_numpy() == 0))
 
 
 class Retriever:
@@ -383,7 +385,7 @@ class Retriever:
             f"{part}_mask": mask,
         }
         if self.dense:
-            inputs[f"{part}_vectors"] = self.dense.vectors[stacked]
+            inputs[f"{part}_vectors"] = self.dense.read[stacked]
         return inputs
 
     def _items(
@@ -414,7 +416,7 @@ class Retriever:
             rows = np.concatenate([rows, cold])
             beams = np.concatenate([beams, np.full(len(cold), found_in[-1])])
         assert found.user is not None
-        dense = self.dense.vectors[rows] @ found.user
+        dense = self.dense.ranked[rows] @ found.user
         scores = found.scores[beams] + self.bundle.manifest.dense_weight * dense
         best = np.argsort(-scores, kind="stable")[: request.top_k]
         return [

@@ -79,7 +79,8 @@ def make_generator(tiny_config: GeneratorConfig) -> MakeGenerator:
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
         if generator.dense is not None:
-            torch.nn.init.normal_(generator.dense.own_ID)
+            torch.nn.init.normal_(generator.dense.reading.own_ID)
+            torch.nn.init.normal_(generator.dense.ranking.own_ID)
             generator.dense.set_content(torch.randn(generator.config.n_items, generator.config.content_dim))
         return generator.eval()
 

@@ -21,7 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 
 from genretrieval.model.configuration import GeneratorConfig
-from genretrieval.model.dense import DenseHead
+from genretrieval.model.dense import DenseHead, ItemVectors
 from genretrieval.model.layers import Decoder, Encoder, Experts, Queries, RelativeBias
 from genretrieval.model.query_former import QueryFormer
 
@@ -237,10 +237,11 @@ class Generator(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.queries_RD, std=0.5)
             for name, table in module.tables().items():
                 getattr(module, name).copy_(table)
-        elif isinstance(module, DenseHead):
+        elif isinstance(module, ItemVectors):
             # Content has length 1: its projection is as wide as the embeddings it is added to.
             nn.init.normal_(module.projection.weight, std=0.5)
             nn.init.zeros_(module.own_ID)
+        elif isinstance(module, DenseHead):
             module.content_IC.zero_()
         elif isinstance(module, ContextEncoder):
             module.level_offsets.copy_(torch.tensor(self.config.level_offsets))

@@ -30,20 +30,18 @@ class Candidates(NamedTuple):
 
     Attributes:
         rows: int64 ``[M]``, item rows, sorted.
-        vectors: float ``[M, D]``.
+        read: float ``[M, D]``, what they are read by in a history.
+        ranked: float ``[M, D]``, what they are ranked by.
         bias: float ``[M]``, logarithm of how many items each stands for.
     """
 
     rows: Tensor
-    vectors: Tensor
+    read: Tensor
+    ranked: Tensor
     bias: Tensor
 
-    def vectors_of(self, items: Tensor) -> Tensor:
-        """Vectors of `items`, float ``[..., D]``. What is not among the candidates, as padding may be, gets some."""
-        return self.vectors[self.places(items)]
-
     def places(self, items: Tensor) -> Tensor:
-        """Positions of `items` in `rows`."""
+        """Positions of `items` in `rows`. What is not among them, as padding may be, gets some."""
         return torch.searchsorted(self.rows, items.contiguous()).clamp(max=len(self.rows) - 1)
 
 
@@ -109,7 +107,7 @@ class NextItemObjective(nn.Module):
         if candidates is None or model.dense is None:
             return loss
         user_ND = model.dense.user_vectors(states_NLD)
-        dense = full_softmax_loss(user_ND, candidates.vectors, candidates.places(items_N), candidates.bias)
+        dense = full_softmax_loss(user_ND, candidates.ranked, candidates.places(items_N), candidates.bias)
         return loss + self.dense_weight * dense
 
     def candidates(self, model: Generator, batch: dict[str, Tensor]) -> Candidates:
@@ -118,7 +116,7 @@ class NextItemObjective(nn.Module):
         n_items, n_trained = len(self.trained_bias_I), len(self.trained_items)
         if n_items <= MAX_SOFTMAX_ITEMS:
             rows = torch.arange(n_items, device=self.trained_items.device)
-            return Candidates(rows, model.dense.item_vectors(), self.trained_bias_I)
+            return Candidates(rows, model.dense.read(), model.dense.rank(), self.trained_bias_I)
         read = [batch[name].flatten() for name in ("target_items", "past_items") if name in batch]
         own = torch.unique(torch.cat(read))
         drawn = self.trained_items[torch.randint(n_trained, (MAX_SOFTMAX_ITEMS,), device=own.device)]
@@ -127,14 +125,14 @@ class NextItemObjective(nn.Module):
         left = n_trained - int((self.trained_bias_I[own] == 0).sum())
         stand_for = max(1.0, left / max(1, int((~is_own).sum())))
         bias = self.trained_bias_I[rows] + torch.where(is_own, 0.0, math.log(stand_for))
-        return Candidates(rows, model.dense.item_vectors(rows), bias)
+        return Candidates(rows, model.dense.read(rows), model.dense.rank(rows), bias)
 
     def decode(self, model: Generator, batch: dict[str, Tensor], candidates: Candidates | None = None) -> Tensor:
         """Decoder states of all targets, float ``[B, T, L, D]``."""
         if candidates is not None:
-            batch = {**batch, "history_vectors": candidates.vectors_of(batch["target_items"][:, :-1])}
+            batch = {**batch, "history_vectors": candidates.read[candidates.places(batch["target_items"][:, :-1])]}
             if "past_items" in batch:
-                batch["past_vectors"] = candidates.vectors_of(batch["past_items"])
+                batch["past_vectors"] = candidates.read[candidates.places(batch["past_items"])]
         return model.decode_targets(batch)
 
     def loss(self, model: Generator, states_NLD: Tensor, items_N: Tensor, codes_NL: Tensor) -> Tensor:

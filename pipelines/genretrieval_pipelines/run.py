@@ -254,7 +254,7 @@ class Trained:
 
 @torch.inference_mode()
 def item_vectors(generator: Generator) -> NDArray[np.float32] | None:
-    """Float32 ``[n_items, D]`` of a model with a dense head."""
+    """Float32 ``[n_items, 2, D]`` of a model with a dense head."""
     if generator.dense is None:
         return None
     vectors: NDArray[np.float32] = generator.dense.item_vectors().float().cpu().numpy()

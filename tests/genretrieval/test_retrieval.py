@@ -194,8 +194,10 @@ def test_a_capped_leaf_lists_its_most_popular_items_that_may_be_shown(tmp_path, 
     assert items(capped, exclude_item_ids=["b"]) == "acde"
 
 
-# Items a to e; the user of `ByVector` is (1, 0), so the first number is the dense score.
-VECTORS = np.asarray([[0.5, 9], [0, 9], [2, 9], [-1, 9], [3, 9]], np.float32)
+# Items a to e; the user of `ByVector` is (1, 0), so the first number of the second vector is the dense score.
+RANKED = np.asarray([[0.5, 9], [0, 9], [2, 9], [-1, 9], [3, 9]], np.float32)
+READ = -RANKED
+VECTORS = np.stack([READ, RANKED], 1)
 
 
 class ByVector(ByNumber):
@@ -228,7 +230,7 @@ def test_the_dense_head_reads_the_vectors_of_the_history(dense) -> None:
     items(dense, "ce")
     given = dense.backend.inputs["history_vectors"]
     assert given.dtype == np.float32
-    assert given[0].tolist() == VECTORS[[2, 4]].tolist()
+    assert given[0].tolist() == READ[[2, 4]].tolist()
 
 
 def test_items_that_training_never_saw_join_where_the_search_was_cut_off(dense) -> None:
@@ -257,10 +259,10 @@ def test_the_past_is_what_came_before_the_history_and_exposures_are_no_history(t
     given = retriever.backend.inputs
     # Unknown events are 0, click 1, purchase 2, exposure 3.
     assert given["history_events"].tolist() == [[1, 1, 0]]
-    assert given["history_vectors"][0].tolist() == VECTORS[[0, 1, 2]].tolist()
+    assert given["history_vectors"][0].tolist() == READ[[0, 1, 2]].tolist()
     assert given["past_events"].tolist() == [[1, 3, 2]]
     assert given["past_mask"].tolist() == [[True, True, True]]
-    assert given["past_vectors"][0].tolist() == VECTORS[[1, 2, 3]].tolist()
+    assert given["past_vectors"][0].tolist() == READ[[1, 2, 3]].tolist()
     assert given["past_codes"].tolist() == [[[0, 0], [0, 1], [1, 0]]]
     assert given["scenario"].tolist() == [2]
     assert response.missing_ids == ["gone"]
@@ -271,10 +273,10 @@ def test_the_past_is_what_came_before_the_history_and_exposures_are_no_history(t
     assert retriever.backend.inputs["scenario"].tolist() == [0]
 
 
-@pytest.mark.parametrize("vectors", [VECTORS[:4], VECTORS.astype(np.float64), VECTORS[:, 0]])
+@pytest.mark.parametrize("vectors", [VECTORS[:4], VECTORS.astype(np.float64), RANKED])
 def test_item_vectors_that_are_not_the_catalogue_s_are_refused(tmp_path, vectors) -> None:
     bundle = load_bundle(write(tmp_path / "odd", vectors=vectors))
-    with pytest.raises(BundleError, match=r"not float32 \[5, D\]"):
+    with pytest.raises(BundleError, match=r"not float32 \[5, 2, D\]"):
         Retriever(bundle, ByVector())
 
 
