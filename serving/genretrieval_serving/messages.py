@@ -88,7 +88,9 @@ class ServerInfo(_Message):
     bundle_uuid: str
     n_items: int
     default_beam_width: int
-    max_history: int = Field(description="Latest history events the model reads; earlier ones are ignored.")
+    max_history: int = Field(description="Newest interactions of a history that the model reads in full.")
+    max_past: int = Field(description="Events before those, exposures among them, that it reads compressed.")
+    scenarios: list[str] = Field(description="Values of `scenario` that it knows.")
     reads_queries: bool
     limits: Limits
 

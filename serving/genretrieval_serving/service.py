@@ -96,6 +96,8 @@ class RetrievalService:
             n_items=manifest.n_items,
             default_beam_width=manifest.beam_width,
             max_history=manifest.max_history,
+            max_past=manifest.max_past,
+            scenarios=list(manifest.scenarios),
             reads_queries=manifest.reads_queries,
             limits=Limits(max_batch_requests=self.max_batch),
         )

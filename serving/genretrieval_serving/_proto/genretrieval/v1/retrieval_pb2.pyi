@@ -173,7 +173,7 @@ class Limits(_message.Message):
     def __init__(self, max_top_k: _Optional[int] = ..., max_beam_width: _Optional[int] = ..., max_history_events: _Optional[int] = ..., max_batch_requests: _Optional[int] = ..., max_body_bytes: _Optional[int] = ...) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("server_version", "bundle_version", "bundle_uuid", "n_items", "default_beam_width", "max_history", "reads_queries", "limits")
+    __slots__ = ("server_version", "bundle_version", "bundle_uuid", "n_items", "default_beam_width", "max_history", "reads_queries", "limits", "max_past", "scenarios")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_UUID_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,8 @@ class GetInfoResponse(_message.Message):
     MAX_HISTORY_FIELD_NUMBER: _ClassVar[int]
     READS_QUERIES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAST_FIELD_NUMBER: _ClassVar[int]
+    SCENARIOS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     bundle_version: str
     bundle_uuid: str
@@ -190,4 +192,6 @@ class GetInfoResponse(_message.Message):
     max_history: int
     reads_queries: bool
     limits: Limits
-    def __init__(self, server_version: _Optional[str] = ..., bundle_version: _Optional[str] = ..., bundle_uuid: _Optional[str] = ..., n_items: _Optional[int] = ..., default_beam_width: _Optional[int] = ..., max_history: _Optional[int] = ..., reads_queries: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    max_past: int
+    scenarios: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, server_version: _Optional[str] = ..., bundle_version: _Optional[str] = ..., bundle_uuid: _Optional[str] = ..., n_items: _Optional[int] = ..., default_beam_width: _Optional[int] = ..., max_history: _Optional[int] = ..., reads_queries: _Optional[bool] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., max_past: _Optional[int] = ..., scenarios: _Optional[_Iterable[str]] = ...) -> None: ...
