@@ -236,6 +236,7 @@ def example() -> RetrieveRequest:
                 {"item_id": "item-9"},
             ],
             "profile": {"country": "NL", "age": "30"},
+            "scenario": "home",
             "filters": {
                 "attributes": {"category": ["shoes"], "brand": ["umbra", "acme"]},
                 "min_price": 1.5,

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from genretrieval import errors
-from genretrieval.request import RetrieveRequest, RetrieveResponse, Timings
+from genretrieval.request import RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
 from genretrieval_serving import wire
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
@@ -331,6 +331,12 @@ def test_wire_keeps_every_field(example) -> None:
     assert wire.request_from_proto(pb.RetrieveRequest()) == RetrieveRequest()
     assert set(pb.RetrieveRequest.DESCRIPTOR.fields_by_name) == set(RetrieveRequest.model_fields)
     assert set(pb.RetrieveResponse.DESCRIPTOR.fields_by_name) == set(RetrieveResponse.model_fields)
+    assert set(pb.RetrievedItem.DESCRIPTOR.fields_by_name) == set(RetrievedItem.model_fields)
+    written = RetrievedItem(item_id="a", score=-1.5, semantic_id=[1, 2], level_scores=[-0.5, -1.0])
+    # Added by the dense head, whose score may be 0 and is then given all the same.
+    added = RetrievedItem(item_id="b", score=-2.0, semantic_id=[0, 1], level_scores=[], dense_score=0.0)
+    response = RetrieveResponse(items=[written, added], bundle_version="v")
+    assert wire.response_from_proto(wire.response_to_proto(response)) == response
 
 
 def test_the_client_refuses_other_addresses_and_mixed_arguments() -> None:
