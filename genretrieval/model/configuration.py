@@ -73,8 +73,8 @@ class GeneratorConfig(PretrainedConfig):
             raise ValueError(f"n_items={n_items} needs content_dim: new items are placed by their content")
         if bool(n_past_tokens) != bool(max_past):
             raise ValueError(f"n_past_tokens={n_past_tokens} and max_past={max_past}: give both or neither")
-        if bool(n_past_tokens) != bool(max_past):
-            raise ValueError(f"n_past_tokens={n_past_tokens} and max_past={max_past}: give both or neither")
+        if n_experts and (experts_per_token < 1 or d_ff % experts_per_token):
+            raise ValueError(f"d_ff={d_ff} must be a multiple of experts_per_token={experts_per_token}")
         self.codebook_sizes = tuple(codebook_sizes)
         self.d_model = d_model
         self.n_heads = n_heads

@@ -206,6 +206,12 @@ def test_ages_count_back_from_the_newest_event(generator: Generator) -> None:
     torch.testing.assert_close(long[:, 2:4], short[:, 2:4], **CLOSE)
 
 
+@pytest.mark.parametrize("per_token", [0, 3])
+def test_configuration_refuses_experts_that_do_not_share_a_layer(per_token: int) -> None:
+    with pytest.raises(ValueError, match="d_ff=512 must be a multiple of experts_per_token"):
+        GeneratorConfig(n_experts=8, experts_per_token=per_token)
+
+
 def test_configuration_refuses_half_a_past() -> None:
     with pytest.raises(ValueError, match="give both or neither"):
         GeneratorConfig(n_past_tokens=4)
