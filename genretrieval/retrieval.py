@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -411,7 +411,7 @@ class Retriever:
         beams = np.asarray([beam for _, beam in candidates], np.int64)
         if len(found_in) == len(found.scores):
             # The search was cut off: what it did not reach is at best as probable as the last that it did.
-            cold = self.dense.cold[allowed(self.dense.cold)]
+            cold = self.dense.cold[allowed[self.dense.cold]]
             cold = cold[~np.isin(cold, rows)]
             rows = np.concatenate([rows, cold])
             beams = np.concatenate([beams, np.full(len(cold), found_in[-1])])
@@ -424,22 +424,23 @@ class Retriever:
             for i in best.tolist()
         ]
 
-    def _allowed(
-        self, request: RetrieveRequest, known: KnownEvents, matching: NDArray[np.bool_]
-    ) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
-        """Tells which item rows may be returned: those that match the filters and are not excluded."""
+    def _allowed(self, request: RetrieveRequest, known: KnownEvents, matching: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which items may be returned, bool ``[n_items]``: those that match the filters and are not excluded."""
         rows = self.catalogue.rows
-        excluded = {rows[item] for item in request.exclude_item_ids if item in rows}
+        excluded = [rows[item] for item in request.exclude_item_ids if item in rows]
         if request.exclude_history != "off":
             gone = known.rows if request.exclude_history == "all" else known.rows[known.purchased]
-            excluded.update(gone.tolist())
-        barred = np.asarray(sorted(excluded), np.int64)
-        return lambda rows: matching[rows] & ~np.isin(rows, barred)
+            excluded += gone.tolist()
+        if not excluded:
+            return matching
+        allowed = matching.copy()
+        allowed[excluded] = False
+        return allowed
 
-    def _leaf(self, leaf: int, allowed: Callable[[NDArray[np.int64]], NDArray[np.bool_]]) -> list[int]:
+    def _leaf(self, leaf: int, allowed: NDArray[np.bool_]) -> list[int]:
         """Items of a leaf that may be returned, in listing order, as many as the cap lets through."""
-        rows = self.catalogue.index.items_of(leaf).astype(np.int64)
-        listed: list[int] = rows[allowed(rows)].tolist()
+        rows = self.catalogue.index.items_of(leaf)
+        listed: list[int] = rows[allowed[rows]].tolist()
         return listed[: self.bundle.manifest.leaf_cap]
 
     def _item(
