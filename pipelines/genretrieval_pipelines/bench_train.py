@@ -18,6 +18,8 @@ codes, each over the softmax of its whole level on both sides, and for that comp
 lower by what the catalogue gives away. Of the peer's softmax over all tokens only the level's part counts, which can
 only lower its loss.
 
+Ours is the bare model: experts, a dense head and a compressed past, which the peer has no counterpart of, are left out.
+
 Contenders take turns within one process. A turn is a fresh ``Trainer`` over every n-th batch of a whole epoch, timed
 between the ends of its steps: reading and padding the data, the step and the trainer's own work count, starting it does
 not.
@@ -970,7 +972,7 @@ def training_flops(config: GeneratorConfig, lengths_W: Rows, learnt_W: Rows) -> 
     the optimizer count as nothing, nor do padding and interactions that are context only, beyond being encoded.
 
     Args:
-        config: of a model without queries.
+        config: of a bare model: no queries, past, experts or dense head.
         lengths_W: int64 ``[W]``, interactions of each window; a history of one fewer and the position before it are
             encoded.
         learnt_W: int64 ``[W]``, how many of them are targets.
