@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from genretrieval.errors import RecipeError
-from genretrieval.schemas import EXPOSURE
 
 NO_PLACE = -1
 """Place of an item of which it is not known where it was shown."""
@@ -162,6 +161,7 @@ class RankingModel(nn.Module):
         catalogue: Catalogue,
         codebook_sizes: Sequence[int],
         behaviours: Sequence[str],
+        n_given: int,
         n_events: int,
         query_vocab_size: int,
         config: RankingConfig,
@@ -172,6 +172,7 @@ class RankingModel(nn.Module):
             catalogue: the items, in row order.
             codebook_sizes: codes of each level.
             behaviours: names of the chain, each presupposing the one before it.
+            n_given: behaviours at its beginning that are no outcome: 1 where it begins with exposure, else 0.
             n_events: behaviours of a history, entry 0 being every other one.
             query_vocab_size: entries of the query tokenizer; 0 for a model without queries.
             config: sizes.
@@ -181,7 +182,8 @@ class RankingModel(nn.Module):
         d = config.d_model
         self.config = config
         self.behaviours = tuple(behaviours)
-        self.n_given = int(self.behaviours[0] == EXPOSURE)
+        self.n_given = n_given
+        assert n_given in (0, 1)
         assert self.outcomes
         starts = torch.tensor([0, *codebook_sizes[:-1]]).cumsum(0)
         self.register_buffer("codes", catalogue.codes_NL + starts, persistent=False)

@@ -21,8 +21,8 @@ PADDING = -1
 """Depth of what only fills up a row of a batch."""
 
 # Precision of the prior of a calibration: a tenth is its standard deviation. A model that minimises a likelihood is
-# nearly calibrated, and a few hundred clicks do not know its odds much better than that. On the demo shop a weaker
-# prior left larger errors than no calibration did.
+# nearly calibrated, and a few hundred clicks do not know its odds much better than that: on the demo shop, a weaker
+# prior left larger errors.
 _PRIOR = 100.0
 _NEWTON_STEPS = 25
 

@@ -493,6 +493,7 @@ def _new_model(
             Catalogue(torch.tensor(ids.codes, dtype=torch.int64), content),
             ids.codebook_sizes,
             examples.behaviours,
+            int(examples.behaviours[0] == EXPOSURE),
             features.n_events,
             features.query_vocab_size,
             config.model,

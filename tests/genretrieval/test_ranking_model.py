@@ -47,7 +47,8 @@ def model(
     seed: int = 0,
 ) -> RankingModel:
     torch.manual_seed(seed)
-    return RankingModel(catalogue, SIZES, behaviours, n_events=3, query_vocab_size=6, config=config).eval()
+    n_given = int(behaviours[0] == "exposure")
+    return RankingModel(catalogue, SIZES, behaviours, n_given, n_events=3, query_vocab_size=6, config=config).eval()
 
 
 def requests(history: Sequence[Sequence[int]], queries: Sequence[Sequence[int]] = ()) -> RankingRequests:
@@ -186,7 +187,7 @@ def test_its_size_besides_tables() -> None:
     torch.manual_seed(0)
     config = RankingConfig()
     catalogue = Catalogue(CODES, torch.ones(5, 384))
-    ranker = RankingModel(catalogue, SIZES, ("exposure", "click", "cart", "purchase"), 4, 4096, config)
+    ranker = RankingModel(catalogue, SIZES, ("exposure", "click", "cart", "purchase"), 1, 4, 4096, config)
     tables = sum(p.numel() for name, p in ranker.named_parameters() if "embedding" in name)
     assert sum(p.numel() for p in ranker.parameters()) - tables < 300_000
 
