@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import time
 from collections import OrderedDict
@@ -145,9 +144,17 @@ class Catalogue:
         return conditions
 
 
-def _canonical(message: RetrieveRequest | Filters) -> str:
+def _canonical(message: RetrieveRequest | Filters) -> bytes:
     """The same text for equal messages; mappings have no order, and gRPC does not keep one."""
-    return json.dumps(message.model_dump(), sort_keys=True)
+    if isinstance(message, Filters):
+        return (
+            message.model_copy(update={"attributes": dict(sorted(message.attributes.items()))})
+            .model_dump_json()
+            .encode()
+        )
+    filters = _canonical(message.filters) if message.filters else b""
+    rest = message.model_copy(update={"profile": dict(sorted(message.profile.items())), "filters": None})
+    return rest.model_dump_json().encode() + filters
 
 
 class MaskRows:
@@ -164,7 +171,7 @@ class MaskRows:
         self.arrays = {f"allowed_{level}": np.ones((n_rows, width), bool) for level, width in enumerate(widths)}
         self.items = np.ones((n_rows, len(catalogue.table)), bool)
         self._free = list(range(n_rows - 1, 0, -1))
-        self._rows: OrderedDict[str, int] = OrderedDict()
+        self._rows: OrderedDict[bytes, int] = OrderedDict()
         self._holders = [0] * n_rows
         self._changed = threading.Condition()
         # Batches take their rows one after another, so that no two half-served ones wait for each other.
@@ -468,7 +475,7 @@ class Retriever:
             degraded.append("query_ignored")
         if len(known.interactions) > manifest.max_history + manifest.max_past:
             degraded.append("history_truncated")
-        digest = hashlib.blake2b(_canonical(request).encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(_canonical(request), digest_size=8).hexdigest()
         return RetrieveResponse(
             items=items,
             missing_ids=list(dict.fromkeys(item for item in named if item not in rows)),
