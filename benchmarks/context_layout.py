@@ -22,10 +22,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import set_seed
 
-from genretrieval.catalogue import build_index
 from genretrieval.features import N_GAPS
 from genretrieval.figures import Figure, print_lines
 from genretrieval.histories import LeaveOneOut
@@ -33,9 +33,11 @@ from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.model.generator import Context, ContextEncoder
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, Windows, collate
 from genretrieval.training.objectives import NextItemObjective
+from genretrieval_pipelines.draft import draft_bundle, request_features
 from genretrieval_pipelines.recipe import Recipe
-from genretrieval_pipelines.run import draft_bundle, request_features, tokenize, training_set, validation_recall
 from genretrieval_pipelines.shop import Shop, open_shop
+from genretrieval_pipelines.stages import stage_inputs, training_set, validation_recall
+from genretrieval_pipelines.tokenize import tokenize
 
 RECIPE = {
     "embedding": [{"name": "hashing"}, {"name": "collaborative"}],
@@ -161,7 +163,7 @@ def main(
     tokenized = tokenize(recipe, shop, work)
     features = request_features(recipe, shop)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
-    index = build_index(tokenized.ids)
+    inputs = stage_inputs(recipe, shop, tokenized.ids, draft, work, Console(quiet=True))
     dataset = training_set(recipe, shop, tokenized.ids, features)
     one_each = HistoryDataset(dataset.histories, expanded(dataset.windows), dataset.ids, features, dataset.profiles)
     assert len(one_each) == int(LeaveOneOut(shop.histories).train_ends().sum() - shop.histories.offsets[:-1].sum())
@@ -181,8 +183,8 @@ def main(
                 name
             ]
             data = one_each if name == "item_windows" else dataset
-            learnt = train_for(model, objective(index), data, cpu_minutes * 60, peak=2e-3)
-            recalls.append(validation_recall(shop, draft, tokenized.ids, recipe, model.eval()))
+            learnt = train_for(model, objective(inputs.index), data, cpu_minutes * 60, peak=2e-3)
+            recalls.append(validation_recall(inputs, model.eval()))
         spread = (min(recalls), max(recalls)) if seeds > 1 else None
         figures[f"context.{name}.recall10"] = Figure(float(np.mean(recalls)), "share", spread)
         figures[f"context.{name}.learnt"] = Figure(learnt, "interactions")

@@ -48,6 +48,7 @@ class DenseHead(nn.Module):
         super().__init__()
         self.reading, self.ranking = ItemVectors(config), ItemVectors(config)
         self.user = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.history = nn.Linear(config.d_model, config.d_model, bias=False)
         self.register_buffer("content_IC", torch.zeros(config.n_items, config.content_dim), persistent=False)
 
     def set_content(self, content_IC: Tensor) -> None:
@@ -67,9 +68,13 @@ class DenseHead(nn.Module):
         """Float ``[n_items, 2, D]``: what every item is read by, and what it is ranked by."""
         return torch.stack([self.read(), self.rank()], 1)
 
-    def user_vectors(self, states_XLD: Tensor) -> Tensor:
-        """What item vectors are compared with, from the decoder's states: ``[..., L, D]`` to ``[..., D]``.
+    def user_vectors(self, states_XD: Tensor, seen_XD: Tensor) -> Tensor:
+        """What item vectors are compared with: ``[..., D]``.
 
-        It is read off the state before the first code, which has seen the history and the query.
+        The decoder has read the query, the encoder is nearer to the items of the history; each adds its part.
+
+        Args:
+            states_XD: the decoder's states before the first code.
+            seen_XD: the encoder's states after the history.
         """
-        return cast(Tensor, self.user(states_XLD[..., 0, :]))
+        return cast(Tensor, self.user(states_XD) + self.history(seen_XD))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +72,25 @@ class Context:
         memory_BSD: encoded history positions, then encoded query tokens.
         mask_BS: bool, which of them are real.
         start_BD: state that the first decoder step starts from.
+        seen_BD: what the encoder made of the whole history; read by the dense head.
     """
 
     memory_BSD: Tensor
     mask_BS: Tensor
     start_BD: Tensor
+    seen_BD: Tensor
+
+
+class Decoded(NamedTuple):
+    """Teacher-forced targets of a batch; see `Generator.decode_targets`.
+
+    Attributes:
+        states_BTLD: the decoder's state before each code of each target.
+        seen_BTD: what the encoder made of the interactions before each target; read by the dense head.
+    """
+
+    states_BTLD: Tensor
+    seen_BTD: Tensor
 
 
 class ContextEncoder(nn.Module):
@@ -157,7 +171,8 @@ class ContextEncoder(nn.Module):
         """Encode requests for the one item that comes next."""
         memory_BSD, mask_BS = self.history(request), request["history_mask"]
         last = mask_BS.sum(1)[:, None, None].expand(-1, 1, memory_BSD.shape[-1])
-        start_BD = self.starts(memory_BSD.gather(1, last)[:, 0], request.get("scenario"))
+        seen_BD = memory_BSD.gather(1, last)[:, 0]
+        start_BD = self.starts(seen_BD, request.get("scenario"))
         parts, masks = [memory_BSD], [mask_BS.new_ones(mask_BS.shape[0], 1), mask_BS]
         past = self.past(request)
         if past is not None:
@@ -166,7 +181,7 @@ class ContextEncoder(nn.Module):
         if self.query_encoder is not None:
             parts.append(self.query(request["query_tokens"], request["query_mask"]))
             masks.append(request["query_mask"])
-        return Context(torch.cat(parts, 1), torch.cat(masks, 1), start_BD)
+        return Context(torch.cat(parts, 1), torch.cat(masks, 1), start_BD, seen_BD)
 
 
 @dataclass
@@ -176,13 +191,15 @@ class EncodedRequest(ModelOutput):
     last_hidden_state: Tensor | None = None
     mask: Tensor | None = None
     start: Tensor | None = None
+    seen: Tensor | None = None
 
     def context(self) -> Context:
         """As it was before."""
         assert self.last_hidden_state is not None
         assert self.mask is not None
         assert self.start is not None
-        return Context(self.last_hidden_state, self.mask, self.start)
+        assert self.seen is not None
+        return Context(self.last_hidden_state, self.mask, self.start, self.seen)
 
 
 class RequestEncoder(nn.Module):
@@ -195,7 +212,7 @@ class RequestEncoder(nn.Module):
     def forward(self, **kwargs: Any) -> EncodedRequest:
         """Encode requests, whose tensors are given by name, among other things that ``generate`` passes on."""
         found: Context = self.context({name: given for name, given in kwargs.items() if isinstance(given, Tensor)})
-        return EncodedRequest(found.memory_BSD, found.mask_BS, found.start_BD)
+        return EncodedRequest(found.memory_BSD, found.mask_BS, found.start_BD, found.seen_BD)
 
 
 class Generator(PreTrainedModel, GenerationMixin):
@@ -248,7 +265,7 @@ class Generator(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.begin, std=0.5)
             nn.init.normal_(module.start.weight, std=self.config.d_model**-0.5)
 
-    def decode_targets(self, batch: Request) -> Tensor:
+    def decode_targets(self, batch: Request) -> Decoded:
         """Teacher-force every target of every history in one pass.
 
         Args:
@@ -258,12 +275,12 @@ class Generator(PreTrainedModel, GenerationMixin):
                 ``[B, T]``.
 
         Returns:
-            Float ``[B, T, L, D]``, the decoder's state before each code; see `level_logits`.
+            States of the decoder and of the encoder; see `level_logits` and `DenseHead.user_vectors`.
         """
         context, target_codes = self.context, batch["target_codes"]
         n_rows, n_targets = target_codes.shape[:2]
-        memory = context.history(batch)
-        start = context.starts(memory, batch.get("target_scenarios")) + context.codes.weight[0]
+        seen_BTD = memory = context.history(batch)
+        start = context.starts(seen_BTD, batch.get("target_scenarios")) + context.codes.weight[0]
         x_BTLD = torch.cat([start[:, :, None], context.embed(target_codes[..., :-1])], 2)
         seen = torch.ones(n_targets, n_targets, dtype=torch.bool, device=start.device).tril().expand(n_rows, -1, -1)
         past = context.past(batch)
@@ -274,7 +291,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         if context.query_encoder is not None and len(batch["query_rows"]):
             encoded = context.query(batch["query_tokens"], batch["query_mask"])
             queries = Queries(batch["query_rows"], encoded, batch["query_mask"])
-        return cast(Tensor, self.decoder(x_BTLD, memory, seen, queries))
+        return Decoded(self.decoder(x_BTLD, memory, seen, queries), seen_BTD)
 
     def level_logits(self, states_XD: Tensor, level: int) -> Tensor:
         """Scores of the codes of `level`: ``[..., D]`` to ``[..., V]``."""

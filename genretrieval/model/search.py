@@ -180,7 +180,7 @@ class BeamSearch(nn.Module):
         level_offsets: first flat token of each level.
         normalise: ``children`` takes the softmax over the codes that exist under a beam's prefix, as our training
             does; ``vocabulary`` over all flat tokens, as Hugging Face does.
-        dense: float ``[D, D]``, what the dense head makes a user vector by, where there is one.
+        dense: float ``[D, D]``, what the decoder's part of a user vector is made by, where there is a dense head.
     """
 
     def __init__(
@@ -316,6 +316,7 @@ class RetrievalGraph(nn.Module):
         self.context.encoder = FusedEncoder(cast(Encoder, generator.context.encoder))
         if generator.context.query_encoder is not None:
             self.context.query_encoder = FusedEncoder(cast(Encoder, generator.context.query_encoder))
+        self.history = generator.dense.history if generator.dense is not None else None
         self.search = BeamSearch(
             generator.decoder,
             generator.context.codes.weight,
@@ -328,4 +329,7 @@ class RetrievalGraph(nn.Module):
     def forward(self, request: Request, beams: Tensor, index: IndexTensors) -> Retrieved:
         """Retrieve for a batch of requests; the rest as in `BeamSearch.forward`."""
         context: Context = self.context(request)
-        return self.search(context.memory_BSD, context.mask_BS, context.start_BD, beams, index)
+        found: Retrieved = self.search(context.memory_BSD, context.mask_BS, context.start_BD, beams, index)
+        if self.history is None or found.user_BD is None:
+            return found
+        return found._replace(user_BD=found.user_BD + self.history(context.seen_BD))

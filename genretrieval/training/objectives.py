@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from genretrieval.catalogue import CatalogueIndex
 from genretrieval.model import Generator
+from genretrieval.model.generator import Decoded
 from genretrieval.training.full_softmax import full_softmax_loss
 
 MAX_SOFTMAX_ITEMS = 50_000
@@ -102,11 +103,12 @@ class NextItemObjective(nn.Module):
         learn = batch["learn"]
         items_N = batch["target_items"][learn]
         candidates = self.candidates(model, batch) if model.dense is not None else None
-        states_NLD = self.decode(model, batch, candidates)[learn]
+        decoded = self.decode(model, batch, candidates)
+        states_NLD = decoded.states_BTLD[learn]
         loss = self.loss(model, states_NLD, items_N, batch["target_codes"][learn])
         if candidates is None or model.dense is None:
             return loss
-        user_ND = model.dense.user_vectors(states_NLD)
+        user_ND = model.dense.user_vectors(states_NLD[:, 0], decoded.seen_BTD[learn])
         dense = full_softmax_loss(user_ND, candidates.ranked, candidates.places(items_N), candidates.bias)
         return loss + self.dense_weight * dense
 
@@ -127,8 +129,8 @@ class NextItemObjective(nn.Module):
         bias = self.trained_bias_I[rows] + torch.where(is_own, 0.0, math.log(stand_for))
         return Candidates(rows, model.dense.read(rows), model.dense.rank(rows), bias)
 
-    def decode(self, model: Generator, batch: dict[str, Tensor], candidates: Candidates | None = None) -> Tensor:
-        """Decoder states of all targets, float ``[B, T, L, D]``."""
+    def decode(self, model: Generator, batch: dict[str, Tensor], candidates: Candidates | None = None) -> Decoded:
+        """Teacher-force all targets."""
         if candidates is not None:
             batch = {**batch, "history_vectors": candidates.read[candidates.places(batch["target_items"][:, :-1])]}
             if "past_items" in batch:

@@ -38,11 +38,12 @@ from genretrieval_pipelines.baselines.counts import Markov, Popularity, Transiti
 from genretrieval_pipelines.baselines.ranking import Baseline
 from genretrieval_pipelines.baselines.sasrec import Sasrec
 from genretrieval_pipelines.cases import Cases
+from genretrieval_pipelines.draft import draft_bundle, reads, request_features
 from genretrieval_pipelines.evaluate import K, ask, without_seen
 from genretrieval_pipelines.quality_report import counted_test_evaluations
 from genretrieval_pipelines.recipe import ComparisonRecipe, content_hash
-from genretrieval_pipelines.run import draft_bundle, reads, request_features, train_generator
 from genretrieval_pipelines.shop import Shop, open_shop
+from genretrieval_pipelines.stages import stage_inputs
 from genretrieval_pipelines.tokenize import (
     REPORT,
     Tokenized,
@@ -52,6 +53,7 @@ from genretrieval_pipelines.tokenize import (
     read_report,
     tokenizer_folder,
 )
+from genretrieval_pipelines.train_generator import train_generator
 from genretrieval_tokenizers.comparison import Comparison, DownstreamRow
 from genretrieval_tokenizers.publish import open_published
 from genretrieval_tokenizers.quantise import one_thread
@@ -304,10 +306,8 @@ def measured_cases(recipe: ComparisonRecipe, shop: Shop, split: Split) -> Cases:
 
 def _measure(grid: Grid, shop: Shop, tokenized: Tokenized, name: str, seed: int, split: Split) -> dict[str, float]:
     recipe, quiet = grid.recipe.cell(name, seed), Console(quiet=True)
-    features = request_features(recipe, shop)
-    draft = draft_bundle(recipe, shop, tokenized.ids, features)
-    content = grid.embeddings(name, shop) if recipe.generator.dense_head else None
-    trained = train_generator(recipe, shop, tokenized, draft, grid.work, quiet, content)
+    draft = draft_bundle(recipe, shop, tokenized.ids, request_features(recipe, shop))
+    trained = train_generator(stage_inputs(recipe, shop, tokenized.ids, draft, grid.work, quiet))
     cases = measured_cases(grid.recipe, shop, split)
     retriever = Retriever(trained.draft(draft), GraphBackend(named_graph(trained.generator)))
     beams, ids = grid.recipe.evaluation.beam_width, tokenized.ids

@@ -48,7 +48,7 @@ class GeneratorSection(_Section):
     dropout: float = 0.2
 
 
-Objective = Literal["alignment", "cooccurrence", "next_item"]
+SupervisedObjective = Literal["alignment", "cooccurrence", "next_item"]
 
 
 class Stage(_Section):
@@ -59,11 +59,11 @@ class Stage(_Section):
     from a visitor with a history. The first two need a shop with queries and are left out, with a note, elsewhere.
     """
 
-    objective: Objective
+    objective: SupervisedObjective
     epochs: int | None = Field(default=None, ge=1, description="Passes over its data; by default as `training` says.")
 
-    def config(self, training: TrainingConfig) -> TrainingConfig:
-        """Settings of this stage."""
+    def schedule(self, training: TrainingConfig) -> TrainingConfig:
+        """Settings of training, as this stage has them."""
         return training if self.epochs is None else replace(training, epochs=self.epochs)
 
 

@@ -6,30 +6,22 @@ goes on where it stopped; a changed recipe or changed logs redo what depends on 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 import yaml
 from accelerate import PartialState
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress, TaskID
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import TrainerCallback, TrainerState, set_seed
+from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from genretrieval import __version__
 from genretrieval.bundle import (
     CATALOGUE,
     CODEBOOKS,
@@ -45,33 +37,27 @@ from genretrieval.bundle import (
     load_bundle,
     write_bundle,
 )
-from genretrieval.catalogue import build_index
 from genretrieval.errors import BundleError
-from genretrieval.export import MINIMUM_ONNXRUNTIME, OPSET, GraphBackend, export_graph
+from genretrieval.export import export_graph
 from genretrieval.export.onnx import example_inputs, named_graph
-from genretrieval.features import N_GAPS, RequestFeatures
+from genretrieval.features import RequestFeatures
 from genretrieval.figures import Figure
-from genretrieval.histories import LeaveOneOut, Split
-from genretrieval.metrics import ndcg, recall
-from genretrieval.model import Generator, GeneratorConfig
+from genretrieval.histories import Split
+from genretrieval.model import Generator
 from genretrieval.retrieval import Backend, Retriever
 from genretrieval.semantic_ids import SemanticIds
-from genretrieval.training.data import HistoryDataset, cut_windows
-from genretrieval.training.objectives import NextItemObjective
-from genretrieval.training.trainer import METRIC, train
 from genretrieval_pipelines import quality_report
-from genretrieval_pipelines.baselines.ranking import Ranked
 from genretrieval_pipelines.cases import Cases
-from genretrieval_pipelines.embed import EmbeddingPart, item_texts
-from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, Reads, ask, without_seen
-from genretrieval_pipelines.queries import has_queries, made_queries, searched, train_query_tokenizer, with_query_pairs
-from genretrieval_pipelines.recipe import Objective, Recipe, content_hash
+from genretrieval_pipelines.draft import Draft, draft_bundle, reads, request_features
+from genretrieval_pipelines.embed import EmbeddingPart
+from genretrieval_pipelines.evaluate import Answer, Answers, Evaluation, ask
+from genretrieval_pipelines.recipe import Recipe
 from genretrieval_pipelines.shop import Shop, open_shop
-from genretrieval_pipelines.tokenize import Tokenized, embed_shop, tokenize
+from genretrieval_pipelines.stages import stage_inputs
+from genretrieval_pipelines.tokenize import Tokenized, tokenize
+from genretrieval_pipelines.train_generator import train_generator
 
 OpenBackend = Callable[[Path], Backend]
-Metric = Callable[[Ranked, NDArray[np.int32], NDArray[np.int64], int], NDArray[np.float64]]
-VALIDATION_BEAMS = 20
 # The first judges checkpoints: both scores are log-probabilities of the same item.
 DENSE_WEIGHTS = (1.0, 0.0, 0.25, 0.5, 2.0, 4.0, 8.0)
 DENSE_WEIGHT = "dense_weight"
@@ -79,28 +65,6 @@ NOT_MEASURED = (
     "Not measured: no user has three interactions, and no query is held out. The bundle can be served, but nothing is "
     "known of its quality"
 )
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A bundle that is not written yet; a `Retriever` can answer from it."""
-
-    manifest: Manifest
-    request_features: RequestFeatures
-    table: pl.DataFrame
-    vectors: NDArray[np.float32] | None = None
-
-    def item_vectors(self) -> NDArray[np.float32] | None:
-        """Item vectors of a model that has them."""
-        return self.vectors
-
-    def features(self) -> RequestFeatures:
-        """How requests are turned into model inputs."""
-        return self.request_features
-
-    def catalogue(self) -> pl.DataFrame:
-        """Items in row order."""
-        return self.table
 
 
 def run(
@@ -133,9 +97,8 @@ def run(
     if processes.is_main_process:
         console.print(tokenized.report, style="dim", highlight=False, markup=False)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
-    content = embed_shop(recipe.embedding, shop, work) if recipe.generator.dense_head else None
     started = time.perf_counter()
-    trained = train_generator(recipe, shop, tokenized, draft, work, console, content)
+    trained = train_generator(stage_inputs(recipe, shop, tokenized.ids, draft, work, console))
     console.print(f"training the generator: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
     if not processes.is_main_process:
         return {}
@@ -172,290 +135,6 @@ def stage(console: Console, name: str) -> Iterator[None]:
     with console.status(name) if console.is_terminal else nullcontext():
         yield
     console.print(f"{name}: {time.perf_counter() - started:.1f} s", style="dim", highlight=False)
-
-
-def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
-    """What the model reads of a request: the behaviours, profile columns and words of this shop."""
-    sizes = recipe.generator
-    tokenizer: Tokenizer | None = None
-    if has_queries(shop.histories) or len(shop.pairs):
-        corpus = [
-            *item_texts(shop.items),
-            *shop.histories.queries,
-            *shop.pairs["query"].unique(maintain_order=True),
-        ]
-        tokenizer = train_query_tokenizer(corpus, sizes.query_vocab_size)
-    profile = tuple(name for name in shop.users.columns if name != "user_id")
-    return RequestFeatures(
-        events=shop.histories.event_names,
-        profile_features=profile,
-        n_profile_buckets=sizes.n_profile_buckets if profile else 0,
-        query_tokenizer=tokenizer.to_str() if tokenizer else "",
-        max_query_tokens=sizes.max_query_tokens,
-        scenarios=shop.histories.scenario_names if sizes.scenario else (),
-    )
-
-
-def reads(recipe: Recipe, shop: Shop) -> Reads:
-    """What the generator of this recipe reads of a history."""
-    past = recipe.generator.max_past
-    return Reads(recipe.generator.max_history, past, shop.logs.exposures() if past else None)
-
-
-def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures) -> Draft:
-    """Manifest and catalogue of the bundle to be."""
-    trained = LeaveOneOut(shop.histories).trained()
-    popularity = np.bincount(shop.histories.items[trained], minlength=ids.n_items)
-    table = shop.items.with_columns(
-        pl.Series("semantic_id", ids.codes.tolist(), pl.List(pl.Int32)),
-        pl.Series("popularity", popularity, pl.Int64),
-    )
-    manifest = Manifest(
-        genretrieval_version=__version__,
-        n_items=ids.n_items,
-        codebook_sizes=ids.codebook_sizes,
-        leaf_cap=recipe.collisions.cap,
-        opset=OPSET,
-        minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
-        graph_inputs=(),
-        events=features.events,
-        profile_features=features.profile_features,
-        n_profile_buckets=features.n_profile_buckets,
-        scenarios=features.scenarios,
-        max_history=recipe.generator.max_history,
-        max_past=recipe.generator.max_past,
-        max_query_tokens=features.max_query_tokens,
-        reads_queries=bool(features.query_tokenizer),
-        beam_width=recipe.evaluation.beam_width,
-        exclude_seen=shop.exclude_seen,
-    )
-    return Draft(manifest, features, table)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A generator and how much its dense head has to say.
-
-    Attributes:
-        generator: in evaluation mode.
-        dense_weight: of the dense head's score beside the log-probability of the codes; 0 without one.
-    """
-
-    generator: Generator
-    dense_weight: float
-
-    def draft(self, draft: Draft) -> Draft:
-        """The bundle to be, of this generator."""
-        manifest = draft.manifest.model_copy(
-            update={"graph_inputs": named_graph(self.generator).names, "dense_weight": self.dense_weight}
-        )
-        return Draft(manifest, draft.request_features, draft.table, item_vectors(self.generator))
-
-
-@torch.inference_mode()
-def item_vectors(generator: Generator) -> NDArray[np.float32] | None:
-    """Float32 ``[n_items, 2, D]`` of a model with a dense head."""
-    if generator.dense is None:
-        return None
-    vectors: NDArray[np.float32] = generator.dense.item_vectors().float().cpu().numpy()
-    return vectors
-
-
-def train_generator(
-    recipe: Recipe,
-    shop: Shop,
-    tokenized: Tokenized,
-    draft: Draft,
-    work: Path,
-    console: Console,
-    content: NDArray[np.float32] | None,
-) -> Trained:
-    """Train the generator, or read it back if this very training has finished before.
-
-    Args:
-        recipe: all settings.
-        shop: the logs.
-        tokenized: the items' semantic IDs.
-        draft: the bundle to be.
-        work: where it is kept.
-        console: progress.
-        content: float32 ``[n_items, C]``, what item vectors are made from; None for a model without a dense head.
-    """
-    sizes, features, ids = recipe.generator, draft.request_features, tokenized.ids
-    config = GeneratorConfig(
-        codebook_sizes=ids.codebook_sizes,
-        d_model=sizes.d_model,
-        n_heads=sizes.n_heads,
-        d_ff=sizes.d_ff,
-        n_encoder_layers=sizes.n_encoder_layers,
-        n_decoder_layers=sizes.n_decoder_layers,
-        n_query_layers=sizes.n_query_layers,
-        n_experts=sizes.n_experts,
-        experts_per_token=sizes.experts_per_token,
-        query_vocab_size=features.query_vocab_size,
-        max_query_tokens=sizes.max_query_tokens,
-        n_events=features.n_events,
-        n_gaps=N_GAPS,
-        n_profile_buckets=features.n_profile_buckets,
-        n_items=0 if content is None else len(content),
-        content_dim=0 if content is None else content.shape[1],
-        n_scenarios=features.n_scenarios,
-        n_past_tokens=sizes.n_past_tokens if sizes.max_past else 0,
-        max_past=sizes.max_past,
-        max_history=sizes.max_history,
-        dropout=sizes.dropout,
-    )
-    histories = shop.histories
-    key = content_hash(
-        config.to_dict(),
-        recipe.training,
-        recipe.stages,
-        features.query_tokenizer,
-        features.profile_features,
-        ids.codes.tobytes(),
-        b"" if content is None else np.ascontiguousarray(content).data,
-        histories.items.data,
-        histories.offsets.data,
-        histories.events.data,
-        histories.times.data,
-        histories.query_rows.data,
-        shop.fingerprint if sizes.max_past or features.scenarios else "",
-        histories.event_names,
-        histories.queries,
-        *(table.write_ipc(None).getvalue() for table in (shop.pairs, shop.users)),
-    )
-    folder = work / f"generator-{key}"
-    finished = folder / "generator.safetensors"
-    set_seed(recipe.training.seed)
-    model = Generator(config)
-    if model.dense is not None and content is not None:
-        model.dense.set_content(torch.from_numpy(content))
-    if finished.exists():
-        with safe_open(finished, "pt") as file:
-            dense_weight = float(file.metadata()[DENSE_WEIGHT])
-        model.load_state_dict(load_file(finished))
-        return Trained(model.eval(), dense_weight)
-    index = build_index(ids, order=-draft.table["popularity"].to_numpy())
-    validate = partial(validation_recall, shop, draft, ids, recipe)
-    for number, stage_ in enumerate(recipe.stages):
-        dataset = training_set(recipe, shop, ids, features, stage_.objective)
-        if not len(dataset):
-            console.print(f"stage {stage_.objective}: left out, as this shop has no queries", style="yellow")
-            continue
-        console.print(f"stage {stage_.objective}: {len(dataset):,} histories", style="dim", highlight=False)
-        train(
-            model,
-            NextItemObjective(index, dataset.trained_items()),
-            dataset,
-            validate,
-            stage_.config(recipe.training),
-            folder / f"{number}-{stage_.objective}",
-            callbacks=(TrainingProgress(console),),
-        )
-    dense_weight = choose_dense_weight(shop, draft, ids, recipe, model.eval()) if model.dense is not None else 0.0
-    partial_file = folder / "generator.partial.safetensors"
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, partial_file, {DENSE_WEIGHT: repr(dense_weight)})
-    os.replace(partial_file, finished)
-    return Trained(model, dense_weight)
-
-
-class TrainingProgress(TrainerCallback):
-    """A rich progress bar on a terminal; one line an evaluation elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self.task: TaskID | None = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Show the bar."""
-        self.task = self.bar.add_task("training the generator", total=state.max_steps, completed=state.global_step)
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Move it."""
-        if self.task is not None:
-            self.bar.update(self.task, completed=state.global_step)
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """Say how good it has become."""
-        value = metrics[f"eval_{METRIC}"]
-        line = f"epoch {state.epoch or 0:.0f} of {state.num_train_epochs}: validation Recall@10 {value:.4f}"
-        self.console.print(line, style="dim", highlight=False)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Remove it."""
-        self.bar.stop()
-
-
-def training_set(
-    recipe: Recipe, shop: Shop, ids: SemanticIds, features: RequestFeatures, objective: Objective = "next_item"
-) -> HistoryDataset:
-    """What a stage learns from.
-
-    For `next_item`, windows over the training part of every history, and every training pair of a query and an item;
-    for the others such pairs alone.
-    """
-    pairs = shop.pairs.filter(pl.col("split") == "train").select("query", "item_row")
-    if objective == "alignment":
-        held_out = shop.pairs.filter(pl.col("split") != "train")
-        pairs = made_queries(shop.items).join(held_out.select("query"), on="query", how="anti", maintain_order="left")
-    elif objective == "cooccurrence":
-        pairs = pl.concat([pairs, searched(shop.histories)]).unique(maintain_order=True)
-    if not features.query_tokenizer:
-        pairs = pairs.clear()
-    n_users = shop.histories.n_users
-    histories = with_query_pairs(shop.histories, pairs)
-    ends = np.concatenate([LeaveOneOut(shop.histories).train_ends(), histories.offsets[n_users + 1 :]])
-    windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)
-    if objective != "next_item":
-        windows = windows.of_users(n_users)
-    profiles = np.zeros((histories.n_users, len(features.profile_features)), np.int64)
-    if features.profile_features:
-        anonymous = features.profile_ids({})
-        profiles[:] = anonymous
-        for user in range(n_users):
-            profiles[user] = features.profile_ids(shop.profile(user))
-    read = reads(recipe, shop)
-    return HistoryDataset(histories, windows, ids, features, profiles, max_past=read.past, exposures=read.exposures)
-
-
-def validation_recall(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, model: Generator) -> float:
-    """Recall@10 of a generator on a fixed sample of validation cases, by beam search in torch."""
-    trained = Trained(model, DENSE_WEIGHTS[0] if model.dense is not None else 0.0)
-    cases, answers = _validate(shop, draft, ids, recipe, trained, VALIDATION_BEAMS)
-    return _mean_of(recall, shop, cases, answers.items)
-
-
-def choose_dense_weight(shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, model: Generator) -> float:
-    """The weight of the dense head, of `DENSE_WEIGHTS`, with the best NDCG@10 on the cases that judge checkpoints.
-
-    The search is as wide as the one that is served: a narrower one leaves the dense head less to choose from. At equal
-    NDCG@10 the earlier weight.
-    """
-    trained = Trained(model, DENSE_WEIGHTS[0])
-    cases, answers = _validate(shop, draft, ids, recipe, trained, recipe.evaluation.beam_width)
-    found = [_mean_of(ndcg, shop, cases, answers.reweighted(weight - DENSE_WEIGHTS[0])) for weight in DENSE_WEIGHTS]
-    return DENSE_WEIGHTS[int(np.argmax(found))]
-
-
-def _validate(
-    shop: Shop, draft: Draft, ids: SemanticIds, recipe: Recipe, trained: Trained, beam_width: int
-) -> tuple[Cases, Answers]:
-    cases = shop.cases("validation")
-    sample = np.random.default_rng(0).permutation(len(cases))[: recipe.training.validation_users]
-    cases = cases.take(np.sort(sample))
-    retriever = Retriever(trained.draft(draft), GraphBackend(named_graph(trained.generator)))
-    return cases, ask(retriever.retrieve, shop, cases, ids, reads(recipe, shop), beam_width, Console(quiet=True))
-
-
-def _mean_of(metric: Metric, shop: Shop, cases: Cases, ranked: Ranked) -> float:
-    if not len(cases):
-        return 0.0
-    if shop.exclude_seen:
-        ranked = without_seen(ranked, shop.histories, cases)
-    return float(metric(ranked, cases.relevant, cases.relevant_offsets, 10).mean())
 
 
 def make_evaluation(recipe: Recipe, shop: Shop, ids: SemanticIds, work: Path, console: Console) -> Evaluation:

@@ -47,7 +47,7 @@ def batch(tiny_config: GeneratorConfig, make_requests: Any) -> dict[str, Tensor]
 
 def decode(generator: Generator, batch: dict[str, Tensor]) -> Tensor:
     """States ``[B, T, L, D]`` as training computes them."""
-    return generator.decode_targets(batch)
+    return generator.decode_targets(batch).states_BTLD
 
 
 @torch.inference_mode()

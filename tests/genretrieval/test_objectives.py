@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from genretrieval.catalogue import build_index
 from genretrieval.features import RequestFeatures
+from genretrieval.model.generator import Decoded
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.training import objectives
 from genretrieval.training.data import HistoryDataset, collate, cut_windows
@@ -32,8 +33,9 @@ class ByHand(nn.Module):
         self.logits = nn.ParameterList([nn.Parameter(torch.tensor(LOGITS[level])) for level in range(2)])
         self.dense = None
 
-    def decode_targets(self, batch: dict[str, Tensor]) -> Tensor:
-        return torch.zeros(*batch["target_codes"].shape, 1)
+    def decode_targets(self, batch: dict[str, Tensor]) -> Decoded:
+        shape = batch["target_codes"].shape
+        return Decoded(torch.zeros(*shape, 1), torch.zeros(*shape[:2], 1))
 
     def level_logits(self, states: Tensor, level: int) -> Tensor:
         return self.logits[level] + states
@@ -148,8 +150,8 @@ class ByHandDense(ByHand):
     def rank(self) -> Tensor:
         return self.vectors
 
-    def user_vectors(self, states_NLD: Tensor) -> Tensor:
-        return torch.ones(len(states_NLD), 1)
+    def user_vectors(self, states_ND: Tensor, seen_ND: Tensor) -> Tensor:
+        return torch.ones_like(states_ND + seen_ND)
 
 
 @pytest.mark.parametrize(("trained", "expected"), [([0, 1, 2], math.log(8 / 2)), ([0, 1], math.log(3 / 2))])

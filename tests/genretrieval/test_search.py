@@ -109,7 +109,7 @@ def exact(generator: Generator, request: Requests, index: CatalogueIndex) -> Ran
     batch["target_codes"] = target
     batch["target_scenarios"] = batch["scenario"][:, None].expand(-1, n + 1)
     batch["query_rows"] = torch.arange(rows) * (n + 1) + n
-    decoded = generator.decode_targets(batch)[:, -1]
+    decoded = generator.decode_targets(batch).states_BTLD[:, -1]
     score = np.zeros(rows)
     for level in range(index.n_levels):
         logits = generator.level_logits(decoded[:, level], level).double().numpy()

@@ -22,7 +22,7 @@ from rich.console import Console
 from genretrieval.errors import DataError, InvalidInputError, RecipeError, UnavailableError
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval_pipelines import compare_tokenizers
-from genretrieval_pipelines import run as run_pipeline
+from genretrieval_pipelines import train_generator as train_module
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.compare_tokenizers import (
     METRICS,
@@ -35,11 +35,11 @@ from genretrieval_pipelines.compare_tokenizers import (
     measured_cases,
     sid_metrics,
 )
+from genretrieval_pipelines.draft import draft_bundle, request_features
 from genretrieval_pipelines.recipe import ComparisonRecipe
-from genretrieval_pipelines.run import draft_bundle, request_features, train_generator
 from genretrieval_pipelines.shop import Shop, open_shop
+from genretrieval_pipelines.stages import stage_inputs
 from genretrieval_pipelines.synth import ShopConfig, synthesize
-from genretrieval_pipelines.tokenize import Tokenized
 
 QUIET = Console(quiet=True)
 KMEANS = {"method": "rq_kmeans", "codebook_sizes": [8, 8]}
@@ -350,10 +350,10 @@ def trained(
     shop: Shop, codes: np.ndarray, sizes: tuple[int, ...], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, ...]:
     """Codebook sizes of the generator that `train_generator` returns; none is trained."""
-    monkeypatch.setattr(run_pipeline, "train", lambda *args, **_: args[5].mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(train_module, "train", lambda *args, **_: args[5].mkdir(parents=True, exist_ok=True))
     recipe, ids = RECIPE.cell("kmeans", 0), SemanticIds(codes, sizes)
     draft = draft_bundle(recipe, shop, ids, request_features(recipe, shop))
-    trained = train_generator(recipe, shop, Tokenized(ids, work, ""), draft, work, QUIET, None)
+    trained = train_module.train_generator(stage_inputs(recipe, shop, ids, draft, work, QUIET))
     return tuple(trained.generator.config.codebook_sizes)
 
 
@@ -370,12 +370,12 @@ def test_a_generator_is_read_back_for_the_very_same_inputs_alone(
     ]
     assert trained(shop, codes, (10, 16), tmp_path, monkeypatch) == (10, 16)
     assert trained(shop, codes, (10, 16), tmp_path, monkeypatch) == (10, 16)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("next_item-*"))) == 1
     # More headroom in a dedup level: equal codes, a larger table.
     assert trained(shop, codes, (10, 32), tmp_path, monkeypatch) == (10, 32)
     for number, other in enumerate(others):
         trained(other, codes, (10, 16), tmp_path, monkeypatch)
-        assert len(list(tmp_path.iterdir())) == number + 3
+        assert len(list(tmp_path.glob("next_item-*"))) == number + 3
 
 
 def cases_of(*relevant: list[int]) -> Cases:

@@ -22,10 +22,13 @@ from genretrieval.retrieval import Retriever
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.training.data import HistoryDataset
 from genretrieval_pipelines import run as run_module
+from genretrieval_pipelines import train_generator
 from genretrieval_pipelines.agreement import Agreement
+from genretrieval_pipelines.draft import request_features
 from genretrieval_pipelines.recipe import Recipe
-from genretrieval_pipelines.run import evaluate_bundle, request_features, run, training_set
+from genretrieval_pipelines.run import evaluate_bundle, run
 from genretrieval_pipelines.shop import open_shop
+from genretrieval_pipelines.stages import training_set
 from genretrieval_pipelines.synth import ShopConfig, synthesize
 
 QUIET = Console(quiet=True)
@@ -172,7 +175,7 @@ def test_a_second_run_repeats_the_figures_and_trains_nothing(
     demo_shop: Path, tmp_path: Path, torch_graph: dict[str, NamedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_tiny(demo_shop, tmp_path, torch_graph)
-    monkeypatch.setattr(run_module, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(train_generator, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run_tiny(demo_shop, tmp_path, torch_graph) == first
 
 

@@ -1,0 +1,149 @@
+"""What the stages of a generator's training have in common: what they are given, what they learn from, the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from rich.console import Console
+
+from genretrieval.catalogue import CatalogueIndex, build_index
+from genretrieval.export import GraphBackend
+from genretrieval.export.onnx import named_graph
+from genretrieval.features import RequestFeatures
+from genretrieval.histories import LeaveOneOut
+from genretrieval.metrics import recall
+from genretrieval.model import Generator
+from genretrieval.retrieval import Retriever
+from genretrieval.semantic_ids import SemanticIds
+from genretrieval.training.data import HistoryDataset, cut_windows
+from genretrieval.training.objectives import Objective
+from genretrieval_pipelines.baselines.ranking import Ranked
+from genretrieval_pipelines.cases import Cases
+from genretrieval_pipelines.draft import Draft, Trained, reads
+from genretrieval_pipelines.evaluate import Answers, ask, without_seen
+from genretrieval_pipelines.queries import made_queries, searched, with_query_pairs
+from genretrieval_pipelines.recipe import Recipe, SupervisedObjective
+from genretrieval_pipelines.shop import Shop
+from genretrieval_pipelines.tokenize import embed_shop
+
+Metric = Callable[[Ranked, NDArray[np.int32], NDArray[np.int64], int], NDArray[np.float64]]
+VALIDATION_BEAMS = 20
+# The weight of the dense head that judges checkpoints: both scores are log-probabilities of the same item.
+JUDGING_DENSE_WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What every stage of a run is given.
+
+    Attributes:
+        recipe: all settings.
+        shop: the logs.
+        ids: semantic IDs of its items.
+        draft: the bundle to be.
+        index: the catalogue that IDs are written in.
+        content: float32 ``[n_items, C]``, what item vectors are made from; None for a model without a dense head.
+        work: folder of the training's intermediate results; what is kept there is named by what it was made from.
+        console: progress.
+    """
+
+    recipe: Recipe
+    shop: Shop
+    ids: SemanticIds
+    draft: Draft
+    index: CatalogueIndex
+    content: NDArray[np.float32] | None
+    work: Path
+    console: Console
+
+
+def stage_inputs(
+    recipe: Recipe, shop: Shop, ids: SemanticIds, draft: Draft, work: Path, console: Console
+) -> StageInputs:
+    """Add the catalogue's index and, where there is a dense head, what items are made from."""
+    index = build_index(ids, order=-draft.table["popularity"].to_numpy())
+    content = embed_shop(recipe.embedding, shop, work) if recipe.generator.dense_head else None
+    return StageInputs(recipe, shop, ids, draft, index, content, work, console)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage, ready to be trained by `genretrieval.training.trainer.train`.
+
+    Attributes:
+        objective: loss of a batch.
+        dataset: what is learnt from.
+        validate: how good a checkpoint is; the best is kept.
+    """
+
+    objective: Objective
+    dataset: HistoryDataset
+    validate: Callable[[Generator], float]
+
+
+def training_set(
+    recipe: Recipe,
+    shop: Shop,
+    ids: SemanticIds,
+    features: RequestFeatures,
+    objective: SupervisedObjective = "next_item",
+) -> HistoryDataset:
+    """What a stage learns from.
+
+    For `next_item`, windows over the training part of every history, and every training pair of a query and an item;
+    for the others such pairs alone.
+    """
+    pairs = shop.pairs.filter(pl.col("split") == "train").select("query", "item_row")
+    if objective == "alignment":
+        held_out = shop.pairs.filter(pl.col("split") != "train")
+        pairs = made_queries(shop.items).join(held_out.select("query"), on="query", how="anti", maintain_order="left")
+    elif objective == "cooccurrence":
+        pairs = pl.concat([pairs, searched(shop.histories)]).unique(maintain_order=True)
+    if not features.query_tokenizer:
+        pairs = pairs.clear()
+    n_users = shop.histories.n_users
+    histories = with_query_pairs(shop.histories, pairs)
+    ends = np.concatenate([LeaveOneOut(shop.histories).train_ends(), histories.offsets[n_users + 1 :]])
+    windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)
+    if objective != "next_item":
+        windows = windows.of_users(n_users)
+    profiles = np.zeros((histories.n_users, len(features.profile_features)), np.int64)
+    if features.profile_features:
+        anonymous = features.profile_ids({})
+        profiles[:] = anonymous
+        for user in range(n_users):
+            profiles[user] = features.profile_ids(shop.profile(user))
+    read = reads(recipe, shop)
+    return HistoryDataset(histories, windows, ids, features, profiles, max_past=read.past, exposures=read.exposures)
+
+
+def validation_recall(inputs: StageInputs, model: Generator) -> float:
+    """Recall@10 of a generator on a fixed sample of validation cases, by beam search in torch."""
+    trained = Trained(model, JUDGING_DENSE_WEIGHT if model.dense is not None else 0.0)
+    cases, answers = validate(inputs, trained, VALIDATION_BEAMS)
+    return mean_at_10(recall, inputs.shop, cases, answers.items)
+
+
+def validate(inputs: StageInputs, trained: Trained, beam_width: int) -> tuple[Cases, Answers]:
+    """What a generator answers to the validation cases that judge it: a fixed sample."""
+    recipe, shop = inputs.recipe, inputs.shop
+    cases = shop.cases("validation")
+    sample = np.random.default_rng(0).permutation(len(cases))[: recipe.training.validation_users]
+    cases = cases.take(np.sort(sample))
+    retriever = Retriever(trained.draft(inputs.draft), GraphBackend(named_graph(trained.generator)))
+    read = reads(recipe, shop)
+    return cases, ask(retriever.retrieve, shop, cases, inputs.ids, read, beam_width, Console(quiet=True))
+
+
+def mean_at_10(metric: Metric, shop: Shop, cases: Cases, ranked: Ranked) -> float:
+    """Mean of a metric at 10 as quality tables have it, items seen before left out where the shop is of that kind."""
+    if not len(cases):
+        return 0.0
+    if shop.exclude_seen:
+        ranked = without_seen(ranked, shop.histories, cases)
+    return float(metric(ranked, cases.relevant, cases.relevant_offsets, 10).mean())

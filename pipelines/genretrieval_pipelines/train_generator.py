@@ -1,0 +1,204 @@
+"""Training of the generator: the stages of a recipe, one after another, each resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerState, set_seed
+
+from genretrieval.errors import RecipeError
+from genretrieval.features import N_GAPS
+from genretrieval.metrics import ndcg, recall
+from genretrieval.model import Generator, GeneratorConfig
+from genretrieval.training.objectives import NextItemObjective
+from genretrieval.training.trainer import METRIC, train
+from genretrieval_pipelines.draft import StageResult, Trained
+from genretrieval_pipelines.recipe import Stage, content_hash
+from genretrieval_pipelines.stages import (
+    JUDGING_DENSE_WEIGHT,
+    StageInputs,
+    StageRun,
+    mean_at_10,
+    training_set,
+    validate,
+    validation_recall,
+)
+
+# Tried in this order; at equal quality the earlier one is kept.
+DENSE_WEIGHTS = (JUDGING_DENSE_WEIGHT, 0.0, 0.25, 0.5, 2.0, 4.0, 8.0)
+RESULT = "result"
+
+
+def train_generator(inputs: StageInputs) -> Trained:
+    """Train the generator, or read it back if this very training has finished before.
+
+    A stage that has finished is read back too, so that a killed run goes on within the stage that it was in.
+
+    Raises:
+        RecipeError: no stage has anything to learn from.
+    """
+    recipe, console = inputs.recipe, inputs.console
+    config = generator_config(inputs)
+    key = inputs_key(inputs, config)
+    set_seed(recipe.training.seed)
+    model = Generator(config)
+    if model.dense is not None and inputs.content is not None:
+        model.dense.set_content(torch.from_numpy(inputs.content))
+    results: list[StageResult] = []
+    for stage in recipe.stages:
+        schedule = stage.schedule(recipe.training)
+        # Its weights depend on the stages before it, so its name does: a recipe with one more stage trains that one.
+        key = content_hash(key, stage, schedule)
+        folder = inputs.work / f"{stage.objective}-{key}"
+        finished = folder / "generator.safetensors"
+        if finished.exists():
+            results.append(read_stage(model, finished))
+            continue
+        run = stage_run(inputs, stage)
+        if not len(run.dataset):
+            console.print(f"stage {stage.objective}: left out, as this shop has no queries", style="yellow")
+            continue
+        console.print(f"stage {stage.objective}: {len(run.dataset):,} histories", style="dim", highlight=False)
+        started = time.perf_counter()
+        progress = TrainingProgress(console)
+        train(model, run.objective, run.dataset, run.validate, schedule, folder, callbacks=(progress,))
+        result = measure_stage(inputs, model.eval(), stage.objective, time.perf_counter() - started)
+        results.append(result)
+        if PartialState().is_main_process:
+            write_stage(model, result, finished)
+    if not results:
+        raise RecipeError(
+            "no stage of the recipe finds anything to learn from in these logs; add next_item to `stages`"
+        )
+    return Trained(model.eval(), results[-1].dense_weight, tuple(results))
+
+
+def stage_run(inputs: StageInputs, stage: Stage) -> StageRun:
+    """Make a stage ready: what it learns from, its loss and its judge."""
+    features = inputs.draft.request_features
+    dataset = training_set(inputs.recipe, inputs.shop, inputs.ids, features, stage.objective)
+    objective = NextItemObjective(inputs.index, dataset.trained_items())
+    return StageRun(objective, dataset, partial(validation_recall, inputs))
+
+
+def measure_stage(inputs: StageInputs, model: Generator, objective: str, seconds: float) -> StageResult:
+    """Quality on the cases that judge checkpoints, with the weight of the dense head that is best there by NDCG@10.
+
+    The search is as wide as the one that is served: a narrower one leaves the dense head less to choose from. At equal
+    NDCG@10 the earlier of `DENSE_WEIGHTS`.
+    """
+    weights = DENSE_WEIGHTS if model.dense is not None else (0.0,)
+    cases, answers = validate(inputs, Trained(model, weights[0]), inputs.recipe.evaluation.beam_width)
+    ranked = [answers.reweighted(weight - weights[0]) for weight in weights]
+    found = [mean_at_10(ndcg, inputs.shop, cases, items) for items in ranked]
+    best = int(np.argmax(found))
+    recall10 = mean_at_10(recall, inputs.shop, cases, ranked[best])
+    return StageResult(objective, seconds, weights[best], recall10, found[best])
+
+
+def write_stage(model: Generator, result: StageResult, path: Path) -> None:
+    """Keep a stage's weights, and what is known of them."""
+    partial_file = path.with_suffix(".partial")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, partial_file, {RESULT: json.dumps(asdict(result))})
+    os.replace(partial_file, path)
+
+
+def read_stage(model: Generator, path: Path) -> StageResult:
+    """Give `model` the weights of a finished stage."""
+    with safe_open(path, "pt") as file:
+        result = StageResult(**json.loads(file.metadata()[RESULT]))
+    model.load_state_dict(load_file(path))
+    return result
+
+
+def generator_config(inputs: StageInputs) -> GeneratorConfig:
+    """Sizes of the recipe, with what follows from the data."""
+    sizes, features, content = inputs.recipe.generator, inputs.draft.request_features, inputs.content
+    return GeneratorConfig(
+        codebook_sizes=inputs.ids.codebook_sizes,
+        d_model=sizes.d_model,
+        n_heads=sizes.n_heads,
+        d_ff=sizes.d_ff,
+        n_encoder_layers=sizes.n_encoder_layers,
+        n_decoder_layers=sizes.n_decoder_layers,
+        n_query_layers=sizes.n_query_layers,
+        n_experts=sizes.n_experts,
+        experts_per_token=sizes.experts_per_token,
+        query_vocab_size=features.query_vocab_size,
+        max_query_tokens=sizes.max_query_tokens,
+        n_events=features.n_events,
+        n_gaps=N_GAPS,
+        n_profile_buckets=features.n_profile_buckets,
+        n_items=0 if content is None else len(content),
+        content_dim=0 if content is None else content.shape[1],
+        n_scenarios=features.n_scenarios,
+        n_past_tokens=sizes.n_past_tokens if sizes.max_past else 0,
+        max_past=sizes.max_past,
+        max_history=sizes.max_history,
+        dropout=sizes.dropout,
+    )
+
+
+def inputs_key(inputs: StageInputs, config: GeneratorConfig) -> str:
+    """Hash of everything that the weights depend on, but for the stages."""
+    recipe, shop, ids, content = inputs.recipe, inputs.shop, inputs.ids, inputs.content
+    features, histories = inputs.draft.request_features, shop.histories
+    return content_hash(
+        config.to_dict(),
+        features.query_tokenizer,
+        features.profile_features,
+        ids.codes.tobytes(),
+        b"" if content is None else np.ascontiguousarray(content).data,
+        histories.items.data,
+        histories.offsets.data,
+        histories.events.data,
+        histories.times.data,
+        histories.query_rows.data,
+        shop.fingerprint if recipe.generator.max_past or features.scenarios else "",
+        histories.event_names,
+        histories.queries,
+        *(table.write_ipc(None).getvalue() for table in (shop.pairs, shop.users)),
+    )
+
+
+class TrainingProgress(TrainerCallback):
+    """A rich progress bar on a terminal; one line an evaluation elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self.task: TaskID | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Show the bar."""
+        self.task = self.bar.add_task("training the generator", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Move it."""
+        if self.task is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Say how good it has become."""
+        value = metrics[f"eval_{METRIC}"]
+        line = f"epoch {state.epoch or 0:.0f} of {state.num_train_epochs}: validation Recall@10 {value:.4f}"
+        self.console.print(line, style="dim", highlight=False)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Remove it."""
+        self.bar.stop()
