@@ -51,8 +51,21 @@ class GeneratorSection(_Section):
 SupervisedObjective = Literal["alignment", "cooccurrence", "next_item"]
 
 
-class Stage(_Section):
-    """One stage of training; the generator goes on from where the stage before left it.
+class _Stage(_Section):
+    """One stage of training; the generator goes on from where the stage before left it."""
+
+    epochs: int | None = Field(default=None, ge=1, description="Passes over its data; by default as `training` says.")
+    learning_rate: float | None = Field(default=None, gt=0, description="Its peak; by default as `training` says.")
+
+    def schedule(self, training: TrainingConfig) -> TrainingConfig:
+        """Settings of training, as this stage has them."""
+        epochs = training.epochs if self.epochs is None else self.epochs
+        rate = training.learning_rate if self.learning_rate is None else self.learning_rate
+        return replace(training, epochs=epochs, learning_rate=rate)
+
+
+class SupervisedStage(_Stage):
+    """A stage that learns from what is in the logs.
 
     `alignment` teaches what items are called: titles, brands and categories are queries for their items.
     `cooccurrence` teaches what was taken for a query, whoever asked. `next_item` is what is served: a query, if any,
@@ -60,11 +73,10 @@ class Stage(_Section):
     """
 
     objective: SupervisedObjective
-    epochs: int | None = Field(default=None, ge=1, description="Passes over its data; by default as `training` says.")
 
-    def schedule(self, training: TrainingConfig) -> TrainingConfig:
-        """Settings of training, as this stage has them."""
-        return training if self.epochs is None else replace(training, epochs=self.epochs)
+
+# Told apart by `objective`.
+Stage = SupervisedStage
 
 
 class EvaluationSection(_Section):
@@ -82,7 +94,7 @@ class Recipe(_Section):
     collisions: CollisionConfig = CollisionConfig()
     generator: GeneratorSection = GeneratorSection()
     training: TrainingConfig = TrainingConfig()
-    stages: Annotated[list[Stage], Field(min_length=1)] = [Stage(objective="next_item")]
+    stages: Annotated[list[Stage], Field(min_length=1)] = [SupervisedStage(objective="next_item")]
     evaluation: EvaluationSection = EvaluationSection()
 
     def dump(self) -> dict[str, Any]:
