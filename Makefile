@@ -20,7 +20,7 @@ PIP_OPTIONS := --disable-pip-version-check --quiet --constraint constraints.txt
 PINNED := pyproject.toml constraints.txt
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
-.PHONY: help env demo check format test test-all serve-only clean
+.PHONY: help env demo check format test test-all serve-only torchrec clean
 
 help:
 	@echo 'make env         everything a contributor needs, in .venv'
@@ -30,6 +30,7 @@ help:
 	@echo 'make test        tests of minutes'
 	@echo 'make test-all    every test'
 	@echo 'make serve-only  proof that the `serve` extra serves a bundle without torch'
+	@echo 'make torchrec    TorchRec for huge profile tables, and the proof that its numbers are those of torch'
 	@echo 'make clean       removes environments, caches and runs/'
 
 # $(call venv,FOLDER): an environment whose pip and build back end are pinned like the rest; one that is there is kept.
@@ -95,6 +96,13 @@ serve-only: $(BUNDLE)/manifest.json
 	$(call venv,$(SERVE_VENV))
 	$(SERVE_VENV)/bin/python -m pip install $(PIP_OPTIONS) --no-build-isolation '.[serve]'
 	$(SERVE_VENV)/bin/python .ci/serve_only.py $(BUNDLE)
+
+# Its metadata asks for the CUDA build of its kernels, which does not load beside a CPU torch: hence --no-deps. The
+# releases go with the torch of constraints.txt.
+torchrec: env
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0
+	$(BIN)/python -m pip install $(PIP_OPTIONS) tensordict torchmetrics==1.0.3 pyre-extensions iopath psutil tqdm
+	$(BIN)/python -m pytest tests/genretrieval/test_profile.py
 
 clean:
 	rm -rf $(VENV) $(SERVE_VENV) runs build dist .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ModelOutput, Seq2SeqLMOutput
 from genretrieval.model.configuration import GeneratorConfig
 from genretrieval.model.dense import DenseHead, ItemVectors
 from genretrieval.model.layers import Decoder, Encoder, Experts, Queries, RelativeBias
+from genretrieval.model.profile import Profile
 from genretrieval.model.query_former import QueryFormer
 
 # The tensors of a batch of requests that a generator reads. Padding stands on the right; a model reads what its
@@ -106,7 +107,7 @@ class ContextEncoder(nn.Module):
         self.begin = nn.Parameter(torch.empty(c.d_model))
         self.events = nn.Embedding(c.n_events, c.d_model)
         self.gaps = nn.Embedding(c.n_gaps, c.d_model)
-        self.profile = nn.Embedding(c.n_profile_buckets, c.d_model) if c.n_profile_buckets else None
+        self.profile: nn.Module | None = Profile(c.n_profile_buckets, c.d_model) if c.n_profile_buckets else None
         self.encoder: nn.Module = Encoder(c.n_encoder_layers, *sizes, causal=True)
         self.query_tokens = nn.Embedding(c.query_vocab_size, c.d_model) if c.query_vocab_size else None
         self.query_encoder: nn.Module | None = None
@@ -131,7 +132,7 @@ class ContextEncoder(nn.Module):
         x_BSD = x_BSD + self.gaps(request["history_gaps"])
         first_BD = self.begin.expand(x_BSD.shape[0], -1)
         if self.profile is not None:
-            first_BD = first_BD + self.profile(request["profile"]).sum(-2)
+            first_BD = first_BD + self.profile(request["profile"])
         x_BSD = torch.cat([first_BD[:, None], x_BSD], 1)
         mask_BS = request["history_mask"]
         mask_BS = torch.cat([mask_BS.new_ones(mask_BS.shape[0], 1), mask_BS], 1)

@@ -44,6 +44,9 @@ class GeneratorSection(_Section):
     max_query_tokens: int = 16
     query_vocab_size: int = Field(default=4096, description="At most; a small corpus has fewer tokens.")
     n_profile_buckets: int = 4096
+    profile_tables: Literal["torch", "torchrec"] = Field(
+        default="torch", description="What trains them; `make torchrec` installs the other. The numbers are equal."
+    )
     dense_head: bool = Field(default=True, description="Item vectors beside codes; what the search found is re-ranked.")
     dropout: float = 0.2
 

@@ -23,6 +23,7 @@ from genretrieval.errors import RecipeError
 from genretrieval.features import N_GAPS
 from genretrieval.metrics import ndcg, recall
 from genretrieval.model import Generator, GeneratorConfig
+from genretrieval.model.profile import Profile, TorchRecProfile
 from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.trainer import METRIC, train
 from genretrieval_pipelines.draft import StageResult, Trained
@@ -57,6 +58,9 @@ def train_generator(inputs: StageInputs) -> Trained:
     model = Generator(config)
     if model.dense is not None and inputs.content is not None:
         model.dense.set_content(torch.from_numpy(inputs.content))
+    plain = model.context.profile
+    if isinstance(plain, Profile) and recipe.generator.profile_tables == "torchrec":
+        model.context.profile = TorchRecProfile(plain)
     results: list[StageResult] = []
     for stage in recipe.stages:
         schedule = stage.schedule(recipe.training)
@@ -79,6 +83,10 @@ def train_generator(inputs: StageInputs) -> Trained:
         results.append(result)
         if PartialState().is_main_process:
             write_stage(model, result, finished)
+    if isinstance(plain, Profile) and isinstance(model.context.profile, TorchRecProfile):
+        # What is exported and kept is plain torch.
+        plain.load_state_dict(model.context.profile.state_dict())
+        model.context.profile = plain
     if not results:
         raise RecipeError(
             "no stage of the recipe finds anything to learn from in these logs; add next_item to `stages`"
