@@ -42,7 +42,10 @@ class Windows:
 
     def of_users(self, first: int) -> Windows:
         """The windows of users from row `first` on."""
-        kept = self.users >= first
+        return self.where(self.users >= first)
+
+    def where(self, kept: NDArray[np.bool_]) -> Windows:
+        """Those that a mask keeps."""
         return Windows(self.users[kept], self.starts[kept], self.ends[kept], self.learn_from[kept])
 
     @property
@@ -84,6 +87,7 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
         *,
         max_past: int = 0,
         exposures: Exposures | None = None,
+        scenario: str | None = None,
     ) -> None:
         """Keep references.
 
@@ -95,6 +99,7 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
             profiles: int64 ``[n_users, n_features]``, hashed profile features of each user; may have no columns.
             max_past: events before a window that the model reads; 0 for a model that reads the window alone.
             exposures: what users were shown, as part of that past.
+            scenario: the only page or surface whose interactions are predicted; the others are context. None for all.
         """
         self.histories = histories
         self.windows = windows
@@ -106,6 +111,11 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
         if histories.scenario_rows is not None:
             known = np.asarray([features.scenario_id(name) for name in histories.scenario_names] + [0], np.int64)
             self.scenario_ids = known[histories.scenario_rows]
+        self.predicted = np.ones(len(histories.items), bool)
+        if scenario is not None:
+            self.predicted = self.scenario_ids == features.scenario_id(scenario)
+            before = np.concatenate([[0], np.cumsum(self.predicted)])
+            self.windows = windows.where(before[windows.ends] > before[windows.learn_from])
         # One more entry, for the event -1 of a query that stands alone.
         self.event_ids = np.append(features.event_ids(histories.event_names), 0)
         self.gap_buckets = features.gap_buckets
@@ -128,7 +138,7 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
         h, w = self.histories, self.windows
         user, start, end, learn_from = (int(a[row]) for a in (w.users, w.starts, w.ends, w.learn_from))
         items = h.items[start:end]
-        learnt = np.arange(start, end) >= learn_from
+        learnt = (np.arange(start, end) >= learn_from) & self.predicted[start:end]
         queries = np.where(learnt, h.query_rows[start:end], NO_QUERY)
         past = {}
         if self.max_past:
@@ -149,6 +159,7 @@ class HistoryDataset(Dataset[dict[str, NDArray[np.int64]]]):
             "query_targets": np.asarray(asked, np.int64),
             "query_tokens": _pad_rows([self.query_tokens[queries[t]] for t in asked]),
             "scenarios": self.scenario_ids[start:end],
+            "positions": np.arange(start, end),
             **past,
         }
 
@@ -175,8 +186,8 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
     Returns:
         ``target_items`` int64 ``[B, T]``, ``target_codes`` int64 ``[B, T, L]``, ``learn`` bool ``[B, T]``;
         ``history_*`` of the first T - 1 interactions; ``past_items`` int64 ``[B, N]`` and ``past_*`` of the events
-        before them, where they are read; ``target_scenarios`` int64 ``[B, T]``; ``profile`` int64
-        ``[B, n_features]``; ``query_rows`` int64 ``[N]`` (flat ``b * T + t``), ``query_tokens`` int64 ``[N, Q]`` and
+        before them, where they are read; ``target_scenarios`` int64 ``[B, T]``; ``target_positions`` int64 ``[B, T]``,
+        places in the flat arrays of the histories; ``profile`` int64 ``[B, n_features]``; ``query_rows`` int64 ``[N]`` (flat ``b * T + t``), ``query_tokens`` int64 ``[N, Q]`` and
         ``query_mask`` bool ``[N, Q]`` of the targets that had a query. Token 0 is padding.
     """
     n_rows, length = len(entries), max(len(e["items"]) for e in entries)
@@ -204,6 +215,7 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
         "query_tokens": query_tokens,
         "query_mask": query_tokens != 0,
         "target_scenarios": scenarios,
+        "target_positions": _pad_rows([entry["positions"] for entry in entries]),
     }
     if "past_items" in entries[0]:
         arrays["past_items"] = _pad_rows([entry["past_items"] for entry in entries], 2)

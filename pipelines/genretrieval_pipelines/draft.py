@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -57,6 +57,7 @@ class StageResult:
         dense_weight: with the best NDCG@10.
         recall10: on the validation cases that judge checkpoints, with that weight.
         ndcg10: on the same.
+        by_scenario: Recall@10 on those of each page or surface, where there are several.
     """
 
     objective: str
@@ -64,6 +65,7 @@ class StageResult:
     dense_weight: float
     recall10: float
     ndcg10: float
+    by_scenario: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,33 @@ class SupervisedStage(_Stage):
     """
 
     objective: SupervisedObjective
+    scenario: str | None = Field(default=None, description="Of `next_item`: learns from this page or surface alone.")
+
+    @model_validator(mode="after")
+    def _scenario_has_a_use(self) -> Self:
+        if self.scenario is not None and self.objective != "next_item":
+            raise ValueError(
+                f"{self.objective} learns from pairs of a query and an item, which no scenario tells apart; "
+                "leave scenario out, or give it to next_item"
+            )
+        return self
 
 
 # Told apart by `objective`.
 Stage = SupervisedStage
+
+
+class AblationSection(_Section):
+    """Further trainings that say what each part of the recipe is worth; see `genretrieval_pipelines.ablation`."""
+
+    seeds: Annotated[list[int], Field(min_length=2)] = Field(description="Each replaces `training.seed`.")
+    rows: dict[FigureName, dict[str, Any]] = Field(description="Changes of the recipe, each by itself, by section.")
+
+    @model_validator(mode="after")
+    def _seeds_are_distinct(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} hold one twice, which is no further measurement; give distinct ones")
+        return self
 
 
 class EvaluationSection(_Section):
@@ -99,6 +122,27 @@ class Recipe(_Section):
     training: TrainingConfig = TrainingConfig()
     stages: Annotated[list[Stage], Field(min_length=1)] = [SupervisedStage(objective="next_item")]
     evaluation: EvaluationSection = EvaluationSection()
+    ablation: AblationSection | None = None
+
+    @model_validator(mode="after")
+    def _ablation_rows_are_recipes(self) -> Self:
+        for name, change in (self.ablation.rows if self.ablation else {}).items():
+            try:
+                self.changed(change)
+            except (ValidationError, RecipeError) as error:
+                raise ValueError(f"ablation.rows.{name} makes no recipe: {error}") from error
+        return self
+
+    def changed(self, change: dict[str, Any]) -> Recipe:
+        """The recipe with other values in some of its sections, and without an ablation of its own.
+
+        A section's keys are replaced one by one; `embedding` and `stages` are lists and are replaced whole.
+        """
+        content = self.model_dump(exclude={"ablation"})
+        for section, values in change.items():
+            old = content.get(section)
+            content[section] = {**old, **values} if isinstance(old, dict) and isinstance(values, dict) else values
+        return Recipe.model_validate(content)
 
     def dump(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data."""

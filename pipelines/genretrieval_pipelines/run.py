@@ -46,7 +46,7 @@ from genretrieval.histories import Split
 from genretrieval.model import Generator
 from genretrieval.retrieval import Backend, Retriever
 from genretrieval.semantic_ids import SemanticIds
-from genretrieval_pipelines import quality_report
+from genretrieval_pipelines import ablation, quality_report
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.draft import Draft, draft_bundle, reads, request_features
 from genretrieval_pipelines.embed import EmbeddingPart
@@ -121,6 +121,12 @@ def run(
         figures = quality_report.write(quality, work / "quality") if quality else {}
         _fill_bundle(folder, recipe, shop, tokenized, features, generator, draft, data, work, quality)
     load_bundle(output)
+    if recipe.ablation is not None:
+        found = ablation.ablate(recipe, shop, work, open_backend, console)
+        (work / "quality").mkdir(exist_ok=True)
+        (work / "quality" / ablation.MARKDOWN).write_text(ablation.markdown(found), "utf-8")
+        ablation.print_tables(found, console)
+        figures |= found.figures()
     if quality:
         quality_report.print_table(quality, console)
     else:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from genretrieval.catalogue import CatalogueIndex, build_index
+from genretrieval.errors import RecipeError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import named_graph
 from genretrieval.features import RequestFeatures
@@ -92,12 +93,21 @@ def training_set(
     ids: SemanticIds,
     features: RequestFeatures,
     objective: SupervisedObjective = "next_item",
+    scenario: str | None = None,
 ) -> HistoryDataset:
     """What a stage learns from.
 
     For `next_item`, windows over the training part of every history, and every training pair of a query and an item;
     for the others such pairs alone.
+
+    Raises:
+        RecipeError: the logs have no such scenario.
     """
+    if scenario is not None and scenario not in features.scenarios:
+        raise RecipeError(
+            f"a stage learns from scenario {scenario!r} alone, the model reads {list(features.scenarios)}; name"
+            " one of them, with generator.scenario true, or leave it out"
+        )
     pairs = shop.pairs.filter(pl.col("split") == "train").select("query", "item_row")
     if objective == "alignment":
         held_out = shop.pairs.filter(pl.col("split") != "train")
@@ -119,7 +129,16 @@ def training_set(
         for user in range(n_users):
             profiles[user] = features.profile_ids(shop.profile(user))
     read = reads(recipe, shop)
-    return HistoryDataset(histories, windows, ids, features, profiles, max_past=read.past, exposures=read.exposures)
+    return HistoryDataset(
+        histories,
+        windows,
+        ids,
+        features,
+        profiles,
+        max_past=read.past,
+        exposures=read.exposures,
+        scenario=scenario if objective == "next_item" else None,
+    )
 
 
 def validation_recall(inputs: StageInputs, model: Generator) -> float:

@@ -97,7 +97,7 @@ def train_generator(inputs: StageInputs) -> Trained:
 def stage_run(inputs: StageInputs, stage: Stage) -> StageRun:
     """Make a stage ready: what it learns from, its loss and its judge."""
     features = inputs.draft.request_features
-    dataset = training_set(inputs.recipe, inputs.shop, inputs.ids, features, stage.objective)
+    dataset = training_set(inputs.recipe, inputs.shop, inputs.ids, features, stage.objective, stage.scenario)
     objective = NextItemObjective(inputs.index, dataset.trained_items())
     return StageRun(objective, dataset, partial(validation_recall, inputs))
 
@@ -114,7 +114,12 @@ def measure_stage(inputs: StageInputs, model: Generator, objective: str, seconds
     found = [mean_at_10(ndcg, inputs.shop, cases, items) for items in ranked]
     best = int(np.argmax(found))
     recall10 = mean_at_10(recall, inputs.shop, cases, ranked[best])
-    return StageResult(objective, seconds, weights[best], recall10, found[best])
+    scenarios = np.asarray(cases.scenarios, object)
+    by_scenario = {}
+    for name in sorted({name for name in cases.scenarios if name is not None}):
+        rows = np.flatnonzero(scenarios == name)
+        by_scenario[name] = mean_at_10(recall, inputs.shop, cases.take(rows), ranked[best][rows])
+    return StageResult(objective, seconds, weights[best], recall10, found[best], by_scenario)
 
 
 def write_stage(model: Generator, result: StageResult, path: Path) -> None:

@@ -1,0 +1,266 @@
+"""What each part of a recipe is worth: the same training with one part changed, seed by seed.
+
+Two tables. *Parts*: the recipe's supervised stages, trained with each change by itself, against the recipe as it is.
+*Stages*: all stages of the recipe, each against the one before it. Seeds are paired, and a gain stands beside its
+interval, what the training cost and how long a request takes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from genretrieval.export import export_graph
+from genretrieval.export.onnx import example_inputs, named_graph
+from genretrieval.figures import Figure
+from genretrieval.request import RetrieveRequest
+from genretrieval.retrieval import Backend, Retriever
+from genretrieval_pipelines.draft import Draft, StageResult, Trained, draft_bundle, reads, request_features
+from genretrieval_pipelines.evaluate import requests
+from genretrieval_pipelines.recipe import Recipe, SupervisedStage
+from genretrieval_pipelines.shop import Shop
+from genretrieval_pipelines.stages import stage_inputs
+from genretrieval_pipelines.tokenize import tokenize
+from genretrieval_pipelines.train_generator import train_generator
+from genretrieval_tokenizers.comparison import Gain, paired_gain
+
+REFERENCE = "reference"
+MARKDOWN = "ablation.md"
+_TIMED_REQUESTS = 50
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: equal settings, one value a seed.
+
+    Attributes:
+        name: of the change, or of the stage.
+        results: one a seed.
+        seconds: of training, mean of the seeds; of the stage alone in the table of stages.
+        parameters: of the generator, in millions.
+        latency_ms: median of single requests, this row's in turn with the others'; None where it is not measured.
+        against: results of what it is compared with; None for the first.
+    """
+
+    name: str
+    results: tuple[StageResult, ...]
+    seconds: float
+    parameters: float
+    latency_ms: float | None = None
+    against: tuple[StageResult, ...] | None = None
+
+    def values(self, metric: str) -> tuple[float, ...]:
+        """`recall10` or `ndcg10`, one a seed."""
+        return tuple(getattr(result, metric) for result in self.results)
+
+    def gain(self, metric: str) -> Gain | None:
+        """Over what it is compared with; None for the first, and where that found nothing at all."""
+        if self.against is None:
+            return None
+        reference = tuple(getattr(result, metric) for result in self.against)
+        return paired_gain(self.values(metric), reference) if any(reference) else None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Both tables of a recipe.
+
+    Attributes:
+        parts: the reference, then every change.
+        stages: in the order of training.
+        seeds: of all rows.
+        caption: data and protocol in a line.
+    """
+
+    parts: list[Row]
+    stages: list[Row]
+    seeds: list[int]
+    caption: str
+
+    def figures(self) -> dict[str, Figure]:
+        """Every number by its dotted name; the spread of a metric is its lowest and highest seed."""
+        found: dict[str, Figure] = {}
+        for table, rows in (("part", self.parts), ("stage", self.stages)):
+            for row in rows:
+                key = f"ablation.{table}.{row.name}"
+                for metric in ("recall10", "ndcg10"):
+                    values = row.values(metric)
+                    spread = (min(values), max(values))
+                    found[f"{key}.{metric}"] = Figure(statistics.fmean(values), "share of cases", spread)
+                    gain = row.gain(metric)
+                    if gain is not None:
+                        interval = None if gain.low is None or gain.high is None else (gain.low, gain.high)
+                        found[f"{key}.{metric}_gain"] = Figure(gain.mean, "relative", interval)
+                found[f"{key}.seconds"] = Figure(row.seconds, "s")
+                if row.latency_ms is not None:
+                    found[f"{key}.latency_ms"] = Figure(row.latency_ms, "ms")
+        return found
+
+
+def ablate(
+    recipe: Recipe, shop: Shop, work: Path, open_backend: Callable[[Path], Backend], console: Console
+) -> Ablation:
+    """Train every row with every seed; what has been trained before is read back.
+
+    Args:
+        recipe: with an `ablation` section.
+        shop: the logs.
+        work: the folder of the run.
+        open_backend: opens an exported graph, whose requests are timed.
+        console: one line a row.
+    """
+    assert recipe.ablation is not None
+    seeds = recipe.ablation.seeds
+    supervised = [stage for stage in recipe.stages if isinstance(stage, SupervisedStage)]
+    base = recipe.model_copy(update={"stages": supervised})
+    recipes = {REFERENCE: base} | {name: base.changed(change) for name, change in recipe.ablation.rows.items()}
+    trained: dict[str, list[tuple[Trained, Draft]]] = {}
+    for name, of_row in recipes.items():
+        trained[name] = [_train(of_row, seed, shop, work) for seed in seeds]
+        last = [model.stages[-1].ndcg10 for model, _ in trained[name]]
+        console.print(f"ablation, {name}: NDCG@10 {statistics.fmean(last):.4f}", style="dim", highlight=False)
+    latencies = _latencies(trained, recipe, shop, work, open_backend)
+    reference = tuple(model.stages[-1] for model, _ in trained[REFERENCE])
+    parts = [
+        Row(
+            name,
+            tuple(model.stages[-1] for model, _ in cells),
+            statistics.fmean(sum(stage.seconds for stage in model.stages) for model, _ in cells),
+            cells[0][0].generator.num_parameters() / 1e6,
+            latencies[name],
+            None if name == REFERENCE else reference,
+        )
+        for name, cells in trained.items()
+    ]
+    full = [_train(recipe, seed, shop, work)[0] for seed in seeds]
+    caption = (
+        f"{shop.name}, validation, up to {recipe.training.validation_users:,} cases, {len(seeds)} paired seeds, "
+        f"beam {recipe.evaluation.beam_width}; 95 % t-intervals over seeds"
+    )
+    return Ablation(parts, _stage_rows(full), seeds, caption)
+
+
+def _train(recipe: Recipe, seed: int, shop: Shop, work: Path) -> tuple[Trained, Draft]:
+    recipe = recipe.model_copy(update={"training": replace(recipe.training, seed=seed)})
+    ids = tokenize(recipe, shop, work).ids
+    draft = draft_bundle(recipe, shop, ids, request_features(recipe, shop))
+    trained = train_generator(stage_inputs(recipe, shop, ids, draft, work, Console(quiet=True)))
+    return trained, trained.draft(draft)
+
+
+def _stage_rows(models: Sequence[Trained]) -> list[Row]:
+    """Every stage against the one before it."""
+    by_stage = list(zip(*(model.stages for model in models), strict=True))
+    names = [results[0].objective for results in by_stage]
+    rows: list[Row] = []
+    for number, results in enumerate(by_stage):
+        repeated = names[:number].count(names[number])
+        name = names[number] + (f"_{repeated + 1}" if repeated else "")
+        seconds = statistics.fmean(result.seconds for result in results)
+        parameters = models[0].generator.num_parameters() / 1e6
+        before = by_stage[number - 1] if number else None
+        rows.append(Row(name, results, seconds, parameters, None, before))
+    return rows
+
+
+def _latencies(
+    trained: dict[str, list[tuple[Trained, Draft]]],
+    recipe: Recipe,
+    shop: Shop,
+    work: Path,
+    open_backend: Callable[[Path], Backend],
+) -> dict[str, float]:
+    """Median milliseconds of a single request to the exported graph of every row, the rows in turn."""
+    asked: dict[str, tuple[Retriever, list[RetrieveRequest]]] = {}
+    cases = shop.cases("validation")
+    cases = cases.take(np.unique(np.linspace(0, len(cases) - 1, _TIMED_REQUESTS).astype(np.int64)))
+    for name, cells in trained.items():
+        model, draft = cells[0]
+        graph = named_graph(model.generator)
+        path = work / "ablation" / f"{name}.onnx"
+        path.parent.mkdir(exist_ok=True)
+        export_graph(graph, example_inputs(graph, max(1, len(draft.request_features.profile_features))), path)
+        changed = recipe if name == REFERENCE or recipe.ablation is None else recipe.changed(recipe.ablation.rows[name])
+        sent = list(requests(shop, cases, reads(changed, shop), recipe.evaluation.beam_width))
+        asked[name] = (Retriever(draft, open_backend(path)), sent)
+    times: dict[str, list[float]] = {name: [] for name in asked}
+    for retriever, sent in asked.values():
+        retriever.retrieve(sent[:1])
+    for _ in range(_ROUNDS):
+        for name, (retriever, sent) in asked.items():
+            for request in sent:
+                started = time.perf_counter()
+                retriever.retrieve([request])
+                times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(of_row) for name, of_row in times.items()}
+
+
+def print_tables(ablation: Ablation, console: Console) -> None:
+    """Both tables, on `console`."""
+    for title, rows in _tables(ablation):
+        table = Table(title=title, caption=ablation.caption)
+        for number, column in enumerate(_header(rows)):
+            table.add_column(column, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*_cells(row))
+        console.print(table)
+
+
+def markdown(ablation: Ablation) -> str:
+    """Both tables, for a page."""
+    pages = []
+    for title, rows in _tables(ablation):
+        header = _header(rows)
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *map(_cells, rows)]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        pages.append(f"### {title}\n\n{ablation.caption}\n\n{body}\n")
+    return "\n".join(pages)
+
+
+def _tables(ablation: Ablation) -> list[tuple[str, list[Row]]]:
+    tables = [("Parts, each changed by itself", ablation.parts), ("Stages, each over the one before", ablation.stages)]
+    return [(title, rows) for title, rows in tables if rows]
+
+
+def _scenarios(row: Row) -> list[str]:
+    return sorted({name for result in row.results for name in result.by_scenario})
+
+
+def _header(rows: list[Row]) -> list[str]:
+    scenarios = [f"Recall@10, {name}" for name in _scenarios(rows[0])]
+    return ["", "Recall@10", "NDCG@10", "gain in NDCG@10", *scenarios, "training, s", "parameters, M", "request, ms"]
+
+
+def _cells(row: Row) -> list[str]:
+    gain = row.gain("ndcg10")
+    text = ""
+    if gain is not None:
+        text = f"{gain.mean:+.1%}"
+        if gain.low is not None and gain.high is not None:
+            text += f" [{gain.low:+.1%}, {gain.high:+.1%}]"
+    by_scenario = [
+        f"{statistics.fmean(result.by_scenario[name] for result in row.results):.4f}" for name in _scenarios(row)
+    ]
+    return [
+        row.name,
+        _spread(row.values("recall10")),
+        _spread(row.values("ndcg10")),
+        text,
+        *by_scenario,
+        f"{row.seconds:.0f}",
+        f"{row.parameters:.2f}",
+        "" if row.latency_ms is None else f"{row.latency_ms:.1f}",
+    ]
+
+
+def _spread(values: tuple[float, ...]) -> str:
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
