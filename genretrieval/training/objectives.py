@@ -131,17 +131,29 @@ class NextItemObjective(nn.Module):
 
     def decode(self, model: Generator, batch: dict[str, Tensor], candidates: Candidates | None = None) -> Decoded:
         """Teacher-force all targets."""
-        if candidates is not None:
-            batch = {**batch, "history_vectors": candidates.read[candidates.places(batch["target_items"][:, :-1])]}
-            if "past_items" in batch:
-                batch["past_vectors"] = candidates.read[candidates.places(batch["past_items"])]
-        return model.decode_targets(batch)
+        return model.decode_targets(self.with_vectors(batch, candidates))
+
+    @staticmethod
+    def with_vectors(batch: dict[str, Tensor], candidates: Candidates | None) -> dict[str, Tensor]:
+        """The batch with the item vectors that a model with a dense head reads, ``history_vectors`` and the past's."""
+        if candidates is None:
+            return batch
+        read = candidates.read
+        batch = {**batch, "history_vectors": read[candidates.places(batch["target_items"][:, :-1])]}
+        if "past_items" in batch:
+            batch["past_vectors"] = read[candidates.places(batch["past_items"])]
+        return batch
 
     def loss(self, model: Generator, states_NLD: Tensor, items_N: Tensor, codes_NL: Tensor) -> Tensor:
         """Mean loss of N targets from the decoder's states before each of their codes."""
-        losses = []
-        for level in range(len(self.codebook_sizes)):
-            logits = model.level_logits(states_NLD[:, level], level).float()
-            logits = logits.masked_fill(~self.existing_codes(items_N, level), float("-inf"))
-            losses.append(nn.functional.cross_entropy(logits, codes_NL[:, level]))
+        logits = self.existing_logits(model, states_NLD, items_N)
+        losses = [nn.functional.cross_entropy(z_NV, codes_NL[:, level]) for level, z_NV in enumerate(logits)]
         return torch.stack(losses).mean()
+
+    def existing_logits(self, model: Generator, states_NLD: Tensor, items_N: Tensor) -> list[Tensor]:
+        """Float32 ``[N, V]`` of each level: scores of its codes, -inf for those that do not exist under the prefix."""
+        found = []
+        for level in range(len(self.codebook_sizes)):
+            logits_NV = model.level_logits(states_NLD[:, level], level).float()
+            found.append(logits_NV.masked_fill(~self.existing_codes(items_N, level), float("-inf")))
+        return found
