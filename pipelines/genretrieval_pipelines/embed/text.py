@@ -203,9 +203,9 @@ class HashingEmbedder:
 class TransformerEmbedder:
     """Mean of a Transformer encoder's last hidden states over the tokens of a text, to length 1.
 
-    Runs in bfloat16, on a GPU where there is one: on CPU that is three times as fast as float32 and the
-    vectors agree to a cosine of 0.9999. Texts are truncated at `max_tokens`; batches hold texts of like
-    length.
+    Runs on a GPU where there is one, and in bfloat16 where the machine has instructions for it: a CPU with them is
+    three times as fast as in float32, and the vectors agree to a cosine of 0.9999. Texts are truncated at
+    `max_tokens`; batches hold texts of like length.
 
     Args:
         model: folder, or name on the Hugging Face hub (downloaded on first use). Weights must be safetensors.
@@ -223,11 +223,14 @@ class TransformerEmbedder:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
+        from genretrieval.training.precision import fast_bfloat16
+
         transformers_logging.disable_progress_bar()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision)
-            loaded = AutoModel.from_pretrained(model, revision=revision, dtype=torch.bfloat16, use_safetensors=True)
+            loaded = AutoModel.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"text model {model!r} cannot be loaded: {error}\nGive a folder with config.json, a "
