@@ -273,7 +273,9 @@ class Generator(PreTrainedModel, GenerationMixin):
             batch: a request of the first T - 1 interactions of every history, and ``target_codes`` int64
                 ``[B, T, L]``; target t follows the first t of them. ``query_tokens`` and ``query_mask`` belong to the
                 targets at ``query_rows``, int64 ``[N]``, flat (``b * T + t``); ``target_scenarios`` is int64
-                ``[B, T]``.
+                ``[B, T]``. What a target is told besides (see `genretrieval.training.self_distillation`), no request
+                has it: ``hint_states`` float ``[N, H, D]``, to be attended to as the states of a query are, and
+                ``hint_mask`` bool ``[N, H]``, of the targets at ``hint_rows``.
 
         Returns:
             States of the decoder and of the encoder; see `level_logits` and `DenseHead.user_vectors`.
@@ -292,7 +294,10 @@ class Generator(PreTrainedModel, GenerationMixin):
         if context.query_encoder is not None and len(batch["query_rows"]):
             encoded = context.query(batch["query_tokens"], batch["query_mask"])
             queries = Queries(batch["query_rows"], encoded, batch["query_mask"])
-        return Decoded(self.decoder(x_BTLD, memory, seen, queries), seen_BTD)
+        if "hint_states" in batch:
+            hints = Queries(batch["hint_rows"], batch["hint_states"], batch["hint_mask"])
+            queries = hints if queries is None else queries.joined(hints, (n_rows, n_targets))
+        return Decoded(self.decoder(x_BTLD, memory, seen, queries, batch.get("learn")), seen_BTD)
 
     def level_logits(self, states_XD: Tensor, level: int) -> Tensor:
         """Scores of the codes of `level`: ``[..., D]`` to ``[..., V]``."""

@@ -204,6 +204,13 @@ class Queries(NamedTuple):
         empty = x_NX.new_zeros(shape[0] * shape[1], *x_NX.shape[1:])
         return empty.index_copy(0, self.rows_N, x_NX).unflatten(0, shape)
 
+    def joined(self, other: Queries, shape: tuple[int, int]) -> Queries:
+        """These and, behind them, `other`: one for every target of ``(B, T)``, masked where neither has anything."""
+        both = (self, other)
+        states = torch.cat([queries.place(queries.states_NQD, shape).flatten(0, 1) for queries in both], 1)
+        mask = torch.cat([queries.place(queries.mask_NQ, shape).flatten(0, 1) for queries in both], 1)
+        return Queries(torch.arange(len(states), device=states.device), states, mask)
+
 
 class Experts(NamedTuple):
     """A sparse mixture in place of each feed-forward layer of a decoder.
@@ -243,6 +250,7 @@ class DecoderLayer(nn.Module):
         memory_BSD: Tensor,
         memory_bias_BHTS: Tensor,
         queries: Queries | None,
+        counted_BT: Tensor | None,
     ) -> Tensor:
         """``[B, T, L, D]`` to ``[B, T, L, D]``; the other shapes as in `Decoder.forward`, masks as biases."""
         normed = self.attention_norm(x_BTLD)
@@ -250,7 +258,11 @@ class DecoderLayer(nn.Module):
         normed = self.cross_norm(x_BTLD)
         crossed = _cross(self.cross, normed, memory_BSD, memory_bias_BHTS, queries)
         x_BTLD = x_BTLD + self.dropout(crossed)
-        return x_BTLD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTLD)))
+        normed = self.feed_forward_norm(x_BTLD)
+        if counted_BT is None or isinstance(self.feed_forward, FeedForward):
+            return x_BTLD + self.dropout(self.feed_forward(normed))
+        counted_BTL = counted_BT[:, :, None].expand(normed.shape[:-1])
+        return x_BTLD + self.dropout(self.feed_forward(normed, counted_BTL))
 
 
 class Decoder(nn.Module):
@@ -284,6 +296,7 @@ class Decoder(nn.Module):
         memory_BSD: Tensor,
         memory_mask_BTS: Tensor,
         queries: Queries | None = None,
+        counted_BT: Tensor | None = None,
     ) -> Tensor:
         """Decode every target of every row.
 
@@ -292,6 +305,7 @@ class Decoder(nn.Module):
             memory_BSD: encoded context.
             memory_mask_BTS: bool, which context positions each target may see.
             queries: encoded queries of the targets that were asked for with one.
+            counted_BT: bool, targets that experts are balanced by; all by default.
 
         Returns:
             Float ``[B, T, L, D]``.
@@ -304,7 +318,7 @@ class Decoder(nn.Module):
         memory_bias = torch.where(memory_mask_BTS, 0.0, hidden).repeat_interleave(n_levels, 1)[:, None]
         x_BTLD = self.dropout(x_BTLD)
         for layer in self.layers:
-            x_BTLD = layer(x_BTLD, bias, memory_BSD, memory_bias, queries)
+            x_BTLD = layer(x_BTLD, bias, memory_BSD, memory_bias, queries, counted_BT)
         return self.dropout(self.norm(x_BTLD))
 
 
