@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from genretrieval.errors import RecipeError
+from genretrieval.training.self_distillation import SelfDistillationConfig
 from genretrieval.training.trainer import TrainingConfig
 from genretrieval_pipelines.baselines.sasrec import SasrecConfig
 from genretrieval_pipelines.embed import EmbeddingPart
@@ -88,8 +89,19 @@ class SupervisedStage(_Stage):
         return self
 
 
+class SelfDistillationStage(_Stage):
+    """`next_item` once more, now with the generator as its own teacher, told what no request says.
+
+    Its `privileged` teacher reads keywords, which a shop without queries has no words for: the stage is left out there,
+    with a note.
+    """
+
+    objective: Literal["self_distillation"]
+    distillation: SelfDistillationConfig = SelfDistillationConfig()
+
+
 # Told apart by `objective`.
-Stage = SupervisedStage
+Stage = Annotated[SupervisedStage | SelfDistillationStage, Field(discriminator="objective")]
 
 
 class AblationSection(_Section):

@@ -26,8 +26,9 @@ from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.model.profile import Profile, TorchRecProfile
 from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.trainer import METRIC, train
+from genretrieval_pipelines import self_distillation
 from genretrieval_pipelines.draft import StageResult, Trained
-from genretrieval_pipelines.recipe import Stage, content_hash
+from genretrieval_pipelines.recipe import SelfDistillationStage, Stage, SupervisedStage, content_hash
 from genretrieval_pipelines.stages import (
     JUDGING_DENSE_WEIGHT,
     StageInputs,
@@ -96,10 +97,14 @@ def train_generator(inputs: StageInputs) -> Trained:
 
 def stage_run(inputs: StageInputs, stage: Stage) -> StageRun:
     """Make a stage ready: what it learns from, its loss and its judge."""
-    features = inputs.draft.request_features
-    dataset = training_set(inputs.recipe, inputs.shop, inputs.ids, features, stage.objective, stage.scenario)
-    objective = NextItemObjective(inputs.index, dataset.trained_items())
-    return StageRun(objective, dataset, partial(validation_recall, inputs))
+    match stage:
+        case SelfDistillationStage():
+            return self_distillation.stage_run(inputs, stage)
+        case SupervisedStage():
+            features = inputs.draft.request_features
+            dataset = training_set(inputs.recipe, inputs.shop, inputs.ids, features, stage.objective, stage.scenario)
+            objective = NextItemObjective(inputs.index, dataset.trained_items())
+            return StageRun(objective, dataset, partial(validation_recall, inputs))
 
 
 def measure_stage(inputs: StageInputs, model: Generator, objective: str, seconds: float) -> StageResult:
