@@ -142,15 +142,24 @@ class MixtureOfExperts(nn.Module):
             nn.init.uniform_(stack, -bound, bound)
         nn.init.zeros_(self.router_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., D]``."""
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+        """``[..., D]`` to ``[..., D]``.
+
+        Args:
+            x: tokens.
+            counted: bool ``[...]``, tokens that count as load while training; all by default. Padding should not: how
+                much there is of it depends on how requests are batched.
+        """
         x_ND = x.reshape(-1, x.shape[-1])
         # Which experts a token gets must not depend on the rounding of bf16.
         with torch.autocast(x.device.type, enabled=False):
             logits_NX = linear(x_ND.float(), self.router.weight.float())
             routing = route(logits_NX, self.router_bias, self.top_k)
         if self.training:
-            self._load = routing.load_X if self._load is None else self._load + routing.load_X
+            load_X = routing.load_X
+            if counted is not None:
+                load_X = torch.bincount(routing.chosen_NJ[counted.reshape(-1)].flatten(), minlength=len(load_X))
+            self._load = load_X if self._load is None else self._load + load_X
         # Taken apart by one operator: slices would each put a gradient as large as the stack together.
         return mix(x_ND, routing, self.inner.unbind(), self.outer.unbind()).view(x.shape)
 

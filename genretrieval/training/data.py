@@ -187,8 +187,9 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
         ``target_items`` int64 ``[B, T]``, ``target_codes`` int64 ``[B, T, L]``, ``learn`` bool ``[B, T]``;
         ``history_*`` of the first T - 1 interactions; ``past_items`` int64 ``[B, N]`` and ``past_*`` of the events
         before them, where they are read; ``target_scenarios`` int64 ``[B, T]``; ``target_positions`` int64 ``[B, T]``,
-        places in the flat arrays of the histories; ``profile`` int64 ``[B, n_features]``; ``query_rows`` int64 ``[N]`` (flat ``b * T + t``), ``query_tokens`` int64 ``[N, Q]`` and
-        ``query_mask`` bool ``[N, Q]`` of the targets that had a query. Token 0 is padding.
+        places in the flat arrays of the histories; ``profile`` int64 ``[B, n_features]``; ``query_rows`` int64 ``[N]``
+        (flat ``b * T + t``), ``query_tokens`` int64 ``[N, Q]`` and ``query_mask`` bool ``[N, Q]`` of the targets that
+        had a query. Token 0 is padding.
     """
     n_rows, length = len(entries), max(len(e["items"]) for e in entries)
     n_levels = entries[0]["codes"].shape[1]
@@ -232,11 +233,20 @@ class LengthBatchSampler(Sampler[list[int]]):
     The order depends on the seed and the epoch alone, so a resumed run sees the batches it would have seen.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], targets_per_batch: int, seed: int) -> None:
-        """Keep the lengths; `set_epoch` chooses the order."""
+    def __init__(self, lengths: NDArray[np.int64], targets_per_batch: int, seed: int, *, multiple: int = 1) -> None:
+        """Keep the lengths; `set_epoch` chooses the order.
+
+        Args:
+            lengths: int64 ``[n]``, interactions of each window.
+            targets_per_batch: interactions of a batch at most, padding included; a longer window is a batch by itself.
+            seed: of the order.
+            multiple: batches that a step takes together, of all processes. An epoch has a multiple of it, for which
+                some batches are halved; otherwise its last step would be smaller, or show some windows twice.
+        """
         self.lengths = lengths
         self.targets_per_batch = targets_per_batch
         self.seed = seed
+        self.multiple = multiple
         self.epoch = 0
         # What accelerate reads to share batches among processes: their size varies, and none is left out.
         self.batch_size = None
@@ -251,13 +261,20 @@ class LengthBatchSampler(Sampler[list[int]]):
         return len(self._cuts(np.sort(self.lengths))) - 1
 
     def _cuts(self, sorted_lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where batches begin, such that rows x longest row stays within the budget."""
+        """Where batches begin, and the end, such that rows x longest row stays within the budget."""
         cuts, start = [0], 0
         for i, length in enumerate(sorted_lengths.tolist()):
             if i > start and (i - start + 1) * length > self.targets_per_batch:
                 cuts.append(i)
                 start = i
-        return np.asarray([*cuts, len(sorted_lengths)], np.int64)
+        cuts.append(len(sorted_lengths))
+        while (len(cuts) - 1) % self.multiple:
+            rows = np.diff(cuts)
+            most = int(rows.argmax())
+            if rows[most] < 2:
+                break  # as many batches as windows: accelerate repeats some
+            cuts.insert(most + 1, cuts[most] + int(rows[most]) // 2)
+        return np.asarray(cuts, np.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Rows of each batch: ties among equal lengths and the order of batches are shuffled."""

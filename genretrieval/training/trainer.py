@@ -21,6 +21,7 @@ from genretrieval.model import Generator
 from genretrieval.model.moe import update_balance
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, collate
 from genretrieval.training.objectives import Objective
+from genretrieval.training.precision import fast_bfloat16
 
 METRIC = "recall10"
 
@@ -35,6 +36,7 @@ class TrainingConfig:
         warmup_share: share of all steps over which the rate rises to its peak.
         weight_decay: on matrices.
         targets_per_batch: interactions of a batch, padding included; rows follow from their length.
+        accumulate: batches of a step, on each process. Equal products of `accumulate` and processes take equal steps.
         max_grad_norm: gradients are clipped to this norm.
         seed: of initialisation, order and dropout. Equal seed and thread count give equal weights on CPU.
         validation_users: users that a checkpoint is judged by, a fixed sample; the best checkpoint is kept.
@@ -49,6 +51,7 @@ class TrainingConfig:
     warmup_share: float = 0.05
     weight_decay: float = 0.01
     targets_per_batch: int = 512
+    accumulate: int = 1
     max_grad_norm: float = 1.0
     seed: int = 0
     validation_users: int = 4000
@@ -60,6 +63,7 @@ class TrainingConfig:
             "epochs",
             "learning_rate",
             "targets_per_batch",
+            "accumulate",
             "max_grad_norm",
             "validation_users",
             "evaluate_every",
@@ -98,6 +102,9 @@ class ExpertBalance(TrainerCallback):
 class GeneratorTrainer(Trainer):
     """`Trainer` with an objective over histories, batches by length, and retrieval as its evaluation.
 
+    The loss of a step is the mean over all targets of its batches, of every process: each batch counts by its number of
+    targets, not as much as any other. Matrix products are in bfloat16 where the machine is faster with it.
+
     Args:
         model: the generator.
         objective: loss of a batch.
@@ -122,18 +129,17 @@ class GeneratorTrainer(Trainer):
         self.validate = validate
         self.config = config
         gpu = torch.cuda.is_available()
-        bf16 = not gpu or torch.cuda.is_bf16_supported()
-        self.sampler = LengthBatchSampler(dataset.windows.lengths, config.targets_per_batch, config.seed)
         arguments = TrainingArguments(
             output_dir=str(output),
             num_train_epochs=config.epochs,
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=config.warmup_share,
+            gradient_accumulation_steps=config.accumulate,
             weight_decay=config.weight_decay,
             adam_beta2=0.98,
             max_grad_norm=config.max_grad_norm,
-            bf16=bf16,
+            bf16=fast_bfloat16(),
             use_cpu=not gpu,
             seed=config.seed,
             eval_strategy="steps",
@@ -149,8 +155,11 @@ class GeneratorTrainer(Trainer):
             ddp_find_unused_parameters=True,
             disable_tqdm=True,  # progress is the caller's: see the callbacks of `train`
         )
+        batches_per_step = arguments.world_size * config.accumulate
+        lengths = dataset.windows.lengths
+        self.sampler = LengthBatchSampler(lengths, config.targets_per_batch, config.seed, multiple=batches_per_step)
         # Processes share the batches of an epoch; a checkpoint stands at the end of one, where nothing is half read.
-        epoch_steps = math.ceil(len(self.sampler) / arguments.world_size)
+        epoch_steps = math.ceil(len(self.sampler) / batches_per_step)
         steps = epoch_steps * config.evaluate_every
         arguments.eval_steps = arguments.save_steps = arguments.logging_steps = steps
         super().__init__(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
@@ -165,9 +174,34 @@ class GeneratorTrainer(Trainer):
         loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=collate)
         return self.accelerator.prepare(loader)
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        """The objective, run inside the model's forward so that data-parallel wrappers see it."""
-        return model(objective=self.objective, batch=inputs)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """Targets of all batches of a step on all processes; Hugging Face counts ``labels``, which ours lack.
+
+        What is counted here comes back as `compute_loss`'s ``num_items_in_batch``, and as it is not None, Hugging Face
+        leaves it to that function to divide by it.
+        """
+        if not batch_samples:
+            return None
+        found = torch.stack([batch["learn"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(found).sum()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """A batch's share of its step's loss.
+
+        The objective is run inside the model's forward so that data-parallel wrappers see it. It is a mean over the
+        batch's targets; the shares of all batches add up to the mean over all of the step's. Wrappers take the mean
+        of the processes' gradients, where a sum is wanted, hence the number of processes.
+        """
+        loss = model(objective=self.objective, batch=inputs)
+        if num_items_in_batch is None:
+            return loss
+        return loss * (inputs["learn"].sum() / num_items_in_batch * self.accelerator.num_processes)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validation Recall@10 of the current weights."""

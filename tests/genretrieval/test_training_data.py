@@ -157,6 +157,21 @@ def test_the_order_is_that_of_the_seed_and_the_epoch() -> None:
     assert {frozenset(batch) for batch in order(0, 1)} != {frozenset(batch) for batch in order(0, 2)}
 
 
+@pytest.mark.parametrize("multiple", [2, 3, 8, 31])
+def test_an_epoch_is_a_multiple_of_the_batches_of_a_step(multiple: int) -> None:
+    plain, sampler = LengthBatchSampler(LENGTHS, 64, seed=3), LengthBatchSampler(LENGTHS, 64, 3, multiple=multiple)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == -(-len(plain) // multiple) * multiple
+    assert sorted(row for batch in batches for row in batch) == list(range(len(LENGTHS)))
+    assert all(len(batch) * LENGTHS[batch].max() <= 64 for batch in batches)
+    if len(sampler) == len(plain):
+        assert batches == list(plain)
+
+
+def test_more_batches_than_windows_cannot_be_made() -> None:
+    assert sorted(LengthBatchSampler(np.array([1, 2, 3]), 64, 0, multiple=5)) == [[0], [1], [2]]
+
+
 def test_a_window_longer_than_the_budget_is_a_batch_of_its_own() -> None:
     assert sorted(map(sorted, LengthBatchSampler(np.array([9, 1, 1, 1]), 4, 0))) == [[0], [1, 2, 3]]
 

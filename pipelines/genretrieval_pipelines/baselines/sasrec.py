@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from genretrieval.errors import DataError
 from genretrieval.histories import Histories, LeaveOneOut
 from genretrieval.training.full_softmax import full_softmax_loss
+from genretrieval.training.precision import fast_bfloat16
 from genretrieval_pipelines.baselines.counts import Popularity
 from genretrieval_pipelines.baselines.ranking import Baseline, Scores
 from genretrieval_pipelines.cases import Cases, leave_one_out_cases
@@ -268,10 +269,10 @@ def _train_epoch(
         share = min(1.0, done + 1 / len(epoch_batches)) * (0.55 + 0.45 * np.cos(np.pi * done / config.max_epochs))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * share
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model(items[:, :-1])
         real = torch.arange(1, items.shape[1]) < lengths[:, None]
-        loss = full_softmax_loss(hidden[real], model.items.weight, items[:, 1:][real])
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+            hidden = model(items[:, :-1])
+            loss = full_softmax_loss(hidden[real], model.items.weight, items[:, 1:][real])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -307,7 +308,7 @@ def _next_item_logits(model: SasrecModel, histories: Histories, cases: Cases, ma
         within = np.arange(max(1, int(lengths[rows].max())))
         at = np.minimum(starts[rows, None] + within, len(histories.items) - 1)
         items = torch.from_numpy(np.where(within < lengths[rows, None], histories.items[at], 0).astype(np.int64))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
             hidden = model(items)
         last[rows] = hidden[torch.arange(len(rows)), np.maximum(lengths[rows] - 1, 0)].float()
     return last @ model.items.weight.T
