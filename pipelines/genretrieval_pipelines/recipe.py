@@ -11,6 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from genretrieval.errors import RecipeError
+from genretrieval.model.ranking import RankingConfig
+from genretrieval.training.preference import RewardWeights
+from genretrieval.training.preference_objective import PreferenceConfig
+from genretrieval.training.ranking import RankingTrainingConfig
 from genretrieval.training.self_distillation import SelfDistillationConfig
 from genretrieval.training.trainer import TrainingConfig
 from genretrieval_pipelines.baselines.sasrec import SasrecConfig
@@ -100,8 +104,44 @@ class SelfDistillationStage(_Stage):
     distillation: SelfDistillationConfig = SelfDistillationConfig()
 
 
+class RankingModelStage(_Section):
+    """Fits the two ranking models that preference stages behind it ask; the generator stays as it is."""
+
+    objective: Literal["ranking_model"]
+    model: RankingConfig = RankingConfig()
+    training: RankingTrainingConfig = RankingTrainingConfig()
+
+
+class PreferenceStage(_Stage):
+    """Learns what is worth more: from lists graded by the logs, or from rewards of what the generator itself writes."""
+
+    objective: Literal["preference"]
+    epochs: int = Field(default=1, ge=1, description="Passes over the histories; each is judged at its end.")
+    learning_rate: float = Field(default=2e-4, gt=0, description="Its peak.")
+    preference: PreferenceConfig = PreferenceConfig()
+    reward: RewardWeights = Field(default=RewardWeights(), description="Parts of the reward; none for listwise_dpo.")
+    sync_every: int | None = Field(
+        default=None, ge=1, description="Steps after which the reference is renewed; by default it is the start's."
+    )
+    max_kl: float | None = Field(
+        default=None, gt=0, description="Stops when the policy is as many nats an item from its reference."
+    )
+    recall_tolerance: float = Field(default=0.0, ge=0, description="That validation Recall@10 may fall by.")
+
+    @property
+    def asks_ranking_model(self) -> bool:
+        """Whether it is rewarded by a ranking model."""
+        return self.preference.method != "listwise_dpo" and bool(self.reward.ctr or self.reward.relevance)
+
+    def schedule(self, training: TrainingConfig) -> TrainingConfig:
+        """Settings of training, as this stage has them: it is short, and a policy can go wrong within an epoch."""
+        return replace(super().schedule(training), evaluate_every=1)
+
+
 # Told apart by `objective`.
-Stage = Annotated[SupervisedStage | SelfDistillationStage, Field(discriminator="objective")]
+Stage = Annotated[
+    SupervisedStage | SelfDistillationStage | RankingModelStage | PreferenceStage, Field(discriminator="objective")
+]
 
 
 class AblationSection(_Section):
@@ -155,6 +195,22 @@ class Recipe(_Section):
             old = content.get(section)
             content[section] = {**old, **values} if isinstance(old, dict) and isinstance(values, dict) else values
         return Recipe.model_validate(content)
+
+    @model_validator(mode="after")
+    def _rewards_have_a_ranking_model(self) -> Self:
+        for stage in self.stages:
+            asks = isinstance(stage, PreferenceStage) and stage.asks_ranking_model
+            if asks and self.ranking_model_before(stage) is None:
+                raise ValueError(
+                    "a preference stage is rewarded by a ranking model and there is none; put a stage "
+                    "`objective: ranking_model` before it, or set reward.ctr and reward.relevance to 0"
+                )
+        return self
+
+    def ranking_model_before(self, stage: Stage) -> RankingModelStage | None:
+        """The last stage before `stage` that fits ranking models."""
+        before = self.stages[: next(number for number, other in enumerate(self.stages) if other is stage)]
+        return next((other for other in reversed(before) if isinstance(other, RankingModelStage)), None)
 
     def dump(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data."""

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
+from transformers import TrainerCallback
 
 from genretrieval.catalogue import CatalogueIndex, build_index
 from genretrieval.errors import RecipeError
@@ -80,11 +81,15 @@ class StageRun:
         objective: loss of a batch.
         dataset: what is learnt from.
         validate: how good a checkpoint is; the best is kept.
+        callbacks: hooks of the Hugging Face trainer.
+        judged_by: what `validate` measures.
     """
 
     objective: Objective
     dataset: HistoryDataset
     validate: Callable[[Generator], float]
+    callbacks: tuple[TrainerCallback, ...] = ()
+    judged_by: str = "validation Recall@10"
 
 
 def training_set(

@@ -26,9 +26,15 @@ from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.model.profile import Profile, TorchRecProfile
 from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.trainer import METRIC, train
-from genretrieval_pipelines import self_distillation
+from genretrieval_pipelines import preference, self_distillation
 from genretrieval_pipelines.draft import StageResult, Trained
-from genretrieval_pipelines.recipe import SelfDistillationStage, Stage, SupervisedStage, content_hash
+from genretrieval_pipelines.recipe import (
+    PreferenceStage,
+    RankingModelStage,
+    SelfDistillationStage,
+    SupervisedStage,
+    content_hash,
+)
 from genretrieval_pipelines.stages import (
     JUDGING_DENSE_WEIGHT,
     StageInputs,
@@ -64,6 +70,10 @@ def train_generator(inputs: StageInputs) -> Trained:
         model.context.profile = TorchRecProfile(plain)
     results: list[StageResult] = []
     for stage in recipe.stages:
+        if isinstance(stage, RankingModelStage):
+            key = content_hash(key, stage)
+            preference.fit_ranking_stage(inputs, stage, inputs.work / f"{stage.objective}-{key}")
+            continue
         schedule = stage.schedule(recipe.training)
         # Its weights depend on the stages before it, so its name does: a recipe with one more stage trains that one.
         key = content_hash(key, stage, schedule)
@@ -72,14 +82,14 @@ def train_generator(inputs: StageInputs) -> Trained:
         if finished.exists():
             results.append(read_stage(model, finished))
             continue
-        run = stage_run(inputs, stage)
+        run = stage_run(inputs, stage, model)
         if not len(run.dataset):
             console.print(f"stage {stage.objective}: left out, as this shop has no queries", style="yellow")
             continue
         console.print(f"stage {stage.objective}: {len(run.dataset):,} histories", style="dim", highlight=False)
         started = time.perf_counter()
-        progress = TrainingProgress(console)
-        train(model, run.objective, run.dataset, run.validate, schedule, folder, callbacks=(progress,))
+        hooks = (TrainingProgress(console, run.judged_by), *run.callbacks)
+        train(model, run.objective, run.dataset, run.validate, schedule, folder, callbacks=hooks)
         result = measure_stage(inputs, model.eval(), stage.objective, time.perf_counter() - started)
         results.append(result)
         if PartialState().is_main_process:
@@ -95,9 +105,13 @@ def train_generator(inputs: StageInputs) -> Trained:
     return Trained(model.eval(), results[-1].dense_weight, tuple(results))
 
 
-def stage_run(inputs: StageInputs, stage: Stage) -> StageRun:
+def stage_run(
+    inputs: StageInputs, stage: SupervisedStage | SelfDistillationStage | PreferenceStage, model: Generator
+) -> StageRun:
     """Make a stage ready: what it learns from, its loss and its judge."""
     match stage:
+        case PreferenceStage():
+            return preference.stage_run(inputs, stage, model)
         case SelfDistillationStage():
             return self_distillation.stage_run(inputs, stage)
         case SupervisedStage():
@@ -196,8 +210,9 @@ def inputs_key(inputs: StageInputs, config: GeneratorConfig) -> str:
 class TrainingProgress(TrainerCallback):
     """A rich progress bar on a terminal; one line an evaluation elsewhere."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, judged_by: str) -> None:
         self.console = console
+        self.judged_by = judged_by
         self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
         self.task: TaskID | None = None
 
@@ -214,7 +229,7 @@ class TrainingProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Say how good it has become."""
         value = metrics[f"eval_{METRIC}"]
-        line = f"epoch {state.epoch or 0:.0f} of {state.num_train_epochs}: validation Recall@10 {value:.4f}"
+        line = f"epoch {state.epoch or 0:.0f} of {state.num_train_epochs}: {self.judged_by} {value:.4f}"
         self.console.print(line, style="dim", highlight=False)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
