@@ -132,7 +132,7 @@ def test_the_teacher_is_told_what_kind_of_item_it_is_and_no_more(demo_shop: Path
     assert len(tokens_IW) == N_ITEMS
     assert (tokens_IW[:, 0] != 0).float().mean() > 0.9
     # Several items share what is told of them.
-    assert len(tokens_IW.unique(dim=0)) < N_ITEMS / 2
+    assert len(torch.unique(tokens_IW, dim=0)) < N_ITEMS / 2
 
 
 def test_a_shop_without_queries_has_no_privileged_words(demo_shop: Path, tmp_path: Path) -> None:
