@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 
 from genretrieval.catalogue import build_index, graph_inputs, mask_inputs
@@ -22,6 +24,12 @@ NOTHING_ELSE = {
     "query_vocab_size": 0, "n_profile_buckets": 0, "n_items": 0, "n_scenarios": 0, "n_past_tokens": 0, "max_past": 0,
     "n_experts": 0,
 }  # fmt: skip
+
+RECIPES = sorted(
+    path
+    for path in (Path(__file__).parents[2] / "configs").glob("*.yaml")
+    if "generator" in yaml.safe_load(path.read_text("utf-8"))
+)
 
 
 class Exported:
@@ -137,6 +145,49 @@ def test_parity_without_queries_and_profile(
     config = GeneratorConfig(codebook_sizes=(12, 16), n_events=3, n_gaps=4)
     requests = make_requests(config, n, length, seed=n)
     assert_parity(plain, make_ids, requests, n_items, width, n_masks)
+
+
+def as_shipped(recipe: Path, *, bare_logs: bool) -> dict[str, Any]:
+    """The parts that a recipe's model has, at a size that is quick to export; bare logs are items and times alone."""
+    sizes = yaml.safe_load(recipe.read_text("utf-8"))["generator"]
+    kept = ("n_encoder_layers", "n_decoder_layers", "n_query_layers", "n_experts", "experts_per_token")
+    changes = {name: sizes[name] for name in kept if name in sizes}
+    if not sizes.get("max_past"):
+        changes |= {"n_past_tokens": 0, "max_past": 0}
+    if not sizes.get("dense_head", True):
+        changes |= {"n_items": 0, "content_dim": 0}
+    if not sizes.get("scenario", True) or bare_logs:
+        changes["n_scenarios"] = 0
+    if bare_logs:
+        changes |= {"query_vocab_size": 0, "n_profile_buckets": 0}
+    return changes
+
+
+def shipped_variants() -> Iterator[Any]:
+    """What recipes ship and what is left of them on bare logs, each once."""
+    seen: list[dict[str, Any]] = []
+    for bare_logs in (False, True):
+        for recipe in RECIPES:
+            changes = as_shipped(recipe, bare_logs=bare_logs)
+            if changes not in seen:
+                seen.append(changes)
+                marks = pytest.mark.slow if bare_logs else ()
+                yield pytest.param(changes, id=recipe.stem + (", bare logs" if bare_logs else ""), marks=marks)
+
+
+def test_there_are_recipes_whose_variants_are_compared() -> None:
+    assert {"tiny", "next_item", "demo"} <= {recipe.stem for recipe in RECIPES}
+
+
+@pytest.mark.parametrize("changes", shipped_variants())
+def test_parity_of_what_recipes_ship(
+    changes: dict[str, Any], make_generator: Any, make_ids: Any, make_requests: Any, tmp_path: Path
+) -> None:
+    generator = make_generator(codebook_sizes=SIZES, **changes)
+    exported = Exported(named_graph(generator), tmp_path / "retriever.onnx")
+    for n_items, n, length, width, n_masks in ((300, 3, 6, 10, 2), (2000, 1, 1, 50, 1)):
+        requests = make_requests(generator.config, n, length, 4, seed=n_items, n_past=3 * length)
+        assert_parity(exported, make_ids, requests, n_items, width, n_masks)
 
 
 def test_the_graph_says_what_it_reads(whole: Exported) -> None:

@@ -18,6 +18,7 @@ from genretrieval.errors import DataError
 from genretrieval.figures import lines
 from genretrieval.histories import Histories, LeaveOneOut
 from genretrieval.model import GeneratorConfig
+from genretrieval.model.generator import Decoded
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.training.data import collate
 from genretrieval.training.objectives import NextItemObjective
@@ -307,8 +308,9 @@ def test_equal_logits_give_equal_losses_on_both_sides() -> None:
             return SimpleNamespace(logits=flat.expand(len(input_ids), -1, -1))
 
     class Decodes:
-        def decode(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            return torch.zeros(*batch["target_codes"].shape, 1)
+        def decode(self, model: nn.Module, batch: dict[str, Tensor]) -> Decoded:
+            shape = batch["target_codes"].shape
+            return Decoded(torch.zeros(*shape, 1), torch.zeros(*shape[:2], 1))
 
     examples = material.examples
     model: Any = Ours()
@@ -324,7 +326,7 @@ def test_the_plain_objective_trains_what_is_compared(material: bench.Material) -
     dataset = material.dataset(material.windows)
     batch = collate([dataset[row] for row in range(6)])
     plain = bench.PlainObjective(material)
-    states = plain.decode(model, batch)[batch["learn"]]
+    states = plain.decode(model, batch).states_BTLD[batch["learn"]]
     codes = batch["target_codes"][batch["learn"]]
     logits = [model.level_logits(states[:, level], level).log_softmax(-1) for level in range(3)]
     expected = -torch.stack([logits[level].gather(1, codes[:, level : level + 1]) for level in range(3)]).mean()
