@@ -5,7 +5,7 @@
     generator.safetensors    the weights it was exported from
     codebooks.safetensors    the tokenizer
     catalogue.parquet        items, their attributes and their semantic IDs
-    item_vectors.npy         for models with a dense head: float32 [n_items, 2, D], memory-mapped
+    item_vectors.npy         for models with a dense head: float32 [n_items, 2, E], memory-mapped
     query_tokenizer.json     for models that read queries
     config.yaml              the recipe as it was run
     metrics.json             its quality figures
@@ -103,7 +103,7 @@ class Bundle:
         return pl.read_parquet(self.path / CATALOGUE)
 
     def item_vectors(self) -> NDArray[np.float32] | None:
-        """Item vectors float32 ``[n_items, 2, D]``, memory-mapped, of a model with a dense head.
+        """Item vectors float32 ``[n_items, 2, E]``, memory-mapped, of a model with a dense head.
 
         The first of an item is what it is read by in a history, the second what it is ranked by.
 

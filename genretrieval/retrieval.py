@@ -9,7 +9,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +29,7 @@ from genretrieval.semantic_ids import SemanticIds
 # A closed beam ends under this; a real one cannot (see genretrieval.model.search.CLOSED).
 CLOSED_BELOW = -1e9
 PURCHASE = "purchase"
+_ITEM_ID, _EVENT, _TIMESTAMP = attrgetter("item_id"), attrgetter("event"), attrgetter("timestamp")
 # Columns of a catalogue that are no attributes.
 _NOT_FILTERED = frozenset({"item_id", "semantic_id", "popularity"})
 # Row 0 is always open: 32 requests of one batch may carry 32 different filters.
@@ -86,12 +88,14 @@ class Catalogue:
         ids: semantic IDs by item row.
         index: the trie over them; items of a leaf are listed by falling popularity.
         rows: item id to item row.
+        item_ids: item row to item id; the table's column gives single ones out slowly.
     """
 
     table: pl.DataFrame
     ids: SemanticIds
     index: CatalogueIndex
     rows: dict[str, int]
+    item_ids: list[str]
 
     @classmethod
     def open(cls, bundle: Servable) -> Catalogue:
@@ -100,7 +104,8 @@ class Catalogue:
         codes = table["semantic_id"].explode().to_numpy().astype(np.int32).reshape(len(table), -1)
         ids = SemanticIds(codes, bundle.manifest.codebook_sizes)
         index = build_index(ids, order=-table["popularity"].to_numpy().astype(np.int64))
-        return cls(table, ids, index, {item: row for row, item in enumerate(table["item_id"])})
+        item_ids = table["item_id"].to_list()
+        return cls(table, ids, index, {item: row for row, item in enumerate(item_ids)}, item_ids)
 
     def matching(self, filters: Filters) -> NDArray[np.bool_]:
         """Which items satisfy `filters`, bool ``[n_items]``.
@@ -231,6 +236,7 @@ class KnownEvents:
         times: int64 ``[n]``, unix seconds or `NO_TIME`.
         purchased: bool ``[n]``.
         interactions: int64, positions of those that are no exposures.
+        missing: ids of events whose item the catalogue does not have, as they came.
     """
 
     rows: NDArray[np.int64]
@@ -238,6 +244,7 @@ class KnownEvents:
     times: NDArray[np.int64]
     purchased: NDArray[np.bool_]
     interactions: NDArray[np.int64]
+    missing: list[str]
 
     def before(self, read: NDArray[np.int64], at_most: int) -> NDArray[np.int64]:
         """Positions of the newest events before those at `read`; of all events, where nothing is read."""
@@ -258,8 +265,8 @@ class DenseItems:
     """What a dense head ranks.
 
     Attributes:
-        read: float32 ``[n_items, D]``, memory-mapped, what items are read by in a history.
-        ranked: float32 ``[n_items, D]``, memory-mapped, what they are ranked by.
+        read: float32 ``[n_items, E]``, memory-mapped, what items are read by in a history.
+        ranked: float32 ``[n_items, E]``, memory-mapped, what they are ranked by.
         cold: int64, rows of the items that training never saw. The search hardly ever writes their IDs (LIGER, arXiv
             2411.18814), so they are candidates beside what it found.
     """
@@ -336,18 +343,31 @@ class Retriever:
         return responses
 
     def _known(self, request: RetrieveRequest) -> KnownEvents:
-        """The events of a request's history whose item the catalogue has."""
-        rows = self.catalogue.rows
-        known = [event for event in request.history if event.item_id in rows]
-        exposed = np.asarray([event.event == EXPOSURE for event in known], bool)
-        events = self.features.event_ids([event.event for event in known])
-        times = [NO_TIME if event.timestamp is None else event.timestamp for event in known]
+        """The events of a request's history whose item the catalogue has.
+
+        A history has up to 1,000 events, so no line of Python runs for each: columns are read and looked up by `map`,
+        and what depends on the behaviour alone is found once for each behaviour.
+        """
+        history, n = request.history, len(request.history)
+        item_ids = list(map(_ITEM_ID, history))
+        rows = np.fromiter(map(self.catalogue.rows.get, item_ids, repeat(-1)), np.int64, n)
+        found = np.flatnonzero(rows >= 0)
+        missing = [] if len(found) == n else [item_ids[i] for i in np.flatnonzero(rows < 0).tolist()]
+        names = list(map(_EVENT, history))
+        kinds = {name: kind for kind, name in enumerate(dict.fromkeys(names))}
+        kind = np.fromiter(map(kinds.__getitem__, names), np.int64, n)[found]
+        exposed = np.asarray([name == EXPOSURE for name in kinds], bool)
+        events = np.where(exposed, self.features.exposure_id, self.features.event_ids(list(kinds)))
+        times = list(map(_TIMESTAMP, history))
+        if None in times:
+            times = [NO_TIME if time_ is None else time_ for time_ in times]
         return KnownEvents(
-            rows=np.asarray([rows[event.item_id] for event in known], np.int64),
-            events=np.where(exposed, self.features.exposure_id, events),
-            times=np.asarray(times, np.int64),
-            purchased=np.asarray([event.event == PURCHASE for event in known], bool),
-            interactions=np.flatnonzero(~exposed),
+            rows=rows[found],
+            events=events[kind],
+            times=np.asarray(times, np.int64)[found],
+            purchased=np.asarray([name == PURCHASE for name in kinds], bool)[kind],
+            interactions=np.flatnonzero(~exposed[kind]),
+            missing=missing,
         )
 
     def _graph_inputs(
@@ -456,7 +476,7 @@ class Retriever:
         """An item as it is returned."""
         score = float(found.scores[beam])
         return RetrievedItem(
-            item_id=self.catalogue.table["item_id"][row],
+            item_id=self.catalogue.item_ids[row],
             score=score if dense is None else score + self.bundle.manifest.dense_weight * dense,
             semantic_id=self.catalogue.ids.codes[row].tolist(),
             level_scores=found.level_scores[beam].tolist() if reached else [],
@@ -467,7 +487,7 @@ class Retriever:
         self, request: RetrieveRequest, known: KnownEvents, items: list[RetrievedItem], timings: Timings
     ) -> RetrieveResponse:
         rows, manifest = self.catalogue.rows, self.bundle.manifest
-        named = [event.item_id for event in request.history] + request.exclude_item_ids
+        missing = known.missing + [item for item in request.exclude_item_ids if item not in rows]
         degraded = []
         if len(items) < request.top_k:
             degraded.append("fewer_than_top_k")
@@ -478,7 +498,7 @@ class Retriever:
         digest = hashlib.blake2b(_canonical(request), digest_size=8).hexdigest()
         return RetrieveResponse(
             items=items,
-            missing_ids=list(dict.fromkeys(item for item in named if item not in rows)),
+            missing_ids=list(dict.fromkeys(missing)),
             degraded=degraded,
             bundle_version=manifest.version,
             attribution_token=f"{manifest.version}.0.{digest}",

@@ -113,9 +113,9 @@ def make_requests() -> MakeRequests:
             made["past_events"] = rng.integers(0, config.n_behaviours, (n, n_past))
             made["past_mask"] = np.arange(n_past) < rng.integers(0, n_past + 1, (n, 1))
         if config.n_past_tokens and config.n_items:
-            made["past_vectors"] = rng.normal(size=(n, n_past, config.d_model)).astype(np.float32)
+            made["past_vectors"] = rng.normal(size=(n, n_past, 2 * config.d_model)).astype(np.float32)
         if config.n_items:
-            made["history_vectors"] = rng.normal(size=(n, length, config.d_model)).astype(np.float32)
+            made["history_vectors"] = rng.normal(size=(n, length, 2 * config.d_model)).astype(np.float32)
         return made
 
     return make

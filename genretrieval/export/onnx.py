@@ -80,7 +80,7 @@ class NamedGraph(nn.Module):
 def named_graph(generator: Generator) -> NamedGraph:
     """The retrieval graph of a generator, with the inputs that it reads and no others."""
     config = generator.config
-    vector_dim = config.d_model if config.n_items else 0
+    vector_dim = 2 * config.d_model if config.n_items else 0
     return NamedGraph(RetrievalGraph(generator).eval(), request_tensors(config), config.n_levels, vector_dim)
 
 

@@ -33,11 +33,11 @@ from genretrieval.model.query_former import QueryFormer
 #   history_events   int64 [B, S]
 #   history_gaps     int64 [B, S]
 #   history_mask     bool  [B, S]     True where an interaction is real
-#   history_vectors  float [B, S, D]  item vectors                                          n_items
+#   history_vectors  float [B, S, E]  item vectors, E = 2 D                                 n_items
 #   past_codes       int64 [B, N, L]  events before the history, exposures among them       n_past_tokens
 #   past_events      int64 [B, N]     as in the history; `n_events` is exposure
 #   past_mask        bool  [B, N]
-#   past_vectors     float [B, N, D]                                                        n_past_tokens and n_items
+#   past_vectors     float [B, N, E]                                                        n_past_tokens and n_items
 #   profile          int64 [B, n]     hashed profile features                               n_profile_buckets
 #   query_tokens     int64 [B, Q]                                                           query_vocab_size
 #   query_mask       bool  [B, Q]
@@ -73,13 +73,13 @@ class Context:
         memory_BSD: encoded history positions, then encoded query tokens.
         mask_BS: bool, which of them are real.
         start_BD: state that the first decoder step starts from.
-        seen_BD: what the encoder made of the whole history; read by the dense head.
+        seen_BE: what the dense head reads of the history, see `DenseHead.seen`; without one the encoder's state.
     """
 
     memory_BSD: Tensor
     mask_BS: Tensor
     start_BD: Tensor
-    seen_BD: Tensor
+    seen_BE: Tensor
 
 
 class Decoded(NamedTuple):
@@ -87,11 +87,11 @@ class Decoded(NamedTuple):
 
     Attributes:
         states_BTLD: the decoder's state before each code of each target.
-        seen_BTD: what the encoder made of the interactions before each target; read by the dense head.
+        seen_BTE: what the dense head reads of the interactions before each target, as in `Context`.
     """
 
     states_BTLD: Tensor
-    seen_BTD: Tensor
+    seen_BTE: Tensor
 
 
 class ContextEncoder(nn.Module):
@@ -155,7 +155,13 @@ class ContextEncoder(nn.Module):
         """Items of the history or of the past, as one embedding each: codes and, where there is one, item vector."""
         x = self.embed(request[f"{part}_codes"]).sum(-2)
         vectors = request.get(f"{part}_vectors")
-        return x if vectors is None else x + vectors
+        return x if vectors is None else x + vectors[..., : x.shape[-1]]
+
+    @staticmethod
+    def seen(memory_BSD: Tensor, request: Request) -> Tensor:
+        """What the dense head reads of every prefix of the history; see `Context.seen_BE`."""
+        vectors = request.get("history_vectors")
+        return memory_BSD if vectors is None else DenseHead.seen(memory_BSD, vectors)
 
     def starts(self, states_XD: Tensor, scenario_X: Tensor | None) -> Tensor:
         """What the first decoder step starts from, added to the embedding of the start token: ``[..., D]``."""
@@ -172,8 +178,9 @@ class ContextEncoder(nn.Module):
         """Encode requests for the one item that comes next."""
         memory_BSD, mask_BS = self.history(request), request["history_mask"]
         last = mask_BS.sum(1)[:, None, None].expand(-1, 1, memory_BSD.shape[-1])
-        seen_BD = memory_BSD.gather(1, last)[:, 0]
-        start_BD = self.starts(seen_BD, request.get("scenario"))
+        start_BD = self.starts(memory_BSD.gather(1, last)[:, 0], request.get("scenario"))
+        seen_BSE = self.seen(memory_BSD, request)
+        seen_BE = seen_BSE.gather(1, last[..., :1].expand(-1, 1, seen_BSE.shape[-1]))[:, 0]
         parts, masks = [memory_BSD], [mask_BS.new_ones(mask_BS.shape[0], 1), mask_BS]
         past = self.past(request)
         if past is not None:
@@ -182,7 +189,7 @@ class ContextEncoder(nn.Module):
         if self.query_encoder is not None:
             parts.append(self.query(request["query_tokens"], request["query_mask"]))
             masks.append(request["query_mask"])
-        return Context(torch.cat(parts, 1), torch.cat(masks, 1), start_BD, seen_BD)
+        return Context(torch.cat(parts, 1), torch.cat(masks, 1), start_BD, seen_BE)
 
 
 @dataclass
@@ -213,7 +220,7 @@ class RequestEncoder(nn.Module):
     def forward(self, **kwargs: Any) -> EncodedRequest:
         """Encode requests, whose tensors are given by name, among other things that ``generate`` passes on."""
         found: Context = self.context({name: given for name, given in kwargs.items() if isinstance(given, Tensor)})
-        return EncodedRequest(found.memory_BSD, found.mask_BS, found.start_BD, found.seen_BD)
+        return EncodedRequest(found.memory_BSD, found.mask_BS, found.start_BD, found.seen_BE)
 
 
 class Generator(PreTrainedModel, GenerationMixin):
@@ -261,6 +268,10 @@ class Generator(PreTrainedModel, GenerationMixin):
             nn.init.zeros_(module.own_ID)
         elif isinstance(module, DenseHead):
             module.content_IC.zero_()
+            # One of two factors has to start off zero, or neither would ever move.
+            nn.init.normal_(module.leaving_ID, std=0.02)
+            nn.init.zeros_(module.taking_ID)
+            nn.init.zeros_(module.gate.weight)
         elif isinstance(module, ContextEncoder):
             module.level_offsets.copy_(torch.tensor(self.config.level_offsets))
             nn.init.normal_(module.begin, std=0.5)
@@ -282,8 +293,9 @@ class Generator(PreTrainedModel, GenerationMixin):
         """
         context, target_codes = self.context, batch["target_codes"]
         n_rows, n_targets = target_codes.shape[:2]
-        seen_BTD = memory = context.history(batch)
-        start = context.starts(seen_BTD, batch.get("target_scenarios")) + context.codes.weight[0]
+        memory = context.history(batch)
+        seen_BTE = context.seen(memory, batch)
+        start = context.starts(memory, batch.get("target_scenarios")) + context.codes.weight[0]
         x_BTLD = torch.cat([start[:, :, None], context.embed(target_codes[..., :-1])], 2)
         seen = torch.ones(n_targets, n_targets, dtype=torch.bool, device=start.device).tril().expand(n_rows, -1, -1)
         past = context.past(batch)
@@ -297,7 +309,7 @@ class Generator(PreTrainedModel, GenerationMixin):
         if "hint_states" in batch:
             hints = Queries(batch["hint_rows"], batch["hint_states"], batch["hint_mask"])
             queries = hints if queries is None else queries.joined(hints, (n_rows, n_targets))
-        return Decoded(self.decoder(x_BTLD, memory, seen, queries, batch.get("learn")), seen_BTD)
+        return Decoded(self.decoder(x_BTLD, memory, seen, queries, batch.get("learn")), seen_BTE)
 
     def level_logits(self, states_XD: Tensor, level: int) -> Tensor:
         """Scores of the codes of `level`: ``[..., D]`` to ``[..., V]``."""

@@ -54,13 +54,13 @@ class Retrieved(NamedTuple):
         leaves_BK: int64, leaf ids; meaningless where the score is `CLOSED` or below.
         scores_BK: float32, summed log-probability of the codes.
         level_scores_BKL: float32, its parts.
-        user_BD: float32, what the dense head compares item vectors with; None for a model without one.
+        user_BE: float32, what the dense head compares item vectors with; None for a model without one.
     """
 
     leaves_BK: Tensor
     scores_BK: Tensor
     level_scores_BKL: Tensor
-    user_BD: Tensor | None = None
+    user_BE: Tensor | None = None
 
 
 def attend(q_BQD: Tensor, k_BSD: Tensor, v_BSD: Tensor, bias_BHQS: Tensor, n_heads: int) -> Tensor:
@@ -180,7 +180,7 @@ class BeamSearch(nn.Module):
         level_offsets: first flat token of each level.
         normalise: ``children`` takes the softmax over the codes that exist under a beam's prefix, as our training
             does; ``vocabulary`` over all flat tokens, as Hugging Face does.
-        dense: float ``[D, D]``, what the decoder's part of a user vector is made by, where there is a dense head.
+        dense: float ``[D + 1, D]``, `user` and `gate` of the dense head, where there is one.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class BeamSearch(nn.Module):
         score_BQ = x_ND.new_zeros(n_rows, 1)
         node_BQ = torch.zeros_like(score_BQ, dtype=torch.long)
         level_scores: list[Tensor] = []
-        user_BD: Tensor | None = None
+        user_BF: Tensor | None = None
         for level in range(len(self.codebook_sizes)):
             n_queries = n_beams if level else 1
             cross_bias = hidden_BQ1S.expand(n_rows, 1, n_queries, n_memory)
@@ -246,7 +246,7 @@ class BeamSearch(nn.Module):
                 x_ND = layer.feed_forward(add_linear(x_ND, crossed.flatten(0, 1), layer.cross_output))
 
             if self.dense is not None and not level:
-                user_BD = linear(norm(x_ND), self.dense)
+                user_BF = linear(norm(x_ND), self.dense)
             child_BQC, logp_BQC, open_BQC = self._children(
                 norm(x_ND).unflatten(0, (n_rows, n_queries)), level, node_BQ, index
             )
@@ -263,7 +263,7 @@ class BeamSearch(nn.Module):
                 x_ND = nn.functional.embedding(self._tokens(level, node_BQ, index).flatten(), self.codes)
                 parent_N = (parent_BK + torch.arange(n_rows, device=x_ND.device)[:, None] * n_queries).flatten()
                 paths = [(k.index_select(0, parent_N), v.index_select(0, parent_N)) for k, v in paths]
-        return Retrieved(node_BQ, score_BQ, torch.stack(level_scores, -1), user_BD)
+        return Retrieved(node_BQ, score_BQ, torch.stack(level_scores, -1), user_BF)
 
     def _attend_path(
         self, x_ND: Tensor, layer: FusedLayer, i: int, level: int, paths: list[tuple[Tensor, Tensor]]
@@ -316,20 +316,20 @@ class RetrievalGraph(nn.Module):
         self.context.encoder = FusedEncoder(cast(Encoder, generator.context.encoder))
         if generator.context.query_encoder is not None:
             self.context.query_encoder = FusedEncoder(cast(Encoder, generator.context.query_encoder))
-        self.history = generator.dense.history if generator.dense is not None else None
+        self.dense = generator.dense
         self.search = BeamSearch(
             generator.decoder,
             generator.context.codes.weight,
             generator.head.weight,
             config.codebook_sizes,
             config.level_offsets,
-            dense=generator.dense.user.weight if generator.dense is not None else None,
+            dense=torch.cat([generator.dense.user.weight, generator.dense.gate.weight]) if generator.dense else None,
         )
 
     def forward(self, request: Request, beams: Tensor, index: IndexTensors) -> Retrieved:
         """Retrieve for a batch of requests; the rest as in `BeamSearch.forward`."""
         context: Context = self.context(request)
         found: Retrieved = self.search(context.memory_BSD, context.mask_BS, context.start_BD, beams, index)
-        if self.history is None or found.user_BD is None:
+        if self.dense is None or found.user_BE is None:
             return found
-        return found._replace(user_BD=found.user_BD + self.history(context.seen_BD))
+        return found._replace(user_BE=self.dense.joined(found.user_BE, context.seen_BE))

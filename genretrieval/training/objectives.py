@@ -31,13 +31,11 @@ class Candidates(NamedTuple):
 
     Attributes:
         rows: int64 ``[M]``, item rows, sorted.
-        read: float ``[M, D]``, what they are read by in a history.
-        ranked: float ``[M, D]``, what they are ranked by.
+        ranked: float ``[M, E]``, what they are ranked by.
         bias: float ``[M]``, logarithm of how many items each stands for.
     """
 
     rows: Tensor
-    read: Tensor
     ranked: Tensor
     bias: Tensor
 
@@ -103,45 +101,43 @@ class NextItemObjective(nn.Module):
         learn = batch["learn"]
         items_N = batch["target_items"][learn]
         candidates = self.candidates(model, batch) if model.dense is not None else None
-        decoded = self.decode(model, batch, candidates)
+        decoded = self.decode(model, batch)
         states_NLD = decoded.states_BTLD[learn]
         loss = self.loss(model, states_NLD, items_N, batch["target_codes"][learn])
         if candidates is None or model.dense is None:
             return loss
-        user_ND = model.dense.user_vectors(states_NLD[:, 0], decoded.seen_BTD[learn])
+        user_ND = model.dense.user_vectors(states_NLD[:, 0], decoded.seen_BTE[learn])
         dense = full_softmax_loss(user_ND, candidates.ranked, candidates.places(items_N), candidates.bias)
         return loss + self.dense_weight * dense
 
     def candidates(self, model: Generator, batch: dict[str, Tensor]) -> Candidates:
-        """The items that a batch's dense softmax runs over; all that the batch reads are among them."""
+        """The items that a batch's dense softmax runs over; its targets are among them."""
         assert model.dense is not None
         n_items, n_trained = len(self.trained_bias_I), len(self.trained_items)
         if n_items <= MAX_SOFTMAX_ITEMS:
             rows = torch.arange(n_items, device=self.trained_items.device)
-            return Candidates(rows, model.dense.read(), model.dense.rank(), self.trained_bias_I)
-        read = [batch[name].flatten() for name in ("target_items", "past_items") if name in batch]
-        own = torch.unique(torch.cat(read))
+            return Candidates(rows, model.dense.rank(), self.trained_bias_I)
+        own = torch.unique(batch["target_items"])
         drawn = self.trained_items[torch.randint(n_trained, (MAX_SOFTMAX_ITEMS,), device=own.device)]
         rows, places = torch.unique(torch.cat([own, drawn]), return_inverse=True)
         is_own = torch.zeros_like(rows, dtype=torch.bool).index_fill_(0, places[: len(own)], True)
         left = n_trained - int((self.trained_bias_I[own] == 0).sum())
         stand_for = max(1.0, left / max(1, int((~is_own).sum())))
         bias = self.trained_bias_I[rows] + torch.where(is_own, 0.0, math.log(stand_for))
-        return Candidates(rows, model.dense.read(rows), model.dense.rank(rows), bias)
+        return Candidates(rows, model.dense.rank(rows), bias)
 
-    def decode(self, model: Generator, batch: dict[str, Tensor], candidates: Candidates | None = None) -> Decoded:
+    def decode(self, model: Generator, batch: dict[str, Tensor]) -> Decoded:
         """Teacher-force all targets."""
-        return model.decode_targets(self.with_vectors(batch, candidates))
+        return model.decode_targets(self.with_vectors(model, batch))
 
     @staticmethod
-    def with_vectors(batch: dict[str, Tensor], candidates: Candidates | None) -> dict[str, Tensor]:
+    def with_vectors(model: Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with the item vectors that a model with a dense head reads, ``history_vectors`` and the past's."""
-        if candidates is None:
+        if model.dense is None:
             return batch
-        read = candidates.read
-        batch = {**batch, "history_vectors": read[candidates.places(batch["target_items"][:, :-1])]}
+        batch = {**batch, "history_vectors": model.dense.read(batch["target_items"][:, :-1])}
         if "past_items" in batch:
-            batch["past_vectors"] = read[candidates.places(batch["past_items"])]
+            batch["past_vectors"] = model.dense.read(batch["past_items"])
         return batch
 
     def loss(self, model: Generator, states_NLD: Tensor, items_N: Tensor, codes_NL: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ class Preference(nn.Module):
             for level, logits_XV in enumerate(logits)
         ]
         if model.dense is not None:
-            user_ND = model.dense.user_vectors(states_NGLD[:, 0, 0], context.seen_BD)
+            user_ND = model.dense.user_vectors(states_NGLD[:, 0, 0], context.seen_BE)
             scores_NG = (model.dense.rank(items_NG) @ user_ND[..., None])[..., 0].float()
             parts.append(scores_NG.masked_fill(~there_NG, torch.finfo(scores_NG.dtype).min).log_softmax(-1))
         return torch.stack(parts, -1) * there_NG[..., None]

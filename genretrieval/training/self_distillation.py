@@ -269,7 +269,8 @@ def target_contexts(model: Generator, batch: Batch) -> Context:
             asked_N = asked_X[row_N * n_targets + place_N]
             states.append(encoded_MQD[asked_N.clamp(min=0)])
             masks.append(batch["query_mask"][asked_N.clamp(min=0)] & (asked_N >= 0)[:, None])
-    return Context(torch.cat(states, 1), torch.cat(masks, 1), start_ND, seen_ND)
+    seen_NE = context.seen(seen_BTD, batch)[row_N, place_N]
+    return Context(torch.cat(states, 1), torch.cat(masks, 1), start_ND, seen_NE)
 
 
 @contextmanager
@@ -314,7 +315,7 @@ class SelfDistillationObjective(nn.Module):
         """Loss over the targets that ``batch["learn"]`` marks."""
         c = self.config
         candidates = self.next_item.candidates(model, batch) if model.dense is not None else None
-        batch = self.next_item.with_vectors(batch, candidates)
+        batch = self.next_item.with_vectors(model, batch)
         student = self.read(model, batch, candidates)
         loss = served = self.supervised(student, batch, candidates, focal=True)
         if c.rdrop_weight:
@@ -339,7 +340,7 @@ class SelfDistillationObjective(nn.Module):
         logits = self.next_item.existing_logits(model, states_NLD, batch["target_items"][learn])
         if candidates is None or model.dense is None:
             return Reading(logits, None)
-        return Reading(logits, model.dense.user_vectors(states_NLD[:, 0], decoded.seen_BTD[learn]))
+        return Reading(logits, model.dense.user_vectors(states_NLD[:, 0], decoded.seen_BTE[learn]))
 
     def supervised(self, reading: Reading, batch: Batch, candidates: Candidates | None, *, focal: bool) -> Tensor:
         """The loss of `NextItemObjective`, its cross-entropy of codes made focal where that is asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -247,14 +248,31 @@ def test_configuration_refuses_item_vectors_without_content() -> None:
 
 @torch.inference_mode()
 def test_item_vectors_by_hand(make_generator: Any) -> None:
-    """A projection of the content, scaled to length 1, plus what was learnt of the item."""
+    """A projection of the content, scaled to length 1, plus what was learnt of the item; then its factor."""
     head = make_generator(d_model=2, n_heads=1, n_items=2, content_dim=2).dense
     head.ranking.projection.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
     head.ranking.own_ID.copy_(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+    head.taking_ID.copy_(torch.tensor([[7.0, 8.0], [0.0, 0.0]]))
     head.set_content(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    expected = torch.tensor([[0.6 + 0.5, 2 * 0.8 + 0.5], [0.0, 0.0]])
+    expected = torch.tensor([[0.6 + 0.5, 2 * 0.8 + 0.5, 7.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(head.rank(), expected)
     torch.testing.assert_close(head.rank(torch.tensor([1, 0])), expected.flip(0))
+
+
+@torch.inference_mode()
+def test_user_vectors_by_hand(make_generator: Any) -> None:
+    """What decoder and encoder say, then what the last item left, as far as the decoder lets it through."""
+    head = make_generator(d_model=2, n_heads=1, n_items=2, content_dim=2).dense
+    head.user.weight.copy_(torch.eye(2))
+    head.history.weight.copy_(10 * torch.eye(2))
+    head.gate.weight.copy_(torch.tensor([[0.0, math.log(3.0)]]))
+    states, items = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[9.0, 9.0, 5.0, 6.0]]])
+    seen = head.seen(states, items)
+    # Nothing has been left before the first item.
+    assert seen.tolist() == [[[1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 5.0, 6.0]]]
+    user = head.user_vectors(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), seen[0])
+    # 2 sigmoid(0) is 1, 2 sigmoid(log 3) is 1.5.
+    torch.testing.assert_close(user, torch.tensor([[11.0, 20.0, 0.0, 0.0], [30.0, 41.0, 7.5, 9.0]]))
 
 
 def test_configuration_numbers_the_flat_tokens() -> None:

@@ -78,7 +78,7 @@ def test_a_drawn_target_is_scored_as_in_the_pass_over_its_history(
     items = batch["target_items"][batch["learn"]]
     logp = preference.log_probabilities(generator, encode(generator, batch, drawn), items[:, None])
     assert logp.shape == (len(items), 1, 4)
-    decoded = next_item.decode(generator, batch, next_item.candidates(generator, batch))
+    decoded = next_item.decode(generator, batch)
     states = decoded.states_BTLD[batch["learn"]]
     for level in range(3):
         logits = generator.level_logits(states[:, level], level)
@@ -99,9 +99,9 @@ def test_the_dense_head_is_a_softmax_over_the_items_that_are_there(
     drawn = batch["learn"].nonzero()[:3]
     items = torch.tensor([[1, 2, NOTHING], [3, 4, 5], [6, NOTHING, NOTHING]])
     logp = preference.log_probabilities(generator, encode(generator, batch, drawn), items)
-    decoded = next_item.decode(generator, batch, next_item.candidates(generator, batch))
+    decoded = next_item.decode(generator, batch)
     for row, (b, t) in enumerate(drawn.tolist()):
-        user = generator.dense.user_vectors(decoded.states_BTLD[b, t, 0], decoded.seen_BTD[b, t])
+        user = generator.dense.user_vectors(decoded.states_BTLD[b, t, 0], decoded.seen_BTE[b, t])
         there = items[row] != NOTHING
         expected = (generator.dense.rank(items[row][there]) @ user).log_softmax(0)
         torch.testing.assert_close(logp[row, there, -1], expected)

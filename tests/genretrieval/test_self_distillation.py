@@ -234,8 +234,7 @@ def made(make_histories: Any, make_ids: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def with_vectors(generator: Any, index: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    next_item = NextItemObjective(index)
-    return next_item.with_vectors(found, next_item.candidates(generator, found))
+    return NextItemObjective(index).with_vectors(generator, found)
 
 
 @torch.no_grad()
