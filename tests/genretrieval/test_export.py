@@ -179,7 +179,7 @@ def test_there_are_recipes_whose_variants_are_compared() -> None:
     assert {"tiny", "next_item", "demo"} <= {recipe.stem for recipe in RECIPES}
 
 
-@pytest.mark.parametrize("changes", shipped_variants())
+@pytest.mark.parametrize("changes", list(shipped_variants()))
 def test_parity_of_what_recipes_ship(
     changes: dict[str, Any], make_generator: Any, make_ids: Any, make_requests: Any, tmp_path: Path
 ) -> None:
