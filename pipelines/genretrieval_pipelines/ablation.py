@@ -35,6 +35,7 @@ REFERENCE = "reference"
 MARKDOWN = "ablation.md"
 _TIMED_REQUESTS = 50
 _ROUNDS = 5
+_UNITS = {"recall10": "share of cases", "ndcg10": "share of cases", "utility": "of the best item's worth"}
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class Row:
     latency_ms: float | None = None
     against: tuple[StageResult, ...] | None = None
 
+    def measured(self, metric: str) -> bool:
+        """Whether there is such a metric: only a made shop knows `utility`."""
+        return getattr(self.results[0], metric) is not None
+
     def values(self, metric: str) -> tuple[float, ...]:
-        """`recall10` or `ndcg10`, one a seed."""
+        """`recall10`, `ndcg10` or `utility`, one a seed."""
         return tuple(getattr(result, metric) for result in self.results)
 
     def gain(self, metric: str) -> Gain | None:
@@ -91,10 +96,11 @@ class Ablation:
         for table, rows in (("part", self.parts), ("stage", self.stages)):
             for row in rows:
                 key = f"ablation.{table}.{row.name}"
-                for metric in ("recall10", "ndcg10"):
+                for metric, unit in _UNITS.items():
+                    if not row.measured(metric):
+                        continue
                     values = row.values(metric)
-                    spread = (min(values), max(values))
-                    found[f"{key}.{metric}"] = Figure(statistics.fmean(values), "share of cases", spread)
+                    found[f"{key}.{metric}"] = Figure(statistics.fmean(values), unit, (min(values), max(values)))
                     gain = row.gain(metric)
                     if gain is not None:
                         interval = None if gain.low is None or gain.high is None else (gain.low, gain.high)
@@ -235,17 +241,13 @@ def _scenarios(row: Row) -> list[str]:
 
 
 def _header(rows: list[Row]) -> list[str]:
+    utility = ["true utility", "gain"] if rows[0].measured("utility") else []
     scenarios = [f"Recall@10, {name}" for name in _scenarios(rows[0])]
-    return ["", "Recall@10", "NDCG@10", "gain in NDCG@10", *scenarios, "training, s", "parameters, M", "request, ms"]
+    return ["", "Recall@10", "NDCG@10", "gain", *utility, *scenarios, "training, s", "parameters, M", "request, ms"]
 
 
 def _cells(row: Row) -> list[str]:
-    gain = row.gain("ndcg10")
-    text = ""
-    if gain is not None:
-        text = f"{gain.mean:+.1%}"
-        if gain.low is not None and gain.high is not None:
-            text += f" [{gain.low:+.1%}, {gain.high:+.1%}]"
+    utility = [_spread(row.values("utility")), _gain(row.gain("utility"))] if row.measured("utility") else []
     by_scenario = [
         f"{statistics.fmean(result.by_scenario[name] for result in row.results):.4f}" for name in _scenarios(row)
     ]
@@ -253,12 +255,20 @@ def _cells(row: Row) -> list[str]:
         row.name,
         _spread(row.values("recall10")),
         _spread(row.values("ndcg10")),
-        text,
+        _gain(row.gain("ndcg10")),
+        *utility,
         *by_scenario,
         f"{row.seconds:.0f}",
         f"{row.parameters:.2f}",
         "" if row.latency_ms is None else f"{row.latency_ms:.1f}",
     ]
+
+
+def _gain(gain: Gain | None) -> str:
+    if gain is None:
+        return ""
+    interval = "" if gain.low is None or gain.high is None else f" [{gain.low:+.1%}, {gain.high:+.1%}]"
+    return f"{gain.mean:+.1%}{interval}"
 
 
 def _spread(values: tuple[float, ...]) -> str:

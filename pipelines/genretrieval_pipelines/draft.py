@@ -58,6 +58,7 @@ class StageResult:
         recall10: on the validation cases that judge checkpoints, with that weight.
         ndcg10: on the same.
         by_scenario: Recall@10 on those of each page or surface, where there are several.
+        utility: what the first ten items are truly worth, where a made shop knows it; see `evaluate.utility`.
     """
 
     objective: str
@@ -66,6 +67,7 @@ class StageResult:
     recall10: float
     ndcg10: float
     by_scenario: dict[str, float] = field(default_factory=dict)
+    utility: float | None = None
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,34 @@ def without_seen(ranked: Ranked, histories: Histories, cases: Cases) -> Ranked:
     return np.take_along_axis(np.where(dropped, NOTHING, ranked), order, axis=1).astype(np.int32)
 
 
+def oracle_scores(shop: Shop, cases: Cases) -> Iterator[NDArray[np.float64]] | None:
+    """Of each case what every item is truly worth, float64 ``[n_items]``, the best 1; None for a shop without truth."""
+    if not (shop.data / TRUTH_FILE).exists():
+        return None
+    oracle, h = Oracle.load(shop.data), shop.histories
+    return (
+        oracle.scores(
+            h.user_ids[int(cases.user_rows[i])],
+            int(h.times[int(cases.ends[i])]),
+            cases.queries[i],
+            h.items[int(cases.starts[i]) : int(cases.ends[i])],
+        )
+        for i in range(len(cases))
+    )
+
+
+def utility(shop: Shop, cases: Cases, ranked: Ranked) -> float | None:
+    """What the first ten items of a list are truly worth on average, where a made shop knows it.
+
+    The best item of a case is worth 1, and a place that is not filled nothing.
+    """
+    scores = oracle_scores(shop, cases)
+    if scores is None or not len(cases):
+        return None
+    lists = (row[row != NOTHING] for row in ranked[:, :K])
+    return float(np.mean([of_case[items].sum() / K for of_case, items in zip(scores, lists, strict=True)]))
+
+
 class Evaluation:
     """One quality table: our answers, their blend with Markov, and every baseline that the data allows.
 
@@ -304,16 +332,12 @@ class Evaluation:
 
     def _oracle(self, cases: Cases) -> Row | None:
         """A ranker that knows the truth behind a made shop."""
-        if not (self.shop.data / TRUTH_FILE).exists():
+        scores = oracle_scores(self.shop, cases)
+        if scores is None:
             return None
-        oracle, h = Oracle.load(self.shop.data), self.shop.histories
         ranked = np.full((len(cases), K), NOTHING, np.int32)
-        for i in range(len(cases)):
-            start, end = int(cases.starts[i]), int(cases.ends[i])
-            scores = oracle.scores(
-                h.user_ids[int(cases.user_rows[i])], int(h.times[end]), cases.queries[i], h.items[start:end]
-            )
-            ranked[i] = top_items(scores[None].astype(np.float32), K)[0]
+        for i, of_case in enumerate(scores):
+            ranked[i] = top_items(of_case[None].astype(np.float32), K)[0]
         return self._row("oracle", "oracle (knows the truth)", ranked, cases)
 
     def _extra(self, answers: Answers, ours: Ranked, cases: Cases, searches: NDArray[np.bool_]) -> dict[str, Figure]:

@@ -28,6 +28,7 @@ from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.trainer import METRIC, train
 from genretrieval_pipelines import preference, self_distillation
 from genretrieval_pipelines.draft import StageResult, Trained
+from genretrieval_pipelines.evaluate import utility
 from genretrieval_pipelines.recipe import (
     PreferenceStage,
     RankingModelStage,
@@ -138,7 +139,8 @@ def measure_stage(inputs: StageInputs, model: Generator, objective: str, seconds
     for name in sorted({name for name in cases.scenarios if name is not None}):
         rows = np.flatnonzero(scenarios == name)
         by_scenario[name] = mean_at_10(recall, inputs.shop, cases.take(rows), ranked[best][rows])
-    return StageResult(objective, seconds, weights[best], recall10, found[best], by_scenario)
+    worth = utility(inputs.shop, cases, ranked[best])
+    return StageResult(objective, seconds, weights[best], recall10, found[best], by_scenario, worth)
 
 
 def write_stage(model: Generator, result: StageResult, path: Path) -> None:

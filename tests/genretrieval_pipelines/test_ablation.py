@@ -39,7 +39,8 @@ RECIPE = {
 
 
 def result(recall10: float, ndcg10: float, seconds: float = 1.0) -> StageResult:
-    return StageResult("next_item", seconds, 1.0, recall10, ndcg10, {"home": recall10, "search": 2 * recall10})
+    by_scenario = {"home": recall10, "search": 2 * recall10}
+    return StageResult("next_item", seconds, 1.0, recall10, ndcg10, by_scenario, 2 * ndcg10)
 
 
 def test_a_row_compares_seed_by_seed() -> None:
@@ -55,7 +56,8 @@ def test_a_row_compares_seed_by_seed() -> None:
     assert found["ablation.part.changed.ndcg10_gain"].value == pytest.approx(0.1)
     page = ablation.markdown(Ablation([row], [], [0, 1], "a shop"))
     assert "| changed | 0.4000 ± 0.1414 | 0.1650 ± 0.0778 | +10.0% [" in page
-    assert "| Recall@10, home | Recall@10, search |" in page
+    assert "| true utility | gain | Recall@10, home | Recall@10, search |" in page
+    assert found["ablation.part.changed.utility_gain"].value == pytest.approx(0.1)
 
 
 def test_every_change_is_trained_with_every_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
