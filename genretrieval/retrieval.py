@@ -28,6 +28,8 @@ from genretrieval.semantic_ids import SemanticIds
 
 # A closed beam ends under this; a real one cannot (see genretrieval.model.search.CLOSED).
 CLOSED_BELOW = -1e9
+# Items that the dense head compares one by one; above, only those that the search found and those it cannot find.
+COMPARED_ITEMS = 50_000
 PURCHASE = "purchase"
 _ITEM_ID, _EVENT, _TIMESTAMP = attrgetter("item_id"), attrgetter("event"), attrgetter("timestamp")
 # Columns of a catalogue that are no attributes.
@@ -267,13 +269,14 @@ class DenseItems:
     Attributes:
         read: float32 ``[n_items, E]``, memory-mapped, what items are read by in a history.
         ranked: float32 ``[n_items, E]``, memory-mapped, what they are ranked by.
-        cold: int64, rows of the items that training never saw. The search hardly ever writes their IDs (LIGER, arXiv
-            2411.18814), so they are candidates beside what it found.
+        candidates: int64, rows of the items that are compared beside what the search found. It hardly ever writes the
+            IDs of items that training never saw (LIGER, arXiv 2411.18814), so those are always among them. In a
+            catalogue of up to `COMPARED_ITEMS`, all items are: comparing them costs less than a beam.
     """
 
     read: NDArray[np.float32]
     ranked: NDArray[np.float32]
-    cold: NDArray[np.int64]
+    candidates: NDArray[np.int64]
 
     @classmethod
     def open(cls, bundle: Servable, catalogue: Catalogue) -> DenseItems | None:
@@ -281,7 +284,10 @@ class DenseItems:
         vectors = bundle.item_vectors()
         if vectors is None:
             return None
-        return cls(vectors[:, 0], vectors[:, 1], np.flatnonzero(catalogue.table["popularity"].to_numpy() == 0))
+        # Of a leaf with a cap no more may be listed than the search lists.
+        every = len(vectors) <= COMPARED_ITEMS and bundle.manifest.leaf_cap is None
+        popularity = catalogue.table["popularity"].to_numpy()
+        return cls(vectors[:, 0], vectors[:, 1], np.flatnonzero((popularity == 0) | every))
 
 
 class Retriever:
@@ -425,7 +431,7 @@ class Retriever:
         """Items of the found leaves, best first: those that match the filters, without what is excluded.
 
         Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. Where
-        there is a dense head, it ranks them anew and items that training never saw join them.
+        there is a dense head, it ranks them anew, and its own candidates join them.
         """
         allowed = self._allowed(request, known, matching)
         found_in = np.lexsort((found.leaves, -found.scores))
@@ -438,12 +444,15 @@ class Retriever:
         beams = np.asarray([beam for _, beam in candidates], np.int64)
         if len(found_in) == len(found.scores):
             # The search was cut off: what it did not reach is at best as probable as the last that it did.
-            cold = self.dense.cold[allowed[self.dense.cold]]
-            cold = cold[~np.isin(cold, rows)]
-            rows = np.concatenate([rows, cold])
-            beams = np.concatenate([beams, np.full(len(cold), found_in[-1])])
+            beside = allowed.copy()
+            beside[rows] = False
+            further = self.dense.candidates[beside[self.dense.candidates]]
+            rows = np.concatenate([rows, further])
+            beams = np.concatenate([beams, np.full(len(further), found_in[-1])])
         assert found.user is not None
-        dense = self.dense.ranked[rows] @ found.user
+        # Without a copy of the vectors where most are compared.
+        few = len(rows) < len(self.dense.ranked) // 4
+        dense = self.dense.ranked[rows] @ found.user if few else (self.dense.ranked @ found.user)[rows]
         scores = found.scores[beams] + self.bundle.manifest.dense_weight * dense
         best = np.argsort(-scores, kind="stable")[: request.top_k]
         return [

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from genretrieval import retrieval
 from genretrieval.bundle import CATALOGUE, GRAPH, ITEM_VECTORS, Manifest, load_bundle, write_bundle
 from genretrieval.errors import BundleError, RequestError
 from genretrieval.request import Filters, RetrieveRequest
@@ -243,6 +244,17 @@ def test_items_that_training_never_saw_join_where_the_search_was_cut_off(dense) 
     assert response.items[0].semantic_id == [1, 2]
     assert items(dense, beam_width=2, top_k=2, exclude_item_ids=["e"]) == "ca"
     assert items(dense, beam_width=2, top_k=2, filters={"attributes": {"brand": ["acme"]}}) == "ca"
+
+
+def test_a_small_catalogue_is_compared_whole_where_the_search_was_cut_off(dense, tmp_path, monkeypatch) -> None:
+    """One beam finds b and a; of the others c is nearest to the user but for e, which no one has met yet."""
+    assert items(dense, beam_width=1, top_k=1, exclude_item_ids=["e"]) == "c"
+    assert items(dense, beam_width=1, top_k=1, exclude_item_ids=["e", "c"]) == "a"
+    assert items(dense, beam_width=1, top_k=1, filters={"in_stock": True}, exclude_item_ids=["a"]) == "b"
+    monkeypatch.setattr(retrieval, "COMPARED_ITEMS", 4)
+    large = Retriever(dense.bundle, ByVector())
+    assert items(large, beam_width=1, top_k=1, exclude_item_ids=["e"]) == "a"
+    assert items(large, beam_width=1, top_k=1) == "e"
 
 
 def test_the_past_is_what_came_before_the_history_and_exposures_are_no_history(tmp_path) -> None:
