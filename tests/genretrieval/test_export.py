@@ -164,14 +164,14 @@ def as_shipped(recipe: Path, *, bare_logs: bool) -> dict[str, Any]:
 
 
 def shipped_variants() -> Iterator[Any]:
-    """What recipes ship and what is left of them on bare logs, each once."""
+    """What recipes ship and what is left of them on bare logs, each once; experts and a past are in `whole` already."""
     seen: list[dict[str, Any]] = []
     for bare_logs in (False, True):
         for recipe in RECIPES:
             changes = as_shipped(recipe, bare_logs=bare_logs)
             if changes not in seen:
                 seen.append(changes)
-                marks = pytest.mark.slow if bare_logs else ()
+                marks = pytest.mark.slow if bare_logs or changes["n_experts"] else ()
                 yield pytest.param(changes, id=recipe.stem + (", bare logs" if bare_logs else ""), marks=marks)
 
 
