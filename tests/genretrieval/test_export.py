@@ -28,7 +28,7 @@ NOTHING_ELSE = {
 RECIPES = sorted(
     path
     for path in (Path(__file__).parents[2] / "configs").glob("*.yaml")
-    if "generator" in yaml.safe_load(path.read_text("utf-8"))
+    if "stages" in yaml.safe_load(path.read_text("utf-8"))  # tokenizers.yaml is no recipe and ships no graph
 )
 
 
@@ -151,7 +151,8 @@ def as_shipped(recipe: Path, *, bare_logs: bool) -> dict[str, Any]:
     """The parts that a recipe's model has, at a size that is quick to export; bare logs are items and times alone."""
     sizes = yaml.safe_load(recipe.read_text("utf-8"))["generator"]
     kept = ("n_encoder_layers", "n_decoder_layers", "n_query_layers", "n_experts", "experts_per_token")
-    changes = {name: sizes[name] for name in kept if name in sizes}
+    # What a recipe does not say is what its section says by default, which has no experts.
+    changes = {"n_experts": 0} | {name: sizes[name] for name in kept if name in sizes}
     if not sizes.get("max_past"):
         changes |= {"n_past_tokens": 0, "max_past": 0}
     if not sizes.get("dense_head", True):
