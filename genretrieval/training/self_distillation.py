@@ -7,7 +7,8 @@ into the teacher's words:
     ``L = L_student + teacher_weight * L_teacher + weight * divergence(teacher || student)``
 
 ``L`` alone is the loss of `NextItemObjective`, dense head included, and ``L_teacher`` teaches the weights to read what
-the teacher is told. The divergence is the mean over targets and levels. Three teachers, one interface:
+the teacher is told. The divergence is the mean over targets and levels; a dense head's choice among all
+items is added to it with the weight that it has in ``L``. Three teachers, one interface:
 
 =============  ==============================================  ==========================================
 privileged     the target's keywords, behind the query         KL at a temperature
@@ -36,6 +37,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from genretrieval.catalogue import CatalogueIndex
 from genretrieval.errors import RecipeError
@@ -51,7 +53,7 @@ from genretrieval.training.distillation import (
     symmetric_kl,
     temperature_kl,
 )
-from genretrieval.training.full_softmax import full_softmax_loss
+from genretrieval.training.full_softmax import LOSS_ROWS, full_softmax_loss
 from genretrieval.training.objectives import Candidates, NextItemObjective
 from genretrieval.training.rollouts import RolloutSearch
 
@@ -327,7 +329,10 @@ class SelfDistillationObjective(nn.Module):
         if c.teacher_weight:
             loss = loss + c.teacher_weight * self.supervised(teacher, batch, candidates, focal=False)
         pairs = zip(teacher.logits, student.logits, strict=True)
-        loss = loss + c.weight * torch.stack([self.teacher.divergence(*pair) for pair in pairs]).mean()
+        apart = torch.stack([self.teacher.divergence(*pair) for pair in pairs]).mean()
+        if candidates is not None:
+            apart = apart + self.next_item.dense_weight * self.dense_divergence(teacher, student, candidates)
+        loss = loss + c.weight * apart
         if c.fgm_epsilon:
             loss = loss + self._after_a_step_uphill(model, batch, candidates, served)
         return loss
@@ -358,6 +363,24 @@ class SelfDistillationObjective(nn.Module):
         places_N = candidates.places(batch["target_items"][batch["learn"]])
         dense = full_softmax_loss(reading.user_ND, candidates.ranked, places_N, candidates.bias)
         return loss + self.next_item.dense_weight * dense
+
+    def dense_divergence(self, teacher: Reading, student: Reading, candidates: Candidates) -> Tensor:
+        """Mean divergence of the two choices among items.
+
+        Logits are ``[LOSS_ROWS, M]`` at a time and made again for the gradient, as M may be a whole catalogue.
+        """
+        assert teacher.user_ND is not None
+        assert student.user_ND is not None
+        parts, n = [], len(student.user_ND)
+        for told_ND, user_ND in zip(teacher.user_ND.split(LOSS_ROWS), student.user_ND.split(LOSS_ROWS), strict=True):
+            apart = checkpoint(self._dense_divergence, told_ND, user_ND, candidates, use_reentrant=False)
+            parts.append(apart * (len(user_ND) / n))
+        return torch.stack(parts).sum()
+
+    def _dense_divergence(self, told_ND: Tensor, user_ND: Tensor, candidates: Candidates) -> Tensor:
+        """Of some targets, from the user vectors of teacher and student."""
+        said = [(vectors_ND @ candidates.ranked.T).float() + candidates.bias for vectors_ND in (told_ND, user_ND)]
+        return self.teacher.divergence(*said)
 
     def _after_a_step_uphill(
         self, model: Generator, batch: Batch, candidates: Candidates | None, loss: Tensor

@@ -41,15 +41,15 @@ class ByHand(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(2, 2))
         self.told = nn.Parameter(torch.tensor([[math.log(3.0), 0.0], [math.log(3.0), 0.0]]))
-        self.dense = None
+        self.dense: Any = None
         self.context = self
-        self.read: list[dict[str, Tensor]] = []
+        self.batches: list[dict[str, Tensor]] = []
 
     def embed(self, codes: Tensor) -> Tensor:
         return CODES[codes + torch.tensor([0, 2])]
 
     def decode_targets(self, batch: dict[str, Tensor]) -> Decoded:
-        self.read.append(batch)
+        self.batches.append(batch)
         shape = batch["target_codes"].shape
         told = torch.zeros(shape[:2]).flatten()
         told[batch["query_rows"]] = batch["query_mask"].any(1).float()
@@ -123,6 +123,37 @@ def test_the_loss_of_each_teacher_by_hand(name: str, divergence: float, monkeypa
     assert loss.item() == pytest.approx(STUDENT + 0.5 * TEACHER + 2 * divergence, abs=1e-6)
 
 
+class ByHandDense(ByHand):
+    """The same with three item vectors; what it is told doubles its user vector, which is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = self
+
+    def read(self, rows: Tensor) -> Tensor:
+        return torch.zeros(*rows.shape, 1)
+
+    def rank(self) -> Tensor:
+        return torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
+
+    def user_vectors(self, states_ND: Tensor, _: Tensor) -> Tensor:
+        return 1 + states_ND
+
+
+def test_the_dense_head_is_taught_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training knows items 0 and 1: the student says 1/3 and 2/3, the teacher 1/5 and 4/5; item 1 is the target."""
+    monkeypatch.setattr(self_distillation, "LOSS_ROWS", 1)
+    apart = 1 / 5 * math.log(3 / 5) + 4 / 5 * math.log(6 / 5)
+    made = batch([[1, 1]])
+    config = SelfDistillationConfig(weight=2.0, teacher_weight=0.5)
+    losses = []
+    for model in (ByHand(), ByHandDense()):
+        next_item = NextItemObjective(build_index(IDS), np.array([0, 1]), dense_weight=0.25)
+        losses.append(SelfDistillationObjective(next_item, PrivilegedTeacher(KEYWORDS, 1.0), config)(model, made))
+    added = math.log(3 / 2) + 0.5 * math.log(5 / 4) + 2 * apart
+    assert float((losses[1] - losses[0]).detach()) == pytest.approx(0.25 * added, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_divergence_teaches_the_student_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ByHand()
@@ -144,7 +175,7 @@ def test_the_student_reads_the_request_as_it_is_served(name: str, monkeypatch: p
     model, made = ByHand(), batch([[0, 1]])
     before = {key: tensor.clone() for key, tensor in made.items()}
     loss_of(model, teacher_of(name, monkeypatch, rollouts([(0, 1)], [(0, 0)])), made)
-    student, teacher = model.read
+    student, teacher = model.batches
     assert student.keys() == before.keys()
     assert all(torch.equal(student[key], before[key]) for key in before)
     assert set(teacher) - {"query_rows", "query_tokens", "query_mask"} >= set(before) - {
