@@ -153,7 +153,7 @@ def test_a_killed_stage_ends_with_the_same_weights(
 def test_without_a_better_checkpoint_the_start_is_kept(
     demo_shop: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recall falls in every epoch, whatever the reward does."""
+    """Recall falls while the hold-out reward rises, which also stops the stage."""
     start = train_generator.train_generator(inputs_of(recipe_of(), demo_shop, work))
     verdicts = iter([Verdict(0.5, 0.1, 0.1), Verdict(0.4, 0.9, 0.9), Verdict(0.3, 0.9, 0.9)])
     monkeypatch.setattr(Judge, "verdict", lambda *_: next(verdicts))
@@ -162,6 +162,8 @@ def test_without_a_better_checkpoint_the_start_is_kept(
     trained = train_generator.train_generator(inputs_of(recipe_of(RANKING, stage), demo_shop, work, console))
     printed = console.export_text()
     assert "no candidate, as recall fell" in printed
+    assert "hold-out reward rises and recall falls" in printed
+    assert len(list(verdicts)) == 1
     assert "its weights are kept" in printed
     kept = weights(start.generator)
     assert all(torch.equal(kept[name], tensor) for name, tensor in trained.generator.state_dict().items())
@@ -190,13 +192,15 @@ def test_a_judge_weighs_the_reward_of_others_against_recall() -> None:
     judge = cast(Any, Judge.__new__(Judge))
     judge.inputs, judge.worths, judge.tolerance = SimpleNamespace(console=Console(quiet=True)), (None, None), 0.01
     judge.start = Verdict(0.5, 1.0, 2.0)
-    for now, expected in (
-        (Verdict(0.50, 9.0, 2.5), 0.5),
-        (Verdict(0.495, 9.0, 1.5), -0.5),
-        (Verdict(0.48, 9.0, 9.0), DISQUALIFIED),
+    for now, expected, parted in (
+        (Verdict(0.50, 9.0, 2.5), 0.5, False),
+        (Verdict(0.495, 9.0, 1.5), -0.5, False),
+        (Verdict(0.48, 9.0, 9.0), DISQUALIFIED, True),
+        (Verdict(0.48, 9.0, 1.9), DISQUALIFIED, False),
     ):
         judge.verdict = lambda _, now=now: now
         assert judge(None) == pytest.approx(expected)
+        assert judge.parted == parted
     judge.worths = None
     judge.verdict = lambda _: Verdict(0.6, 0.0, 0.0)
     assert judge(None) == pytest.approx(0.1)
@@ -205,7 +209,8 @@ def test_a_judge_weighs_the_reward_of_others_against_recall() -> None:
 def test_a_policy_too_far_from_its_reference_is_judged_and_stopped() -> None:
     objective = SimpleNamespace(last_kl=1.0, sync=lambda _: None)
     model = torch.nn.Linear(1, 1)
-    guard = Guard(cast(Any, objective), cast(Any, model), 0.3, None, Console(quiet=True))
+    judge = SimpleNamespace(parted=False)
+    guard = Guard(cast(Any, objective), cast(Any, judge), cast(Any, model), 0.3, None, Console(quiet=True))
     control, state = TrainerControl(), TrainerState(global_step=1)
     stopped = []
     for _ in range(5):
