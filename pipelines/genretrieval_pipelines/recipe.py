@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from genretrieval.errors import RecipeError
+from genretrieval.request import MAX_HISTORY_EVENTS
 from genretrieval.model.ranking import RankingConfig
 from genretrieval.training.preference import RewardWeights
 from genretrieval.training.preference_objective import PreferenceConfig
@@ -54,6 +55,15 @@ class GeneratorSection(_Section):
     )
     dense_head: bool = Field(default=True, description="Item vectors beside codes; what the search found is re-ranked.")
     dropout: float = 0.2
+
+    @model_validator(mode="after")
+    def _a_request_carries_what_is_read(self) -> Self:
+        if self.max_history + self.max_past > MAX_HISTORY_EVENTS:
+            raise ValueError(
+                f"max_history {self.max_history} and max_past {self.max_past} are more than the {MAX_HISTORY_EVENTS} "
+                "events that a request carries; lower one of them"
+            )
+        return self
 
 
 SupervisedObjective = Literal["alignment", "cooccurrence", "next_item"]

@@ -66,6 +66,7 @@ def test_next_item_leaves_nothing_unsaid() -> None:
         ({"training__epochs": 0}, r"training\.epochs is 0"),
         ({"training__warmup_share": 50}, r"training\.warmup_share is 50"),
         ({"generator__d_model": 1.5}, r"generator\.d_model: "),
+        ({"generator__max_past": 951}, r"max_history 50 and max_past 951 are more than the 1000 events"),
         ({"tokenizer__codebook_sizes": []}, r"tokenizer\.rq_kmeans.*codebook_sizes"),
         ({"tokenizer__method": "rq_means"}, r"tokenizer: .*'rq_kmeans'"),
         ({"tokenizer__latent_dim": 8}, r"tokenizer\.rq_kmeans\.latent_dim: "),
