@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from genretrieval.errors import RecipeError
-from genretrieval.request import MAX_HISTORY_EVENTS
 from genretrieval.model.ranking import RankingConfig
+from genretrieval.request import MAX_HISTORY_EVENTS
 from genretrieval.training.preference import RewardWeights
 from genretrieval.training.preference_objective import PreferenceConfig
 from genretrieval.training.ranking import RankingTrainingConfig
