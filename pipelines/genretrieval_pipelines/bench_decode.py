@@ -237,14 +237,16 @@ class _Bench:
         return int(best)
 
 
-def take_turns(contenders: Sequence[Contender], rounds: int) -> dict[str, Figure]:
+def take_turns(
+    contenders: Sequence[Contender], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Figure]:
     """Time every contender once a round, in turn; each timed call follows an untimed one.
 
     The untimed call brings a contender's own weights back into the caches that the one before it took; it is left out
     after calls so long that they fill the caches themselves.
 
     Returns:
-        By name: median wall-clock ms, with the 10th and 90th percentile.
+        By name: median ms by the clock, with the 10th and 90th percentile.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for contender in contenders:
@@ -254,9 +256,9 @@ def take_turns(contenders: Sequence[Contender], rounds: int) -> dict[str, Figure
             taken = seconds[contender.name]
             if not taken or taken[-1] < 0.1:
                 contender.call()
-            started = time.perf_counter()
+            started = clock()
             contender.call()
-            taken.append(time.perf_counter() - started)
+            taken.append(clock() - started)
     return {name: _spread(np.asarray(taken) * 1e3) for name, taken in seconds.items()}
 
 

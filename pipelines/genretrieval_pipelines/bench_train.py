@@ -199,7 +199,7 @@ def bench_train(data: Path | None = None, config: TrainBenchConfig | None = None
         ``train.gflops.ours`` are the model's operations (`training_flops`) a second; on an accelerator whose peak is
         known ``train.mfu`` is its share of that, on CPU ``train.gemm_share`` its share of the rate of a float32 matrix
         product (above 1 where bfloat16 is faster). ``train.history_cost.1000_over_50`` is the time of a training step
-        a target, of the same model with a Query-Former over what came before its history.
+        a target, at the recipes' batch size, of the same model with a Query-Former over what came before its history.
 
     Raises:
         DataError: the logs have too few interactions to train on, or nobody to validate with.
@@ -304,7 +304,7 @@ class _Bench:
             for name, choice in chosen.items():
                 parts = self._parts(choice.side, self.config.turn_seconds * choice.examples_per_second)
                 speeds[name].append(choice.side.turn(number % parts, parts, choice.setting, self.clock))
-            gemm.append(gemm_rate(take_turns(gemm_contenders(), 3)))
+            gemm.append(gemm_rate(take_turns(gemm_contenders(), 3, self.clock)))
         return speeds, gemm
 
     def _history_cost(self) -> dict[str, Figure]:
@@ -313,9 +313,9 @@ class _Bench:
         sizes = self.material.config
         past = {"n_events": 2, "n_past_tokens": N_PAST_TOKENS, "max_past": max(1, far - sizes.max_history)}
         config = GeneratorConfig(**{**sizes.to_dict(), **past})
-        make_batch = partial(made_batch, self.material.ids, config, n_targets=self.config.training.targets_per_batch)
+        make_batch = partial(made_batch, self.material.ids, config, n_targets=TrainingConfig().targets_per_batch)
         model = new_generator(config).to(self.ours.arguments().device)
-        cost = history_cost(make_batch, (near, far), model, self.ours.objective)
+        cost = history_cost(make_batch, (near, far), model, self.ours.objective, clock=self.clock)
         return {f"train.history_cost.{far}_over_{near}": cost}
 
     def _size_figures(self) -> dict[str, Figure]:
@@ -1028,6 +1028,7 @@ def history_cost(
     model: Generator,
     objective: Objective,
     rounds: int = 7,
+    clock: Clock = time.perf_counter,
 ) -> Figure:
     """Time of a training step a target at histories of the second length, over that at the first.
 
@@ -1038,6 +1039,7 @@ def history_cost(
         objective: its loss.
         rounds: steps of each length, in turn; the ratio is one of medians, its spread that of the 10th and 90th
             percentiles at their furthest apart.
+        clock: what times a step.
 
     Raises:
         DataError: a batch has no target.
@@ -1060,7 +1062,7 @@ def history_cost(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    times = take_turns([Contender(str(n), partial(step, batches[n])) for n in lengths], rounds)
+    times = take_turns([Contender(str(n), partial(step, batches[n])) for n in lengths], rounds, clock)
     near, far = (_scaled(times[str(n)], 1 / targets[n]) for n in lengths)
     return _ratio(far, near)
 

@@ -403,7 +403,7 @@ def test_history_cost_is_time_a_target(monkeypatch: pytest.MonkeyPatch, make_ids
     model = bench.new_generator(config)
     calls: list[str] = []
 
-    def take_turns(contenders: list[bench.Contender], rounds: int) -> dict[str, bench.Figure]:
+    def take_turns(contenders: list[bench.Contender], rounds: int, clock: bench.Clock) -> dict[str, bench.Figure]:
         for contender in contenders:
             contender.call()
             calls.append(contender.name)
