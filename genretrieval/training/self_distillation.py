@@ -69,7 +69,8 @@ class SelfDistillationConfig:
 
     Attributes:
         teacher: what the teacher is told; see the module.
-        weight: of the divergence, above 0. OneSearch-V2 has 0.1; Search-E1 and SD-Search do not say.
+        weight: of the divergence, above 0. 1 is what was measured (docs/decisions/0005-self-distillation.md);
+            OneSearch-V2 has 0.1, Search-E1 and SD-Search do not say.
         teacher_weight: of the teacher's own loss, 0 or more (1 in OneSearch-V2's repository).
         temperature: of the privileged teacher's KL, above 0 (1 in OneSearch-V2).
         clip: most that one code may add to the sibling teacher's KL, above 0, in nats. Search-E1 does not say.
@@ -87,7 +88,7 @@ class SelfDistillationConfig:
     """
 
     teacher: TeacherName = "privileged"
-    weight: float = 0.1
+    weight: float = 1.0
     teacher_weight: float = 1.0
     temperature: float = 1.0
     clip: float = 1.0
