@@ -35,6 +35,7 @@ REFERENCE = "reference"
 MARKDOWN = "ablation.md"
 _TIMED_REQUESTS = 50
 _ROUNDS = 5
+_TABLE_WIDTH = 160
 _UNITS = {"recall10": "share of cases", "ndcg10": "share of cases", "utility": "of the best item's worth"}
 
 
@@ -210,7 +211,10 @@ def _latencies(
 
 
 def print_tables(ablation: Ablation, console: Console) -> None:
-    """Both tables, on `console`."""
+    """Both tables, on `console`; as Markdown where it is too narrow for their columns, as files and pipes are."""
+    if console.width < _TABLE_WIDTH:
+        console.print(markdown(ablation), highlight=False, markup=False, soft_wrap=True)
+        return
     for title, rows in _tables(ablation):
         table = Table(title=title, caption=ablation.caption)
         for number, column in enumerate(_header(rows)):
