@@ -62,7 +62,9 @@ class PreferenceConfig:
         supervised_weight: of the supervised loss of the batch beside that of preferences; 0 or more.
         rollouts: G, of a request; 2 or more.
         kl_weight: of the k3 estimate of the divergence of rollouts from the reference, a mean over their parts; 0 or
-            more. List-wise DPO holds the reference by its beta.
+            more. Near the reference k3 is half the square of what a log-probability has moved by, so a part comes to
+            rest about its advantage over `kl_weight` away, advantages having a deviation of 1. List-wise DPO holds the
+            reference by its beta.
         gain_weight: of IG-Search's `information_gain` of each code about the target, added to its advantage; 0 or more.
         dpo: settings of `listwise_dpo`.
         tpma: settings of `tpma_advantages`.
@@ -75,7 +77,7 @@ class PreferenceConfig:
     requests: int = 16
     supervised_weight: float = 1.0
     rollouts: int = 16
-    kl_weight: float = 0.0
+    kl_weight: float = 3.0
     gain_weight: float = 0.0
     dpo: ListwiseDPOConfig = field(default_factory=ListwiseDPOConfig)
     tpma: TPMAConfig = field(default_factory=TPMAConfig)

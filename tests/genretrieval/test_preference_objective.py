@@ -30,7 +30,7 @@ from genretrieval.training.preference_objective import (
     encode,
 )
 
-ALONE = PreferenceConfig(requests=6, supervised_weight=0.0)
+ALONE = PreferenceConfig(requests=6, supervised_weight=0.0, kl_weight=0.0)
 EVERYWHERE = replace(ALONE, requests=1000)
 N_ITEMS = 30
 
