@@ -4,7 +4,16 @@
     ├── InvalidInputError                exit 2, HTTP 400, gRPC INVALID_ARGUMENT
     │   ├── DataError                    a log, catalogue or embedding file is missing or malformed
     │   ├── RecipeError                  a recipe names an unknown or contradictory setting
-    │   └── RequestError                 a retrieval request cannot be answered as asked
+    │   └── RequestError                 a retrieval or admin request cannot be answered as asked
+    ├── UnauthenticatedError             exit 7, HTTP 401, gRPC UNAUTHENTICATED: no API key, or one that is not known
+    ├── PermissionDeniedError            exit 7, HTTP 403, gRPC PERMISSION_DENIED: the key lacks the scope
+    ├── NotFoundError                    exit 8, HTTP 404, gRPC NOT_FOUND: no such resource
+    ├── ConflictError                    exit 8, HTTP 409, gRPC ABORTED: the state of the resource forbids it
+    │   ├── AlreadyExistsError           exit 8, HTTP 409, gRPC ALREADY_EXISTS
+    │   ├── EtagMismatchError            exit 8, HTTP 412, gRPC ABORTED: somebody else changed it first
+    │   ├── IdempotencyKeyReusedError    exit 8, HTTP 422, gRPC ABORTED: the same key came with another request
+    │   └── SlotsExhaustedError          exit 8, HTTP 409, gRPC RESOURCE_EXHAUSTED: every reserved slot is taken
+    ├── StaleReplicaError                exit 5, HTTP 409, gRPC FAILED_PRECONDITION: has not seen `min_revision` yet
     ├── BundleError                      exit 3, HTTP 500, gRPC FAILED_PRECONDITION
     │   └── BundleIncompleteError        no manifest: writing it never finished
     ├── MissingExtraError                exit 4, HTTP 501, gRPC UNIMPLEMENTED: an optional package is not installed
@@ -51,6 +60,60 @@ class RecipeError(InvalidInputError):
 
 class RequestError(InvalidInputError):
     """A request is malformed, for example a negative `top_k` or a filter on an undeclared attribute."""
+
+
+class UnauthenticatedError(GenRetrievalError):
+    """A call without an API key, or with one that is unknown, revoked or expired."""
+
+    exit_code, http_status, grpc_code = 7, 401, "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(GenRetrievalError):
+    """The API key is known and lacks the scope of the operation."""
+
+    exit_code, http_status, grpc_code = 7, 403, "PERMISSION_DENIED"
+
+
+class NotFoundError(GenRetrievalError):
+    """There is no such resource, or it was deleted."""
+
+    exit_code, http_status, grpc_code = 8, 404, "NOT_FOUND"
+
+
+class ConflictError(GenRetrievalError):
+    """The resource is in a state that forbids the change; nothing was changed."""
+
+    exit_code, http_status, grpc_code = 8, 409, "ABORTED"
+
+
+class AlreadyExistsError(ConflictError):
+    """The id, or the normalised text of a keyword, is taken."""
+
+    grpc_code = "ALREADY_EXISTS"
+
+
+class EtagMismatchError(ConflictError):
+    """The resource has changed since the caller read it: read it again, then decide."""
+
+    http_status = 412
+
+
+class IdempotencyKeyReusedError(ConflictError):
+    """An idempotency key came again with another request."""
+
+    http_status = 422
+
+
+class SlotsExhaustedError(ConflictError):
+    """No reserved slot is free: unbind a keyword, wait for the quarantine to end, or train with more slots."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+
+
+class StaleReplicaError(GenRetrievalError):
+    """This replica has not caught up with the revision that the caller asked for within the deadline."""
+
+    exit_code, http_status, grpc_code = 5, 409, "FAILED_PRECONDITION"
 
 
 class BundleError(GenRetrievalError):

@@ -67,6 +67,12 @@ class RetrieveRequest(_Message):
         le=MAX_BEAM_WIDTH,
         description="Default: the bundle's; never below top_k. Wider finds more.",
     )
+    min_revision: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**63 - 1,
+        description="Of the admin state, as a change of it returned: the answer waits for it within the deadline.",
+    )
 
 
 class RetrievedItem(_Message):
@@ -82,6 +88,13 @@ class RetrievedItem(_Message):
         description="Log-probability of each code; empty for an item that the dense head added to what was written."
     )
     dense_score: float | None = Field(default=None, description="By the dense head, where the bundle has one.")
+    keyword_path: list[str] = Field(
+        default_factory=list,
+        description="Where codebooks are keyword-aligned, the word of each group in the item's ID; empty for none.",
+    )
+    touched_by: list[str] = Field(
+        default_factory=list, description="Bindings and rules that brought or moved it, e.g. keywords/labubu."
+    )
 
 
 class Timings(_Message):
@@ -102,6 +115,9 @@ class RetrieveResponse(_Message):
         description="Why this is less than asked: `fewer_than_top_k`, `query_ignored`, `history_truncated`.",
     )
     revision: int = Field(default=0, description="Revision of the admin state that was applied.")
+    applied: list[str] = Field(
+        default_factory=list, description="Rules, synonyms and bindings that the request matched, by name."
+    )
     bundle_version: str = ""
     attribution_token: str = Field(
         default="", description="Opaque; send it back with clicks so that they can be joined."
