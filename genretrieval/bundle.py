@@ -7,6 +7,7 @@
     catalogue.parquet        items, their attributes and their semantic IDs
     item_vectors.npy         for models with a dense head: float32 [n_items, 2, E], memory-mapped
     query_tokenizer.json     for models that read queries
+    keywords.parquet         for semantic IDs that begin with keyword slots: the words and their slots
     config.yaml              the recipe as it was run
     metrics.json             its quality figures
     README.md                model card
@@ -35,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from genretrieval.errors import BundleError, BundleIncompleteError
 from genretrieval.features import RequestFeatures
+from genretrieval.keyword_codebook import KeywordCodebook
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -44,6 +46,7 @@ CODEBOOKS = "codebooks.safetensors"
 CATALOGUE = "catalogue.parquet"
 ITEM_VECTORS = "item_vectors.npy"
 QUERY_TOKENIZER = "query_tokenizer.json"
+KEYWORDS = "keywords.parquet"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 MODEL_CARD = "README.md"
@@ -62,7 +65,7 @@ class Manifest(BaseModel):
     genretrieval_version: str
     n_items: int
     codebook_sizes: tuple[int, ...]
-    reserved_slots: tuple[int, ...] = ()
+    reserved_slots: tuple[int, ...] = Field((), description="Of each level; none where codes are no keyword slots.")
     leaf_cap: int | None = Field(None, description="Items of one semantic ID that a response lists at most.")
     opset: int
     minimum_onnxruntime: str
@@ -125,6 +128,7 @@ class Bundle:
         """How requests are turned into model inputs."""
         m = self.manifest
         tokenizer = (self.path / QUERY_TOKENIZER).read_text("utf-8") if m.reads_queries else ""
+        keywords = self._keywords() if m.reserved_slots else None
         return RequestFeatures(
             events=m.events,
             profile_features=m.profile_features,
@@ -132,7 +136,25 @@ class Bundle:
             query_tokenizer=tokenizer,
             max_query_tokens=m.max_query_tokens,
             scenarios=m.scenarios,
+            keywords=keywords,
         )
+
+    def _keywords(self) -> KeywordCodebook:
+        if KEYWORDS not in self.manifest.files:
+            raise BundleError(
+                f"{self.path / MANIFEST} has reserved slots but does not list {KEYWORDS}, which says what slots stand "
+                "for; export the bundle again"
+            )
+        keywords = KeywordCodebook.load(self.path / KEYWORDS)
+        sizes, reserved = self.manifest.codebook_sizes, self.manifest.reserved_slots
+        n = keywords.n_groups
+        if (keywords.sizes, keywords.reserved) != (sizes[:n], reserved[:n]) or any(reserved[n:]):
+            raise BundleError(
+                f"{self.path / KEYWORDS} has levels of {keywords.sizes} codes, {keywords.reserved} of them reserved; "
+                f"the manifest says {sizes} and {reserved}: queries would be read as other slots than the model was "
+                "trained on. Export the bundle again"
+            )
+        return keywords
 
 
 def load_bundle(path: Path) -> Bundle:

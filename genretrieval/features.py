@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from genretrieval.histories import NO_TIME
+from genretrieval.keyword_codebook import KeywordCodebook
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 # Upper ends of the buckets of the time since the previous interaction; bucket 0 is unknown.
@@ -41,6 +42,7 @@ class RequestFeatures:
         query_tokenizer: Hugging Face tokenizer, as JSON; empty for a model without queries. Token 0 is padding.
         max_query_tokens: longer queries are cut.
         scenarios: surfaces in training; scenario id 0 is every other one, and none.
+        keywords: slots of words, for a model whose semantic IDs begin with them.
     """
 
     events: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class RequestFeatures:
     query_tokenizer: str = ""
     max_query_tokens: int = 16
     scenarios: tuple[str, ...] = ()
+    keywords: KeywordCodebook | None = None
     _tokenizer: Tokenizer | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -108,6 +111,12 @@ class RequestFeatures:
             return np.empty(0, np.int64)
         tokens = self._tokenizer.encode(query, add_special_tokens=False).ids
         return np.asarray(tokens[: self.max_query_tokens], np.int64)
+
+    def query_codes(self, query: str | None) -> NDArray[np.int64]:
+        """int64 ``[n_groups]``: the slots of a query, all empty without one; empty for a model without keywords."""
+        if self.keywords is None:
+            return np.empty(0, np.int64)
+        return self.keywords.encode(query or "").astype(np.int64)
 
     def profile_ids(self, profile: Mapping[str, Any]) -> NDArray[np.int64]:
         """int64 ``[n_features]``: each feature's name and value, hashed together."""
