@@ -3,7 +3,8 @@
 Level-wise CSR over the sorted code table. Level l has one node for every distinct prefix of l + 1 codes; nodes of a
 level are numbered in sorted order, so the children of a node are a contiguous range of the next level and a child's
 node id is simply its position there: no next-state column. Nodes of the last level are leaves; a leaf holds one item
-or, where semantic IDs collide, several.
+or, where semantic IDs collide, several. A keyword leaf, the path of a reserved slot alone, holds none: what it stands
+for is bound while the catalogue is served, and differs from request to request.
 
 What a request may see (stock, filters, deletions, closed keyword leaves) is one mechanism, a mask over leaves, which
 `allowed_nodes` lifts to every level so that a beam never enters a subtree in which nothing is allowed.
@@ -34,6 +35,7 @@ class CatalogueIndex:
             ``[child_starts[l][p], child_starts[l][p + 1])``. Level 0 hangs under one root.
         leaf_starts: int64 ``[n_leaves + 1]``, where each leaf's items lie in `leaf_items`.
         leaf_items: int32 ``[n_items]``, item rows, leaf after leaf, in the order they are to be listed.
+        keyword_leaves: int64 ``[n_reserved]``, the leaf of each reserved slot, in the order of `reserved_paths`.
     """
 
     codebook_sizes: tuple[int, ...]
@@ -41,6 +43,7 @@ class CatalogueIndex:
     child_starts: tuple[Nodes, ...]
     leaf_starts: Nodes
     leaf_items: NDArray[np.int32]
+    keyword_leaves: Nodes
 
     @property
     def n_levels(self) -> int:
@@ -64,9 +67,15 @@ class CatalogueIndex:
 
     def item_nodes(self) -> Nodes:
         """int64 ``[n_items, n_levels]``: the path of every item row, as node ids."""
+        leaves = np.empty(self.n_items, np.int64)
+        leaves[self.leaf_items] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts))
+        return self.paths(leaves)
+
+    def paths(self, leaves: Nodes) -> Nodes:
+        """int64 ``[len(leaves), n_levels]``: the path to each leaf, as node ids."""
         parents = [np.repeat(np.arange(len(s) - 1), np.diff(s)) for s in self.child_starts]
-        path = np.empty((self.n_items, self.n_levels), np.int64)
-        path[self.leaf_items, -1] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts))
+        path = np.empty((len(leaves), self.n_levels), np.int64)
+        path[:, -1] = leaves
         for level in range(self.n_levels - 1, 0, -1):
             path[:, level - 1] = parents[level][path[:, level]]
         return path
@@ -86,7 +95,8 @@ class CatalogueIndex:
 
     def allowed_leaves(self, allowed_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Bool ``[n_leaves]``: leaves that hold at least one allowed item (``allowed_items`` is ``[n_items]``)."""
-        return np.logical_or.reduceat(allowed_items[self.leaf_items], self.leaf_starts[:-1])
+        held = np.concatenate([[0], np.cumsum(allowed_items[self.leaf_items])])[self.leaf_starts]
+        return held[1:] > held[:-1]
 
     def allowed_nodes(self, allowed_leaves: NDArray[np.bool_]) -> Allowed:
         """Lift a leaf mask to all levels: a node is allowed when a leaf under it is.
@@ -103,22 +113,30 @@ class CatalogueIndex:
         return tuple(reversed(levels))
 
 
-def build_index(ids: SemanticIds, order: NDArray[np.int64] | None = None) -> CatalogueIndex:
+def build_index(
+    ids: SemanticIds, order: NDArray[np.int64] | None = None, reserved: NDArray[np.int32] | None = None
+) -> CatalogueIndex:
     """Build the index of a catalogue.
 
     Args:
         ids: one semantic ID for every item row. Equal IDs share a leaf.
         order: int64 ``[n_items]``, sort key of items within a leaf (for example minus their popularity);
             item row by default.
+        reserved: int32 ``[n_reserved, n_levels]``, paths that get a leaf without items; see `reserved_paths`.
 
     Raises:
         DataError: if the catalogue is empty.
     """
     if ids.n_items == 0:
         raise DataError("the catalogue has no items; an index needs at least one")
-    key = _sort_key(ids)
-    by_key = np.lexsort((order if order is not None else np.arange(ids.n_items), *key))
-    codes = ids.codes[by_key]
+    if order is None:
+        order = np.arange(ids.n_items)
+    paths = ids
+    if reserved is not None and len(reserved):
+        paths = SemanticIds(np.concatenate([ids.codes, reserved]), ids.codebook_sizes)
+        order = np.concatenate([order, np.zeros(len(reserved), np.int64)])
+    by_key = np.lexsort((order, *_sort_key(paths)))
+    codes = paths.codes[by_key]
     new_node = np.ones(len(codes), bool)
     new_node[1:] = False
     tokens, child_starts = [], []
@@ -130,13 +148,37 @@ def build_index(ids: SemanticIds, order: NDArray[np.int64] | None = None) -> Cat
         # Root: one parent, the whole table. Afterwards a parent's children begin where its first row begins.
         starts = np.searchsorted(first, parent_first)
         child_starts.append(np.append(starts, len(first)).astype(np.int64))
+    leaf_starts = np.append(np.flatnonzero(new_node), len(codes)).astype(np.int64)
+    leaf_items, keyword_leaves = by_key, np.empty(0, np.int64)
+    if len(codes) > ids.n_items:
+        is_item = by_key < ids.n_items
+        keyword_leaves = np.empty(len(codes) - ids.n_items, np.int64)
+        keyword_leaves[by_key[~is_item] - ids.n_items] = (np.cumsum(new_node) - 1)[~is_item]
+        leaf_starts = np.concatenate([[0], np.cumsum(is_item)])[leaf_starts]
+        leaf_items = by_key[is_item]
     return CatalogueIndex(
         codebook_sizes=ids.codebook_sizes,
         tokens=tuple(tokens),
         child_starts=tuple(child_starts),
-        leaf_starts=np.append(np.flatnonzero(new_node), len(codes)).astype(np.int64),
-        leaf_items=by_key.astype(np.int32),
+        leaf_starts=leaf_starts,
+        leaf_items=leaf_items.astype(np.int32),
+        keyword_leaves=keyword_leaves,
     )
+
+
+def reserved_paths(codebook_sizes: tuple[int, ...], reserved_slots: tuple[int, ...]) -> NDArray[np.int32]:
+    """The paths of all reserved slots, (0, ..., slot, ..., 0): int32 ``[n_reserved, n_levels]``, level after level.
+
+    Args:
+        codebook_sizes: codes of each level.
+        reserved_slots: reserved slots of each level, its last codes; empty where there are none.
+    """
+    spans = zip(codebook_sizes, reserved_slots, strict=True) if reserved_slots else ()
+    slots = [(level, slot) for level, (size, n) in enumerate(spans) for slot in range(size - n, size)]
+    paths = np.zeros((len(slots), len(codebook_sizes)), np.int32)
+    for row, (level, slot) in enumerate(slots):
+        paths[row, level] = slot
+    return paths
 
 
 def _sort_key(ids: SemanticIds) -> tuple[Nodes, ...]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from genretrieval.histories import NO_TIME
-from genretrieval.keyword_codebook import KeywordCodebook
+from genretrieval.keyword_codebook import EMPTY, KeywordCodebook
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 # Upper ends of the buckets of the time since the previous interaction; bucket 0 is unknown.
@@ -105,12 +105,31 @@ class RequestFeatures:
             out[1:] = np.where(known, buckets, 0)
         return out
 
-    def query_tokens(self, query: str | None) -> NDArray[np.int64]:
-        """int64 ``[n <= max_query_tokens]``; empty without a query, or for a model that reads none."""
+    def query_tokens(self, query: str | None, slots: Mapping[int, int] | None = None) -> NDArray[np.int64]:
+        """What a model reads of a query, int64 ``[n <= n_groups + max_query_tokens]``; empty where it reads none.
+
+        A model with keywords reads the slots of the query before its tokens; slot c of group g has the number of the
+        code, counted over all groups, behind those of the tokens.
+
+        Args:
+            query: the text.
+            slots: level to the slot that stands there in place of the text's own: of a keyword that is bound.
+        """
         if not query or self._tokenizer is None:
             return np.empty(0, np.int64)
-        tokens = self._tokenizer.encode(query, add_special_tokens=False).ids
-        return np.asarray(tokens[: self.max_query_tokens], np.int64)
+        tokens = self._tokenizer.encode(query, add_special_tokens=False).ids[: self.max_query_tokens]
+        if self.keywords is None:
+            return np.asarray(tokens, np.int64)
+        codes = self.query_codes(query)
+        for level, slot in (slots or {}).items():
+            codes[level] = slot
+        first = self.query_vocab_size + np.concatenate([[0], np.cumsum(self.keywords.sizes)[:-1]])
+        return np.concatenate([(first + codes)[codes != EMPTY], np.asarray(tokens, np.int64)])
+
+    @property
+    def n_query_codes(self) -> int:
+        """Numbers of `query_tokens` behind those of the tokens."""
+        return sum(self.keywords.sizes) if self.keywords else 0
 
     def query_codes(self, query: str | None) -> NDArray[np.int64]:
         """int64 ``[n_groups]``: the slots of a query, all empty without one; empty for a model without keywords."""

@@ -67,6 +67,11 @@ class RetrieveRequest(_Message):
         le=MAX_BEAM_WIDTH,
         description="Default: the bundle's; never below top_k. Wider finds more.",
     )
+    bindings: Literal["first", "routed", "off"] = Field(
+        default="first",
+        description="Items of a bound keyword in the query come first; or where the model itself writes the keyword's "
+        "slot; or as if nothing were bound.",
+    )
     min_revision: int | None = Field(
         default=None,
         ge=0,

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
-from genretrieval.bundle import Manifest
-from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs
-from genretrieval.errors import RequestError
-from genretrieval.features import RequestFeatures
+from genretrieval.candidates import Candidates, batches, in_order, with_pins
+from genretrieval.catalogue import graph_inputs, reserved_paths
+from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
 from genretrieval.histories import NO_TIME
-from genretrieval.request import Filters, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
+from genretrieval.masks import Mask, MaskRows, canonical_filters
+from genretrieval.request import RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.schemas import EXPOSURE
-from genretrieval.semantic_ids import SemanticIds
+from genretrieval.servable import Catalogue, Servable
 
 # A closed beam ends under this; a real one cannot (see genretrieval.model.search.CLOSED).
 CLOSED_BELOW = -1e9
@@ -32,10 +28,6 @@ CLOSED_BELOW = -1e9
 COMPARED_ITEMS = 50_000
 PURCHASE = "purchase"
 _ITEM_ID, _EVENT, _TIMESTAMP = attrgetter("item_id"), attrgetter("event"), attrgetter("timestamp")
-# Columns of a catalogue that are no attributes.
-_NOT_FILTERED = frozenset({"item_id", "semantic_id", "popularity"})
-# Row 0 is always open: 32 requests of one batch may carry 32 different filters.
-MASK_ROWS = 33
 
 
 class Leaves(NamedTuple):
@@ -58,174 +50,6 @@ class Backend(Protocol):
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
         """Run one batch; `inputs` are named as the graph's."""
         ...
-
-
-class Servable(Protocol):
-    """What a `Retriever` answers from: a `genretrieval.bundle.Bundle`, or one that is still being trained."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What it is."""
-        ...
-
-    def features(self) -> RequestFeatures:
-        """How requests are turned into model inputs."""
-        ...
-
-    def catalogue(self) -> pl.DataFrame:
-        """Items in row order, see `genretrieval.bundle.Bundle.catalogue`."""
-        ...
-
-    def item_vectors(self) -> NDArray[np.float32] | None:
-        """Item vectors of a model that has them, see `genretrieval.bundle.Bundle.item_vectors`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """Items that can be retrieved: an immutable snapshot, kept by a request from its beginning to its end.
-
-    Attributes:
-        table: the bundle's ``catalogue.parquet``.
-        ids: semantic IDs by item row.
-        index: the trie over them; items of a leaf are listed by falling popularity.
-        rows: item id to item row.
-        item_ids: item row to item id; the table's column gives single ones out slowly.
-    """
-
-    table: pl.DataFrame
-    ids: SemanticIds
-    index: CatalogueIndex
-    rows: dict[str, int]
-    item_ids: list[str]
-
-    @classmethod
-    def open(cls, bundle: Servable) -> Catalogue:
-        """Read a bundle's catalogue and index it."""
-        table = bundle.catalogue()
-        codes = table["semantic_id"].explode().to_numpy().astype(np.int32).reshape(len(table), -1)
-        ids = SemanticIds(codes, bundle.manifest.codebook_sizes)
-        index = build_index(ids, order=-table["popularity"].to_numpy().astype(np.int64))
-        item_ids = table["item_id"].to_list()
-        return cls(table, ids, index, {item: row for row, item in enumerate(item_ids)}, item_ids)
-
-    def matching(self, filters: Filters) -> NDArray[np.bool_]:
-        """Which items satisfy `filters`, bool ``[n_items]``.
-
-        Raises:
-            RequestError: see `conditions`.
-        """
-        everything = pl.repeat(value=True, n=pl.len())
-        matches = self.table.select(match=pl.all_horizontal(everything, *self.conditions(filters)))["match"]
-        return matches.fill_null(value=False).to_numpy().astype(bool)
-
-    def conditions(self, filters: Filters) -> list[pl.Expr]:
-        """What `filters` ask of a row of the table.
-
-        Raises:
-            RequestError: a condition names an attribute that the catalogue does not have, or cannot compare.
-        """
-        conditions: list[pl.Expr] = []
-        schema = {name: type_ for name, type_ in self.table.schema.items() if name not in _NOT_FILTERED}
-        for name, values in filters.attributes.items():
-            column = "categories" if name == "category" else name
-            if column not in schema:
-                raise RequestError(
-                    f"filter on unknown attribute {name!r}; the catalogue has {', '.join(sorted(schema))}"
-                )
-            if isinstance(schema[column], pl.List):
-                accepted = pl.element().cast(pl.String).is_in(values)
-                conditions.append(pl.col(column).list.eval(accepted).list.any())
-            else:
-                conditions.append(pl.col(column).cast(pl.String).is_in(values))
-        if filters.min_price is not None or filters.max_price is not None:
-            if not schema.get("price", pl.String()).is_numeric():
-                raise RequestError("filter on a price range, but this catalogue has no numeric attribute 'price'")
-            low = -np.inf if filters.min_price is None else filters.min_price
-            high = np.inf if filters.max_price is None else filters.max_price
-            conditions.append(pl.col("price").is_between(low, high))
-        if filters.in_stock is not None:
-            if schema.get("in_stock") != pl.Boolean:
-                raise RequestError("filter on in_stock, but this catalogue has no boolean attribute 'in_stock'")
-            conditions.append(pl.col("in_stock") == filters.in_stock)
-        return conditions
-
-
-def _canonical(message: RetrieveRequest | Filters) -> bytes:
-    """The same text for equal messages; mappings have no order, and gRPC does not keep one."""
-    if isinstance(message, Filters):
-        return (
-            message.model_copy(update={"attributes": dict(sorted(message.attributes.items()))})
-            .model_dump_json()
-            .encode()
-        )
-    filters = _canonical(message.filters) if message.filters else b""
-    rest = message.model_copy(update={"profile": dict(sorted(message.profile.items())), "filters": None})
-    return rest.model_dump_json().encode() + filters
-
-
-class MaskRows:
-    """Masks of distinct filters in preallocated rows, which the graph takes whole; row 0 allows everything.
-
-    A row is not reused while a batch holds it. When all rows are held, a batch with new filters waits.
-    """
-
-    def __init__(self, catalogue: Catalogue, n_rows: int = MASK_ROWS) -> None:
-        """Allocate ``n_rows`` rows for every level of the index (`arrays`) and for its items (`items`)."""
-        self.catalogue = catalogue
-        self.n_rows = n_rows
-        widths = [max(2, len(tokens)) for tokens in catalogue.index.tokens]
-        self.arrays = {f"allowed_{level}": np.ones((n_rows, width), bool) for level, width in enumerate(widths)}
-        self.items = np.ones((n_rows, len(catalogue.table)), bool)
-        self._free = list(range(n_rows - 1, 0, -1))
-        self._rows: OrderedDict[bytes, int] = OrderedDict()
-        self._holders = [0] * n_rows
-        self._changed = threading.Condition()
-        # Batches take their rows one after another, so that no two half-served ones wait for each other.
-        self._turn = threading.Lock()
-
-    @contextmanager
-    def hold(self, filters: Sequence[Filters | None]) -> Iterator[list[int]]:
-        """Mask rows of a batch, fewer than `n_rows` distinct ones, held until the block ends."""
-        rows: list[int] = []
-        try:
-            with self._turn:
-                # One by one: what was acquired is released below even if a later filter is refused.
-                for condition in filters:
-                    rows.append(self._acquire(condition) if condition is not None else 0)  # noqa: PERF401
-            yield rows
-        finally:
-            with self._changed:
-                for row in rows:
-                    self._holders[row] -= 1 if row else 0
-                self._changed.notify()
-
-    def _acquire(self, filters: Filters) -> int:
-        key = _canonical(filters)
-        with self._changed:
-            if key not in self._rows:
-                index = self.catalogue.index
-                matching = self.catalogue.matching(filters)
-                allowed = index.allowed_nodes(index.allowed_leaves(matching))
-                while (row := self._take_row()) is None:
-                    self._changed.wait()
-                for level, nodes in enumerate(allowed):
-                    self.arrays[f"allowed_{level}"][row, : len(nodes)] = nodes
-                self.items[row] = matching
-                self._rows[key] = row
-            self._rows.move_to_end(key)
-            self._holders[self._rows[key]] += 1
-            return self._rows[key]
-
-    def _take_row(self) -> int | None:
-        """A row that nobody holds: a fresh one, else the least recently used."""
-        if self._free:
-            return self._free.pop()
-        for key, row in self._rows.items():
-            if not self._holders[row]:
-                del self._rows[key]
-                return row
-        return None
 
 
 @dataclass(frozen=True)
@@ -292,6 +116,54 @@ class DenseItems:
         return cls(vectors[:, 0], ranked, np.flatnonzero((popularity == 0) | every))
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request with what operators changed for it.
+
+    Attributes:
+        request: as it came.
+        edits: see `genretrieval.edits`.
+        bound: keywords of the query whose binding the request wants.
+        within: int64, item rows that they stand for; None for none.
+    """
+
+    request: RetrieveRequest
+    edits: Edits
+    bound: tuple[BoundKeyword, ...]
+    within: NDArray[np.int64] | None
+
+    @classmethod
+    def of(cls, request: RetrieveRequest, edits: Edits) -> _Asked:
+        """Put the two together."""
+        bound = () if request.bindings == "off" else edits.bound
+        sets = [keyword.rows for keyword in bound if len(keyword.rows)]
+        # Of one keyword it is the very array, by whose identity its mask is found again.
+        within = None if not sets else sets[0] if len(sets) == 1 else np.unique(np.concatenate(sets))
+        return cls(request, edits, bound, within)
+
+    @property
+    def query(self) -> str | None:
+        """What the model reads."""
+        return self.edits.query if self.edits.query is not None else self.request.query
+
+    @property
+    def slots(self) -> dict[int, int]:
+        """Level to the reserved slot that stands in the query there, of two keywords the first one's."""
+        return {keyword.level: keyword.slot for keyword in reversed(self.bound)}
+
+    def touched(self, row: int) -> list[str]:
+        """Names of the bindings and rules that brought or moved an item."""
+        sets = [(keyword.name, keyword.rows) for keyword in self.bound]
+        sets += [(boost.name, boost.rows) for boost in self.edits.boosts]
+        names = [name for name, rows in sets if np.isin(row, rows)]
+        return names + [pin.name for pin in self.edits.pins if pin.row == row]
+
+    @property
+    def n_searches(self) -> int:
+        """Among all items, and among what its keywords stand for."""
+        return 1 if self.within is None else 2
+
+
 class Retriever:
     """Answers requests from one bundle. Thread-safe when its backend is."""
 
@@ -304,21 +176,29 @@ class Retriever:
         self.masks = MaskRows(self.catalogue)
         self.dense = DenseItems.open(bundle, self.catalogue)
         self._index_inputs = graph_inputs(self.catalogue.index)
+        paths = reserved_paths(bundle.manifest.codebook_sizes, bundle.manifest.reserved_slots)
+        self._keyword_places = {(int(p.argmax()), int(p.max())): place for place, p in enumerate(paths)}
 
-    def retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse]:
+    def retrieve(
+        self, requests: Sequence[RetrieveRequest], edits: Sequence[Edits] | None = None
+    ) -> list[RetrieveResponse]:
         """Answer a batch; each answer is the one the request would get alone.
+
+        Args:
+            requests: what is asked.
+            edits: what operators changed for each of them; nothing by default.
 
         Raises:
             RequestError: a request cannot be answered as asked.
         """
+        edits = edits or [NO_EDITS] * len(requests)
+        asked = [_Asked.of(request, edit) for request, edit in zip(requests, edits, strict=True)]
         responses: dict[int, RetrieveResponse] = {}
         widths = [self.beam_width(request) for request in requests]
         for width in sorted(set(widths)):
             same = [i for i, w in enumerate(widths) if w == width]
-            for start in range(0, len(same), self.masks.n_rows - 1):
-                rows = same[start : start + self.masks.n_rows - 1]
-                answers = self._retrieve([requests[i] for i in rows], width)
-                responses.update(zip(rows, answers, strict=True))
+            for rows in batches(same, [asked[i].n_searches for i in same], self.masks.n_rows - 1):
+                responses.update(zip(rows, self._retrieve([asked[i] for i in rows], width), strict=True))
         return [responses[i] for i in range(len(requests))]
 
     def check(self, request: RetrieveRequest) -> None:
@@ -334,21 +214,32 @@ class Retriever:
         """Beams that `request` is searched with."""
         return max(request.beam_width or self.bundle.manifest.beam_width, request.top_k)
 
-    def _retrieve(self, requests: Sequence[RetrieveRequest], width: int) -> list[RetrieveResponse]:
+    def _retrieve(self, asked: Sequence[_Asked], width: int) -> list[RetrieveResponse]:
+        """Answer requests by one run of the graph: a search for each, and one more among what its keywords bind."""
         started = time.perf_counter()
-        known = [self._known(request) for request in requests]
-        with self.masks.hold([request.filters for request in requests]) as mask_rows:
-            inputs = self._graph_inputs(requests, known, mask_rows, width)
+        known = [self._known(ask.request) for ask in asked]
+        bound = [i for i, ask in enumerate(asked) if ask.n_searches > 1]
+        masks = [Mask(ask.request.filters, tuple(self._places(ask.bound))) for ask in asked]
+        masks += [Mask(asked[i].request.filters, within=asked[i].within) for i in bound]
+        rows = [*range(len(asked)), *bound]
+        with self.masks.hold(masks) as mask_rows:
+            inputs = self._graph_inputs([asked[i] for i in rows], [known[i] for i in rows], mask_rows, width)
             begun = time.perf_counter()
             found = self.backend.run(inputs)
             ended = time.perf_counter()
+            second = {i: found.of(len(asked) + n) for n, i in enumerate(bound)}
             responses = []
-            for i, request in enumerate(requests):
-                items = self._items(request, known[i], found.of(i), self.masks.items[mask_rows[i]])
+            for i, ask in enumerate(asked):
+                items = self._items(ask, known[i], found.of(i), second.get(i), self.masks.items[mask_rows[i]])
                 total = (time.perf_counter() - started) * 1e3
                 timings = Timings(inference_ms=(ended - begun) * 1e3, total_ms=total)
-                responses.append(self._response(request, known[i], items, timings))
+                responses.append(self._response(ask, known[i], items, timings))
         return responses
+
+    def _places(self, keywords: Sequence[BoundKeyword]) -> list[int]:
+        """Where the leaves of `keywords` stand among the index's keyword leaves; a bundle without slots has none."""
+        found = (self._keyword_places.get((keyword.level, keyword.slot)) for keyword in keywords)
+        return [place for place in found if place is not None]
 
     def _known(self, request: RetrieveRequest) -> KnownEvents:
         """The events of a request's history whose item the catalogue has.
@@ -380,7 +271,7 @@ class Retriever:
 
     def _graph_inputs(
         self,
-        requests: Sequence[RetrieveRequest],
+        asked: Sequence[_Asked],
         known: Sequence[KnownEvents],
         mask_rows: list[int],
         width: int,
@@ -389,8 +280,7 @@ class Retriever:
         manifest = self.bundle.manifest
         read = [events.interactions[-manifest.max_history :] for events in known]
         past = [events.before(first, manifest.max_past) for events, first in zip(known, read, strict=True)]
-        tokens = [self.features.query_tokens(request.query) for request in requests]
-        query = _stack(tokens)
+        query = _stack([self.features.query_tokens(ask.query, ask.slots) for ask in asked])
         gaps = [self.features.gap_buckets(events.times[rows]) for events, rows in zip(known, read, strict=True)]
         made: dict[str, NDArray[Any]] = {
             **self._event_inputs("history", known, read),
@@ -398,8 +288,8 @@ class Retriever:
             **self._event_inputs("past", known, past),
             "query_tokens": query,
             "query_mask": query != 0,
-            "profile": np.stack([self.features.profile_ids(request.profile) for request in requests]),
-            "scenario": np.asarray([self.features.scenario_id(request.scenario) for request in requests], np.int64),
+            "profile": np.stack([self.features.profile_ids(ask.request.profile) for ask in asked]),
+            "scenario": np.asarray([self.features.scenario_id(ask.request.scenario) for ask in asked], np.int64),
             "beams": np.arange(width, dtype=np.int64),
             "mask_row": np.asarray(mask_rows, np.int64),
             **self._index_inputs,
@@ -424,55 +314,94 @@ class Retriever:
         return inputs
 
     def _items(
-        self,
-        request: RetrieveRequest,
-        known: KnownEvents,
-        found: Leaves,
-        matching: NDArray[np.bool_],
+        self, ask: _Asked, known: KnownEvents, found: Leaves, second: Leaves | None, matching: NDArray[np.bool_]
     ) -> list[RetrievedItem]:
-        """Items of the found leaves, best first: those that match the filters, without what is excluded.
+        """The best items, in the order that `genretrieval.edits` defines; a dense head has its say in every score.
 
-        Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. Where
-        there is a dense head, it ranks them anew, and its own candidates join them.
+        Args:
+            ask: the request.
+            known: its history.
+            found: leaves of the search among all that the request may get.
+            second: leaves of the search among what its keywords stand for.
+            matching: bool ``[n_items]``, items that match its filters.
         """
-        allowed = self._allowed(request, known, matching)
-        found_in = np.lexsort((found.leaves, -found.scores))
-        found_in = found_in[found.scores[found_in] >= CLOSED_BELOW]
-        in_order = ((row, beam) for beam in found_in.tolist() for row in self._leaf(int(found.leaves[beam]), allowed))
-        if self.dense is None:
-            return [self._item(row, found, beam) for row, beam in islice(in_order, request.top_k)]
-        candidates = list(in_order)
-        rows = np.asarray([row for row, _ in candidates], np.int64)
-        beams = np.asarray([beam for _, beam in candidates], np.int64)
-        if len(found_in) == len(found.scores):
-            # The search was cut off: what it did not reach is at best as probable as the last that it did.
-            beside = allowed.copy()
-            beside[rows] = False
-            further = self.dense.candidates[beside[self.dense.candidates]]
-            rows = np.concatenate([rows, further])
-            beams = np.concatenate([beams, np.full(len(further), found_in[-1])])
-        assert found.user is not None
-        # Without a copy of the vectors where most are compared.
-        few = len(rows) < len(self.dense.ranked) // 4
-        dense = self.dense.ranked[rows] @ found.user if few else (self.dense.ranked @ found.user)[rows]
-        scores = found.scores[beams] + self.bundle.manifest.dense_weight * dense
-        best = np.argsort(-scores, kind="stable")[: request.top_k]
+        allowed = self._allowed(ask, known, matching)
+        candidates = self._candidates(found, allowed)
+        first = None
+        if second is not None:
+            inside = np.zeros_like(allowed)
+            inside[ask.within] = True
+            candidates = self._candidates(second, allowed & inside).joined(candidates)
+            candidates = self._lifted(candidates, ask.bound, found)
+            first = inside[candidates.rows] if ask.request.bindings == "first" else None
+        pins = [pin for pin in ask.edits.pins if allowed[pin.row]]
+        if pins:
+            unwritten = np.setdiff1d(np.asarray([pin.row for pin in pins], np.int64), candidates.rows)
+            candidates = candidates.with_unwritten(unwritten, float(found.scores.min(where=_real(found), initial=0.0)))
+        scores, dense = self._scores(candidates, found, ask.edits)
+        best = with_pins(in_order(scores, first).tolist(), candidates.rows, pins, ask.request.top_k)
         return [
-            self._item(int(rows[i]), found, int(beams[i]), float(dense[i]), reached=i < len(candidates))
-            for i in best.tolist()
+            self._item(ask, candidates, i, float(scores[i]), None if dense is None else float(dense[i])) for i in best
         ]
 
-    def _allowed(self, request: RetrieveRequest, known: KnownEvents, matching: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which items may be returned, bool ``[n_items]``: those that match the filters and are not excluded."""
-        rows = self.catalogue.rows
+    def _candidates(self, found: Leaves, allowed: NDArray[np.bool_]) -> Candidates:
+        """Items of the found leaves, best leaf first, that are allowed.
+
+        Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. A dense
+        head's own candidates join them.
+        """
+        beams = np.lexsort((found.leaves, -found.scores))
+        beams = beams[_real(found)[beams]]
+        written = [(row, beam) for beam in beams.tolist() for row in self._leaf(int(found.leaves[beam]), allowed)]
+        rows, of_beam = np.asarray(written, np.int64).reshape(-1, 2).T
+        candidates = Candidates(rows, found.scores[of_beam], of_beam, found.level_scores)
+        if self.dense is None or not len(beams) or len(beams) < len(found.scores):
+            return candidates
+        # The search was cut off: what it did not reach is at best as probable as the last that it did.
+        beside = allowed.copy()
+        beside[rows] = False
+        further = self.dense.candidates[beside[self.dense.candidates]]
+        return candidates.with_unwritten(further, float(found.scores[beams[-1]]))
+
+    def _lifted(self, candidates: Candidates, keywords: Sequence[BoundKeyword], found: Leaves) -> Candidates:
+        """Candidates under a keyword leaf that the search wrote, with the probability of that leaf."""
+        written = {int(leaf): float(score) for leaf, score in zip(found.leaves[::-1], found.scores[::-1], strict=True)}
+        for keyword in keywords:
+            for place in self._places([keyword]):
+                score = written.get(int(self.catalogue.index.keyword_leaves[place]), CLOSED_BELOW)
+                if score >= CLOSED_BELOW:
+                    candidates = candidates.lifted(np.isin(candidates.rows, keyword.rows), score)
+        return candidates
+
+    def _scores(
+        self, candidates: Candidates, found: Leaves, edits: Edits
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+        """What candidates are ordered by, and the dense head's share of it before its weight."""
+        rows = candidates.rows
+        scores: NDArray[Any] = candidates.logp
+        dense = None
+        if self.dense is not None:
+            assert found.user is not None
+            # Without a copy of the vectors where most are compared.
+            few = len(rows) < len(self.dense.ranked) // 4
+            dense = self.dense.ranked[rows] @ found.user if few else (self.dense.ranked @ found.user)[rows]
+            scores = scores + self.bundle.manifest.dense_weight * dense
+        for boost in edits.boosts:
+            scores = scores + np.where(np.isin(rows, boost.rows), boost.amount, 0.0)
+        return scores, dense
+
+    def _allowed(self, ask: _Asked, known: KnownEvents, matching: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which items may be returned, bool ``[n_items]``: those that match, are not excluded and not blocked."""
+        request, rows = ask.request, self.catalogue.rows
         excluded = [rows[item] for item in request.exclude_item_ids if item in rows]
         if request.exclude_history != "off":
             gone = known.rows if request.exclude_history == "all" else known.rows[known.purchased]
             excluded += gone.tolist()
-        if not excluded:
+        if not excluded and not len(ask.edits.blocked):
             return matching
         allowed = matching.copy()
         allowed[excluded] = False
+        allowed[ask.edits.blocked] = False
         return allowed
 
     def _leaf(self, leaf: int, allowed: NDArray[np.bool_]) -> list[int]:
@@ -481,28 +410,32 @@ class Retriever:
         listed: list[int] = rows[allowed[rows]].tolist()
         return listed[: self.bundle.manifest.leaf_cap]
 
-    def _item(
-        self, row: int, found: Leaves, beam: int, dense: float | None = None, *, reached: bool = True
-    ) -> RetrievedItem:
-        """An item as it is returned."""
-        score = float(found.scores[beam])
+    def _item(self, ask: _Asked, candidates: Candidates, i: int, score: float, dense: float | None) -> RetrievedItem:
+        """A candidate as it is returned."""
+        row, beam = int(candidates.rows[i]), int(candidates.beams[i])
+        codes = self.catalogue.ids.codes[row].tolist()
+        codebook = self.features.keywords
         return RetrievedItem(
             item_id=self.catalogue.item_ids[row],
-            score=score if dense is None else score + self.bundle.manifest.dense_weight * dense,
-            semantic_id=self.catalogue.ids.codes[row].tolist(),
-            level_scores=found.level_scores[beam].tolist() if reached else [],
+            score=score,
+            semantic_id=codes,
+            level_scores=[] if beam < 0 else candidates.level_scores[beam].tolist(),
             dense_score=dense,
+            keyword_path=[codebook.words(level, codes[level]) for level in range(codebook.n_groups)]
+            if codebook
+            else [],
+            touched_by=ask.touched(row),
         )
 
     def _response(
-        self, request: RetrieveRequest, known: KnownEvents, items: list[RetrievedItem], timings: Timings
+        self, ask: _Asked, known: KnownEvents, items: list[RetrievedItem], timings: Timings
     ) -> RetrieveResponse:
-        rows, manifest = self.catalogue.rows, self.bundle.manifest
+        request, rows, manifest = ask.request, self.catalogue.rows, self.bundle.manifest
         missing = known.missing + [item for item in request.exclude_item_ids if item not in rows]
         degraded = []
         if len(items) < request.top_k:
             degraded.append("fewer_than_top_k")
-        if request.query and not self.features.query_tokens(request.query).size:
+        if ask.query and not self.features.query_tokens(ask.query, ask.slots).size:
             degraded.append("query_ignored")
         if len(known.interactions) > manifest.max_history + manifest.max_past:
             degraded.append("history_truncated")
@@ -511,7 +444,21 @@ class Retriever:
             items=items,
             missing_ids=list(dict.fromkeys(missing)),
             degraded=degraded,
+            revision=ask.edits.revision,
+            applied=list(ask.edits.applied),
             bundle_version=manifest.version,
-            attribution_token=f"{manifest.version}.0.{digest}",
+            attribution_token=f"{manifest.version}.{ask.edits.revision}.{digest}",
             timings=timings,
         )
+
+
+def _real(found: Leaves) -> NDArray[np.bool_]:
+    """Which beams ended in a leaf."""
+    return found.scores >= CLOSED_BELOW
+
+
+def _canonical(request: RetrieveRequest) -> bytes:
+    """The same text for equal requests."""
+    filters = canonical_filters(request.filters) if request.filters else ""
+    rest = request.model_copy(update={"profile": dict(sorted(request.profile.items())), "filters": None})
+    return (rest.model_dump_json() + filters).encode()

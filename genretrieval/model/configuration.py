@@ -21,6 +21,8 @@ class GeneratorConfig(PretrainedConfig):
         experts_per_token: experts that work on a code, each ``d_ff // experts_per_token`` wide.
         n_query_layers: bidirectional layers over the query tokens.
         query_vocab_size: entries of the query tokenizer; 0 makes a model without queries.
+        n_query_codes: codes that a query may hold beside its tokens, the keyword slots of the first levels; they are
+            numbered behind the tokens.
         max_query_tokens: longer queries are cut.
         n_events: behaviours, entry 0 being one that training never saw.
         n_gaps: buckets of the time since the previous interaction, entry 0 being unknown.
@@ -52,6 +54,7 @@ class GeneratorConfig(PretrainedConfig):
         experts_per_token: int = 2,
         n_query_layers: int = 1,
         query_vocab_size: int = 0,
+        n_query_codes: int = 0,
         max_query_tokens: int = 16,
         n_events: int = 1,
         n_gaps: int = 1,
@@ -75,6 +78,8 @@ class GeneratorConfig(PretrainedConfig):
             raise ValueError(f"n_past_tokens={n_past_tokens} and max_past={max_past}: give both or neither")
         if n_experts and (experts_per_token < 1 or d_ff % experts_per_token):
             raise ValueError(f"d_ff={d_ff} must be a multiple of experts_per_token={experts_per_token}")
+        if n_query_codes and not query_vocab_size:
+            raise ValueError(f"n_query_codes={n_query_codes} needs query_vocab_size: the model reads no queries")
         self.codebook_sizes = tuple(codebook_sizes)
         self.d_model = d_model
         self.n_heads = n_heads
@@ -85,6 +90,7 @@ class GeneratorConfig(PretrainedConfig):
         self.experts_per_token = experts_per_token
         self.n_query_layers = n_query_layers
         self.query_vocab_size = query_vocab_size
+        self.n_query_codes = n_query_codes
         self.max_query_tokens = max_query_tokens
         self.n_events = n_events
         self.n_gaps = n_gaps

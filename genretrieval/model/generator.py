@@ -39,7 +39,7 @@ from genretrieval.model.query_former import QueryFormer
 #   past_mask        bool  [B, N]
 #   past_vectors     float [B, N, E]                                                        n_past_tokens and n_items
 #   profile          int64 [B, n]     hashed profile features                               n_profile_buckets
-#   query_tokens     int64 [B, Q]                                                           query_vocab_size
+#   query_tokens     int64 [B, Q]     codes are numbered behind the tokens                  query_vocab_size
 #   query_mask       bool  [B, Q]
 #   scenario         int64 [B]                                                              n_scenarios
 Request = Mapping[str, Tensor]
@@ -110,6 +110,7 @@ class ContextEncoder(nn.Module):
         self.profile: nn.Module | None = Profile(c.n_profile_buckets, c.d_model) if c.n_profile_buckets else None
         self.encoder: nn.Module = Encoder(c.n_encoder_layers, *sizes, causal=True)
         self.query_tokens = nn.Embedding(c.query_vocab_size, c.d_model) if c.query_vocab_size else None
+        self.n_query_codes = c.n_query_codes
         self.query_encoder: nn.Module | None = None
         if c.query_vocab_size:
             self.query_encoder = Encoder(c.n_query_layers, *sizes, causal=False)
@@ -169,10 +170,18 @@ class ContextEncoder(nn.Module):
         return start if self.scenarios is None else start + self.scenarios(scenario_X)
 
     def query(self, query_tokens: Tensor, query_mask: Tensor) -> Tensor:
-        """Encode queries: int64 ``[N, Q]`` and bool ``[N, Q]`` to float ``[N, Q, D]``."""
+        """Encode queries: int64 ``[N, Q]`` and bool ``[N, Q]`` to float ``[N, Q, D]``.
+
+        A keyword slot in a query has the embedding of that code, which is what makes the way from a slot that is read
+        to the same slot being written easy to learn, also for slots that no item has.
+        """
         assert self.query_tokens is not None
         assert self.query_encoder is not None
-        return cast(Tensor, self.query_encoder(self.query_tokens(query_tokens), query_mask))
+        table = self.query_tokens.weight
+        if self.n_query_codes:
+            # Flat token 0 is no code; the keyword levels are the first ones.
+            table = torch.cat([table, self.codes.weight[1 : 1 + self.n_query_codes]])
+        return cast(Tensor, self.query_encoder(nn.functional.embedding(query_tokens, table), query_mask))
 
     def forward(self, request: Request) -> Context:
         """Encode requests for the one item that comes next."""

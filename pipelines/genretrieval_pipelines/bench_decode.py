@@ -32,8 +32,8 @@ from genretrieval.export.t5 import REQUEST_INPUTS, T5RetrievalGraph, t5_graph, t
 from genretrieval.figures import Figure
 from genretrieval.model import BeamSearch, Generator, GeneratorConfig
 from genretrieval.model.search import IndexTensors
-from genretrieval.retrieval import Catalogue
 from genretrieval.semantic_ids import SemanticIds
+from genretrieval.servable import Catalogue
 
 Inputs = dict[str, NDArray[Any]]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers import TrainerCallback
 
-from genretrieval.catalogue import CatalogueIndex, build_index
+from genretrieval.catalogue import CatalogueIndex, build_index, reserved_paths
 from genretrieval.errors import RecipeError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import named_graph
@@ -68,7 +68,8 @@ def stage_inputs(
     recipe: Recipe, shop: Shop, ids: SemanticIds, draft: Draft, work: Path, console: Console
 ) -> StageInputs:
     """Add the catalogue's index and, where there is a dense head, what items are made from."""
-    index = build_index(ids, order=-draft.table["popularity"].to_numpy())
+    reserved = reserved_paths(ids.codebook_sizes, draft.manifest.reserved_slots)
+    index = build_index(ids, -draft.table["popularity"].to_numpy(), reserved)
     content = embed_shop(recipe.embedding, shop, work) if recipe.generator.dense_head else None
     return StageInputs(recipe, shop, ids, draft, index, content, work, console)
 

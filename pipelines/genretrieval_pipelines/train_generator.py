@@ -173,6 +173,7 @@ def generator_config(inputs: StageInputs) -> GeneratorConfig:
         n_experts=sizes.n_experts,
         experts_per_token=sizes.experts_per_token,
         query_vocab_size=features.query_vocab_size,
+        n_query_codes=features.n_query_codes,
         max_query_tokens=sizes.max_query_tokens,
         n_events=features.n_events,
         n_gaps=N_GAPS,

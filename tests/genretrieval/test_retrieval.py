@@ -17,8 +17,10 @@ from pydantic import ValidationError
 from genretrieval import retrieval
 from genretrieval.bundle import CATALOGUE, GRAPH, ITEM_VECTORS, Manifest, load_bundle, write_bundle
 from genretrieval.errors import BundleError, RequestError
+from genretrieval.masks import Mask, MaskRows
 from genretrieval.request import Filters, RetrieveRequest
-from genretrieval.retrieval import Catalogue, Leaves, MaskRows, Retriever
+from genretrieval.retrieval import Leaves, Retriever
+from genretrieval.servable import Catalogue
 
 # Leaves in sorted order: (0,0): b a (by popularity), (0,1): c, (1,0): d, (1,2): e.
 TABLE = pl.DataFrame(
@@ -382,13 +384,13 @@ def test_a_token_names_the_request_whatever_the_order_of_its_mappings(retriever)
     assert one.attribution_token.startswith(one.bundle_version + ".0.")
 
 
-def by_price(low: float) -> Filters:
-    return Filters(min_price=low)
+def by_price(low: float) -> Mask:
+    return Mask(Filters(min_price=low))
 
 
 def test_a_mask_row_closes_what_a_filter_excludes(catalogue) -> None:
     masks = MaskRows(catalogue, n_rows=3)
-    with masks.hold([None, by_price(40), by_price(40)]) as rows:
+    with masks.hold([Mask(), by_price(40), by_price(40)]) as rows:
         assert rows[0] == 0
         assert rows[1] == rows[2] > 0
         assert masks.arrays["allowed_0"][rows[1]].tolist() == [False, True]
@@ -429,7 +431,7 @@ def test_a_row_that_is_held_is_not_reused_and_the_next_waits(catalogue) -> None:
 
 def test_a_refused_filter_lets_go_of_the_rows_before_it(catalogue) -> None:
     masks = MaskRows(catalogue, n_rows=2)
-    bad = Filters(attributes={"colour": ["red"]})
+    bad = Mask(Filters(attributes={"colour": ["red"]}))
     with pytest.raises(RequestError), masks.hold([by_price(10), bad]):
         pass
     with masks.hold([by_price(20)]) as (row,):

@@ -1,0 +1,125 @@
+"""Items that may answer a request: put together from what searches found, then put in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genretrieval.edits import Pin
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Items that may answer a request, each once.
+
+    Attributes:
+        rows: int64 ``[n]``, item rows.
+        logp: float32 ``[n]``, summed log-probability of an item's codes. An item that no beam wrote has that of the
+            last beam, which is at least as high as its own.
+        beams: int64 ``[n]``, rows of `level_scores`; -1 for an item that no beam wrote.
+        level_scores: float32 ``[n_beams, n_levels]``, log-probability of each code.
+    """
+
+    rows: NDArray[np.int64]
+    logp: NDArray[np.float32]
+    beams: NDArray[np.int64]
+    level_scores: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.rows)
+
+    def with_unwritten(self, rows: NDArray[np.int64], logp: float) -> Candidates:
+        """These, then `rows`, which no beam wrote and which are not among these."""
+        return Candidates(
+            np.concatenate([self.rows, rows]),
+            np.concatenate([self.logp, np.full(len(rows), logp, np.float32)]),
+            np.concatenate([self.beams, np.full(len(rows), -1, np.int64)]),
+            self.level_scores,
+        )
+
+    def joined(self, other: Candidates) -> Candidates:
+        """These, then those of `other` that are not among them."""
+        new = ~np.isin(other.rows, self.rows)
+        beams = other.beams[new]
+        return Candidates(
+            np.concatenate([self.rows, other.rows[new]]),
+            np.concatenate([self.logp, other.logp[new]]),
+            np.concatenate([self.beams, np.where(beams < 0, beams, beams + len(self.level_scores))]),
+            np.concatenate([self.level_scores, other.level_scores]),
+        )
+
+    def lifted(self, members: NDArray[np.bool_], to: float) -> Candidates:
+        """These with the best of `members` raised to `to`, and the others of them by as much; none is lowered.
+
+        Args:
+            members: bool ``[n]``, the items that a keyword stands for.
+            to: log-probability with which the search wrote the keyword's leaf.
+        """
+        if not members.any():
+            return self
+        lift = max(0.0, to - float(self.logp[members].max()))
+        return Candidates(self.rows, np.where(members, self.logp + lift, self.logp), self.beams, self.level_scores)
+
+
+def in_order(scores: NDArray[np.float64], first: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+    """Positions by falling score, equal ones as they stand; those that `first` marks before all others."""
+    by_score = np.argsort(-scores, kind="stable")
+    if first is None:
+        return by_score
+    return np.concatenate([by_score[first[by_score]], by_score[~first[by_score]]])
+
+
+def with_pins(order: Sequence[int], rows: NDArray[np.int64], pins: Sequence[Pin], top_k: int) -> list[int]:
+    """The first `top_k` positions of `order` with pinned items at their places.
+
+    Where there are not enough items to fill the places before a pin, it moves up.
+
+    Args:
+        order: positions in `rows`, best first.
+        rows: int64 ``[n]``, item rows; those of all pins are among them.
+        pins: the first of two at one place stands there.
+        top_k: length of the result at most.
+    """
+    at: dict[int, int] = {}
+    taken: set[int] = set()
+    for pin in pins:
+        if pin.row not in taken:
+            place = pin.position
+            while place in at:
+                place += 1
+            at[place] = pin.row
+            taken.add(pin.row)
+    if not at:
+        return list(order[:top_k])
+    position_of = {int(rows[position]): position for position in order if int(rows[position]) in taken}
+    others = iter([position for position in order if int(rows[position]) not in taken])
+    placed = [position_of[row] for _, row in sorted(at.items())]
+    result: list[int] = []
+    while len(result) < top_k:
+        if len(result) in at:
+            following: int | None = position_of[at[len(result)]]
+        else:
+            following = next(others, None)
+        if following is None:
+            left = [position for position in placed if position not in result]
+            return (result + left)[:top_k]
+        result.append(following)
+    return result
+
+
+def batches(rows: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Consecutive `rows` whose `sizes` sum to at most `limit`, which no single one exceeds."""
+    batch: list[int] = []
+    total = 0
+    for row, size in zip(rows, sizes, strict=True):
+        if batch and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(row)
+        total += size
+    if batch:
+        yield batch
