@@ -1,0 +1,1 @@
+"""Migrations of the tables in `genretrieval_serving.admin.sql`; Alembic reads this folder."""
