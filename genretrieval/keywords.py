@@ -114,7 +114,7 @@ class KeywordDictionary:
         """Check the keywords and build the automaton."""
         texts = [normalise(keyword.text) for keyword in self.keywords]
         _refuse([*_text_problems(self.source, texts), *_weight_problems(self.source, self.keywords)])
-        object.__setattr__(self, "_automaton", AhoCorasick(map(_with_edges, texts), store_patterns=False))
+        object.__setattr__(self, "_automaton", AhoCorasick(map(with_edges, texts), store_patterns=False))
 
     def __len__(self) -> int:
         """Number of keywords."""
@@ -127,7 +127,7 @@ class KeywordDictionary:
         without spaces it may stand anywhere; the digits of "1.7" are one word. A match inside a longer one is
         dropped; matches that overlap otherwise are both kept. Positions are those in ``normalise(text)``.
         """
-        marked = _with_edges(normalise(text))
+        marked = with_edges(normalise(text))
         found = self._automaton.find_matches_as_indexes(marked, overlapping=True)
         matches = []
         covered = 0
@@ -182,7 +182,7 @@ class KeywordDictionary:
         os.replace(partial, path)
 
 
-def _with_edges(normalised: str) -> str:
+def with_edges(normalised: str) -> str:
     """Both ends of every word marked.
 
     A marked text contains a marked keyword exactly where the keyword stands and cuts no word, so the automaton need
