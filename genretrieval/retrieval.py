@@ -331,7 +331,7 @@ class Retriever:
         if second is not None:
             inside = np.zeros_like(allowed)
             inside[ask.within] = True
-            candidates = self._candidates(second, allowed & inside).joined(candidates)
+            candidates = candidates.joined(self._candidates(second, allowed & inside))
             candidates = self._lifted(candidates, ask.bound, found)
             first = inside[candidates.rows] if ask.request.bindings == "first" else None
         pins = [pin for pin in ask.edits.pins if allowed[pin.row]]

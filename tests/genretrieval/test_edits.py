@@ -1,0 +1,241 @@
+"""What operators changed, as results show it: a catalogue of five items and a search that scores by a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from genretrieval.bundle import CATALOGUE, GRAPH, KEYWORDS, Manifest, load_bundle, write_bundle
+from genretrieval.candidates import batches, with_pins
+from genretrieval.edits import Boost, BoundKeyword, Edits, Pin
+from genretrieval.keyword_codebook import KeywordCodebook
+from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
+from genretrieval.request import Filters, RetrieveRequest, RetrieveResponse
+from genretrieval.retrieval import Leaves, Retriever
+
+# Code 3 of either level is reserved. Leaves in sorted order: slot (0, 3), a, b, c, d and e, slot (3, 0).
+TABLE = pl.DataFrame(
+    {
+        "item_id": ["a", "b", "c", "d", "e"],
+        "semantic_id": pl.Series([[1, 1], [1, 2], [2, 1], [2, 2], [2, 2]], dtype=pl.List(pl.Int32)),
+        "popularity": [5, 4, 3, 2, 1],
+        "price": [10.0, 20.0, 30.0, 40.0, 50.0],
+    }
+)
+A, B, C, D, E = range(5)
+CODEBOOK = KeywordCodebook(
+    KeywordDictionary(
+        tuple(Keyword(text, AttributeType.ENTITY) for text in ("shoe", "hat"))
+        + tuple(Keyword(text, AttributeType.BRAND) for text in ("acme", "umbra"))
+    ),
+    ((AttributeType.ENTITY,), (AttributeType.BRAND,)),
+    np.asarray([1, 2, 1, 2], np.int32),
+    (4, 4),
+    (1, 1),
+)
+LEAF_SCORES = (-0.5, -1.0, -2.0, -3.0, -4.0, -0.25)
+FIRST_SLOT, SECOND_SLOT = (0, 3), (1, 3)
+
+
+@dataclass
+class ByTable:
+    """Every leaf has its score; the best open ones are found."""
+
+    scores: tuple[float, ...] = LEAF_SCORES
+    rows: list[int] = field(default_factory=list)
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        allowed = inputs["allowed_1"][inputs["mask_row"]]
+        self.rows.append(len(allowed))
+        scores = np.where(allowed, np.asarray(self.scores, np.float32), np.float32(-2e9))
+        leaves = np.argsort(-scores, axis=1, kind="stable")[:, : len(inputs["beams"])]
+        found = np.take_along_axis(scores, leaves, axis=1)
+        return Leaves(leaves, found, np.repeat(found[..., None] / 2, 2, axis=-1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundles") / "shop"
+    manifest = Manifest(
+        genretrieval_version="0.1.0",
+        n_items=len(TABLE),
+        codebook_sizes=(4, 4),
+        reserved_slots=(1, 1),
+        opset=18,
+        minimum_onnxruntime="1.20",
+        graph_inputs=("beams", "mask_row", "allowed_0", "allowed_1"),
+        max_history=3,
+        max_query_tokens=4,
+        reads_queries=False,
+        beam_width=6,
+        exclude_seen=False,
+    )
+    with write_bundle(path, manifest) as partial:
+        CODEBOOK.save(partial / KEYWORDS)
+        TABLE.write_parquet(partial / CATALOGUE)
+        (partial / GRAPH).write_bytes(b"")
+    return path
+
+
+@pytest.fixture
+def retriever(folder: Path) -> Retriever:
+    return Retriever(load_bundle(folder), ByTable())
+
+
+def bound(*rows: int, slot: tuple[int, int] = FIRST_SLOT, name: str = "keywords/new") -> BoundKeyword:
+    return BoundKeyword(name, *slot, np.asarray(rows, np.int64))
+
+
+def boost(amount: float, *rows: int, name: str = "rules/boost") -> Boost:
+    return Boost(name, np.asarray(rows, np.int64), amount)
+
+
+def ask(retriever: Retriever, edits: Edits | None = None, **fields: Any) -> RetrieveResponse:
+    (response,) = retriever.retrieve([RetrieveRequest(query="new", **fields)], None if edits is None else [edits])
+    return response
+
+
+def order(retriever: Retriever, edits: Edits | None = None, **fields: Any) -> str:
+    return "".join(item.item_id for item in ask(retriever, edits, **fields).items)
+
+
+def test_a_keyword_leaf_is_closed_without_its_keyword(retriever) -> None:
+    assert order(retriever) == "abcde"
+
+
+def test_what_a_keyword_stands_for_comes_first_in_its_own_order(retriever) -> None:
+    assert order(retriever, Edits(bound=(bound(C, E),))) == "ceabd"
+
+
+def test_routed_items_stand_where_the_search_wrote_the_slot(retriever) -> None:
+    # The slot has -0.25, its best item -3 by itself: both of its items rise by 2.75.
+    response = ask(retriever, Edits(bound=(bound(C, E),)), bindings="routed")
+    scores = {item.item_id: item.score for item in response.items}
+    assert scores == pytest.approx({"c": -0.25, "a": -1.0, "e": -1.25, "b": -2.0, "d": -4.0})
+    assert list(scores) == ["c", "a", "e", "b", "d"]
+
+
+def test_an_item_reached_twice_keeps_its_best_score(folder) -> None:
+    # The slot is less likely than the items themselves: nothing is lowered.
+    retriever = Retriever(load_bundle(folder), ByTable((-9.0, *LEAF_SCORES[1:5], -9.0)))
+    response = ask(retriever, Edits(bound=(bound(A, C),)), bindings="routed")
+    assert [(item.item_id, item.score) for item in response.items][:3] == [("a", -1.0), ("b", -2.0), ("c", -3.0)]
+
+
+def test_a_slot_that_the_search_did_not_write_routes_nothing(folder) -> None:
+    retriever = Retriever(load_bundle(folder), ByTable((-99.0, *LEAF_SCORES[1:5], -99.0)))
+    edits = Edits(bound=(bound(C, E),))
+    assert order(retriever, edits, bindings="routed", beam_width=4, top_k=4) == "abcd"
+    assert order(retriever, edits, beam_width=4, top_k=4) == "ceab"
+
+
+def test_off_is_as_if_nothing_were_bound(retriever) -> None:
+    edits = Edits(bound=(bound(C, E),))
+    plain, off = ask(retriever), ask(retriever, edits, bindings="off")
+    assert off.items == plain.items
+
+
+def test_two_keywords_of_one_query_both_come_first(retriever) -> None:
+    edits = Edits(bound=(bound(D), bound(B, slot=SECOND_SLOT, name="keywords/other")))
+    response = ask(retriever, edits)
+    assert [item.item_id for item in response.items] == ["d", "b", "a", "c", "e"]
+    assert [item.touched_by for item in response.items] == [["keywords/new"], ["keywords/other"], [], [], []]
+    assert response.items[0].level_scores == [-2.0, -2.0]
+
+
+def test_an_empty_binding_changes_no_order(retriever) -> None:
+    assert order(retriever, Edits(bound=(bound(),))) == "abcde"
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        (Edits(boosts=(boost(2.5, D),)), "adbce"),
+        (Edits(boosts=(boost(-1.5, A),)), "bacde"),
+        (Edits(boosts=(boost(1.25, D), boost(1.25, D, E))), "adbec"),
+        (Edits(blocked=np.asarray([A, C])), "bde"),
+        (Edits(pins=(Pin("rules/p", E, 0),)), "eabcd"),
+        (Edits(pins=(Pin("rules/p", A, 2), Pin("rules/q", E, 0))), "ebacd"),
+        (Edits(pins=(Pin("rules/p", A, 400),)), "bcdea"),
+        (Edits(pins=(Pin("rules/p", C, 1), Pin("rules/q", D, 1))), "acdbe"),
+        # A block holds against a pin, a pin against a binding, a binding against a boost.
+        (Edits(pins=(Pin("rules/p", E, 0),), blocked=np.asarray([E])), "abcd"),
+        (Edits(pins=(Pin("rules/p", A, 0),), bound=(bound(D),)), "adbce"),
+        (Edits(boosts=(boost(99.0, E),), bound=(bound(C, D),)), "cdeab"),
+        (Edits(boosts=(boost(9.0, D),), bound=(bound(C, D),)), "dcabe"),
+    ],
+)
+def test_each_edit_and_which_goes_before_which(retriever, edits, expected) -> None:
+    assert order(retriever, edits) == expected
+
+
+def test_a_boost_is_part_of_the_score_and_names_what_it_touched(retriever) -> None:
+    response = ask(retriever, Edits(boosts=(boost(2.5, D),), applied=("rules/boost",), revision=7))
+    moved = response.items[1]
+    assert (moved.item_id, moved.score, moved.touched_by) == ("d", -1.5, ["rules/boost"])
+    assert (response.applied, response.revision) == (["rules/boost"], 7)
+    assert response.attribution_token.split(".")[1] == "7"
+
+
+def test_the_keyword_path_of_an_item_is_told(retriever) -> None:
+    paths = {item.item_id: item.keyword_path for item in ask(retriever).items}
+    assert paths["b"] == ["shoe", "umbra"]
+    assert paths["c"] == ["hat", "acme"]
+
+
+def test_filters_and_exclusions_hold_against_every_edit(retriever) -> None:
+    edits = Edits(bound=(bound(C, E),), pins=(Pin("rules/p", E, 0),))
+    assert order(retriever, edits, filters=Filters(max_price=35)) == "cab"
+    assert order(retriever, edits, exclude_item_ids=["c"]) == "eabd"
+
+
+def test_others_of_the_batch_are_untouched_and_batches_stay_within_the_mask_rows(folder) -> None:
+    backend = ByTable()
+    retriever = Retriever(load_bundle(folder), backend)
+    plain = ask(retriever).items
+    requests = [RetrieveRequest(query="new")] * 40
+    edits = [Edits(bound=(bound(D),)) if i % 2 else Edits() for i in range(40)]
+    backend.rows.clear()
+    responses = retriever.retrieve(requests, edits)
+    assert all(response.items == plain for response in responses[::2])
+    assert all(response.items[0].item_id == "d" for response in responses[1::2])
+    assert sum(backend.rows) == 60
+    assert max(backend.rows) <= 32
+
+
+def test_a_bundle_without_slots_still_lists_what_is_bound_first(folder, tmp_path) -> None:
+    bundle = load_bundle(folder)
+    manifest = bundle.manifest.model_copy(update={"reserved_slots": ()})
+    with write_bundle(tmp_path / "plain", manifest) as partial:
+        TABLE.write_parquet(partial / CATALOGUE)
+        (partial / GRAPH).write_bytes(b"")
+    retriever = Retriever(load_bundle(tmp_path / "plain"), ByTable(LEAF_SCORES[1:5]))
+    assert order(retriever, Edits(bound=(bound(C, E),))) == "ceabd"
+
+
+@given(st.permutations(range(6)), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=4), st.data())
+def test_pins_stand_at_their_places_and_the_rest_keeps_its_order(order_, placed, data) -> None:
+    rows = np.asarray(data.draw(st.permutations(range(10, 16))))
+    pins = [Pin("p", int(rows[i]), place) for i, place in placed]
+    found = with_pins(order_, rows, pins, 6)
+    assert sorted(found) == list(range(6))
+    pinned = {pin.row for pin in pins}
+    assert [i for i in found if rows[i] not in pinned] == [i for i in order_ if rows[i] not in pinned]
+    if len(pins) == 1 and pins[0].position < 6:
+        assert rows[found[pins[0].position]] == pins[0].row
+
+
+@given(st.lists(st.integers(1, 2), max_size=30))
+def test_batches_keep_the_order_and_the_limit(sizes) -> None:
+    rows = list(range(len(sizes)))
+    found = list(batches(rows, sizes, 4))
+    assert [row for batch in found for row in batch] == rows
+    assert all(sum(sizes[row] for row in batch) <= 4 for batch in found)
