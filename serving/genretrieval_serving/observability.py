@@ -69,6 +69,21 @@ class Metrics:
             registry=registry,
         )
 
+        self.admin_revision = Gauge(
+            "genretrieval_admin_revision", "Revision of the admin state in force.", registry=registry
+        )
+        self.admin_revision_lag = Gauge(
+            "genretrieval_admin_revision_lag_seconds", "Time since the admin state was last read.", registry=registry
+        )
+        self.admin_skipped = Gauge(
+            "genretrieval_admin_skipped_resources",
+            "Bindings, rules and synonyms that cannot be applied; the log names them.",
+            registry=registry,
+        )
+        self.keyword_slots = Gauge(
+            "genretrieval_keyword_slots", "Reserved slots: free, bound, quarantined.", ("state",), registry=registry
+        )
+
     def answered(self, response: RetrieveResponse) -> None:
         """Count one response."""
         self.queue_duration.observe(response.timings.queue_ms / 1e3)
@@ -80,6 +95,10 @@ class Metrics:
     def watch_queue(self, depth: Callable[[], float]) -> None:
         """Read the queue's depth when metrics are scraped."""
         self.queue_depth.set_function(depth)
+
+    def watch_admin_lag(self, lag: Callable[[], float]) -> None:
+        """Read when the admin state was last read when metrics are scraped."""
+        self.admin_revision_lag.set_function(lag)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
