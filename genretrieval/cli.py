@@ -329,7 +329,9 @@ def import_(
 @app.command()
 def serve(
     bundle: BundleFolder,
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback needs --insecure.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback needs API keys, or --insecure.")
+    ] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="REST; 0 takes a free port.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free port.")] = 8081,
     threads: Annotated[int | None, typer.Option(help="Cores a request may use; by default the CPU quota.")] = None,
@@ -344,6 +346,14 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     quiet: Annotated[bool, typer.Option(help="Log no line for each request.")] = False,
     insecure: Annotated[bool, typer.Option(help="Listen beyond loopback without authentication.")] = False,
+    admin_store: Annotated[
+        str | None, typer.Option(help="sqlite:///FILE or postgresql://...: opens the admin API, and keeps its state.")
+    ] = None,
+    admin_port: Annotated[int, typer.Option(help="Admin API; 0 takes a free port.")] = 8082,
+    auth: Annotated[
+        bool,
+        typer.Option(help="Require API keys, also while the admin store has none; once it has, they are required."),
+    ] = False,
 ) -> None:
     """Serve a bundle by gRPC and REST until SIGTERM."""
     with _extra("serve"):
@@ -361,6 +371,9 @@ def serve(
         log_level=log_level,
         quiet=quiet,
         insecure=insecure,
+        auth=auth,
+        admin_port=admin_port,
+        admin_store=admin_store,
     )
 
 

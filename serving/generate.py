@@ -1,4 +1,4 @@
-"""Write what is generated and committed: the gRPC code beside retrieval.proto, and docs/openapi.json.
+"""Write what is generated and committed: the gRPC code beside retrieval.proto, and docs/openapi*.json.
 
 Run from anywhere: ``python serving/generate.py``. Needs grpcio-tools (dependency group ``dev``).
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from grpc_tools import protoc
 
 from genretrieval.errors import GenRetrievalError
-from genretrieval_serving.rest import openapi
+from genretrieval_serving import rest
+from genretrieval_serving.admin import api
 
 SERVING = Path(__file__).resolve().parent
 # Relative to the import root: generated code says `from genretrieval_serving._proto...`.
 PROTO = "genretrieval_serving/_proto/genretrieval/v1/retrieval.proto"
-OPENAPI = SERVING.parent / "docs" / "openapi.json"
+DOCS = SERVING.parent / "docs"
 
 
 def generate_grpc(output: Path) -> None:
@@ -26,11 +28,16 @@ def generate_grpc(output: Path) -> None:
         raise GenRetrievalError(f"protoc could not compile {PROTO}; it printed why")
 
 
-def generate_openapi(file: Path) -> None:
-    """Write the OpenAPI description of the REST interface."""
-    file.write_text(json.dumps(openapi(), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+def generate_openapi(folder: Path) -> None:
+    """Write the OpenAPI descriptions of both REST interfaces to `folder`."""
+    for name, document in {"openapi.json": rest.openapi(), "openapi-admin.json": api.openapi()}.items():
+        (folder / name).write_text(_json(document), "utf-8")
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
     generate_grpc(SERVING)
-    generate_openapi(OPENAPI)
+    generate_openapi(DOCS)

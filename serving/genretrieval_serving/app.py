@@ -8,17 +8,25 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from genretrieval.bundle import GRAPH, load_bundle
-from genretrieval.errors import InvalidInputError
-from genretrieval.retrieval import MASK_ROWS, Retriever
+from genretrieval.catalogue import reserved_paths
+from genretrieval.errors import InvalidInputError, UnavailableError
+from genretrieval.masks import MASK_ROWS
+from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval.retrieval import Retriever
 from genretrieval_serving import grpc_server, rest
+from genretrieval_serving.admin import api
+from genretrieval_serving.admin.auth import Authenticator
+from genretrieval_serving.admin.resources import Kind, Resource, SlotRef
+from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.engine import Device, Engine, OnnxBackend
 from genretrieval_serving.observability import Metrics, configure_logging
 from genretrieval_serving.service import RetrievalService, State
@@ -39,10 +47,12 @@ class Settings:
         drain_delay: seconds between a failing /readyz and closed ports, for load balancers to notice.
         drain_seconds: most seconds to finish requests after that.
         quiet: no log line for every request.
-        insecure: allow a `host` that others can reach, although there is no authentication.
+        insecure: allow a `host` that others can reach, although retrieval needs no API key.
+        auth: calls need an API key.
+        admin_port: port of the admin API; 0 takes a free one, None is without it.
 
     Raises:
-        InvalidInputError: the settings contradict each other, or expose the server without `insecure`.
+        InvalidInputError: the settings contradict each other, or expose the server without `auth` or `insecure`.
     """
 
     host: str = "127.0.0.1"
@@ -54,14 +64,25 @@ class Settings:
     drain_seconds: float = 20.0
     quiet: bool = False
     insecure: bool = False
+    auth: bool = False
+    admin_port: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse rather than adjust."""
-        if not self.insecure and not _is_loopback(self.host):
+        if self.auth and self.admin_port is None:
+            raise InvalidInputError("auth needs an admin store, which keeps the API keys; give one")
+        exposed = not self.auth and not _is_loopback(self.host)
+        if exposed and self.admin_port is not None:
             raise InvalidInputError(
-                f"host {self.host!r} can be reached from other machines and there is no authentication yet: "
-                "anyone could read the catalogue. Serve on 127.0.0.1 behind a proxy that authenticates, or "
-                "allow it with `insecure`"
+                f"host {self.host!r} can be reached from other machines and calls need no API key: anyone could change "
+                "what is retrieved. Make a key with `genretrieval keys create`, or require one with `auth`; `insecure` "
+                "does not allow this"
+            )
+        if exposed and not self.insecure:
+            raise InvalidInputError(
+                f"host {self.host!r} can be reached from other machines and there is no authentication: "
+                "anyone could read the catalogue. Give an admin store and require API keys with `auth`, serve on "
+                "127.0.0.1 behind a proxy that authenticates, or allow it with `insecure`"
             )
         if not 1 <= self.max_batch <= min(self.max_queue, MASK_ROWS - 1):
             raise InvalidInputError(
@@ -88,57 +109,101 @@ class _Uvicorn(uvicorn.Server):
         return nullcontext()
 
 
+class _Http:
+    """One port of HTTP."""
+
+    def __init__(self, app: FastAPI, port: int, drain_seconds: float) -> None:
+        self._port = port
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(drain_seconds)),
+            )
+        )
+        self._socket: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self, host: str) -> str:
+        """Take the port; the address under which it answers once it is served."""
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.create_server((host, self._port), family=family, backlog=2048)
+        except OSError as error:
+            raise _cannot_listen(host, self._port, error) from error
+        return f"http://{_bracketed(host)}:{self._socket.getsockname()[1]}"
+
+    def close(self) -> None:
+        """Give the port back, unserved."""
+        if self._socket is not None:
+            self._socket.close()
+
+    def serve(self) -> None:
+        """Answer."""
+        assert self._socket is not None
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="http")
+
+    def begin_to_stop(self) -> None:
+        """Take no more connections."""
+        self._server.should_exit = True
+
+    async def stop(self) -> None:
+        """End when all calls are answered."""
+        if self._task is not None:
+            await self._task
+
+
 class Server:
     """A server in the running event loop: `start`, then `stop`."""
 
-    def __init__(self, open_retriever: Callable[[], Retriever], settings: Settings) -> None:
+    def __init__(
+        self, open_retriever: Callable[[], Retriever], settings: Settings, store: SqlStore | None = None
+    ) -> None:
         """A server that is not listening yet.
 
         Args:
             open_retriever: loads the model; called once, in a thread, when probes already answer.
             settings: how to serve.
+            store: admin state and API keys, where `settings` have an admin port.
         """
         self.settings = settings
-        self._open_retriever = open_retriever
+        self._open_retriever, self._store = open_retriever, store
         self.service = RetrievalService(Metrics(), settings.max_batch)
-        self._grpc, self._health = grpc_server.create_server(self.service, quiet=settings.quiet)
-        app = rest.create_app(self.service, quiet=settings.quiet)
-        config = uvicorn.Config(
-            app,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-        )
-        self._http = _Uvicorn(config)
-        self._http_task: asyncio.Task[None] | None = None
+        self.auth = Authenticator(store, always=settings.auth)
+        self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=settings.quiet)
+        app = rest.create_app(self.service, self.auth, quiet=settings.quiet)
+        self._http = [_Http(app, settings.http_port, settings.drain_seconds)]
+        if store is not None and settings.admin_port is not None:
+            app = api.create_app(store, self._attempt, self.auth, self.service.metrics, quiet=settings.quiet)
+            self._http.append(_Http(app, settings.admin_port, settings.drain_seconds))
         self.http_url = ""
         self.grpc_url = ""
+        self.admin_url = ""
 
     async def listen(self) -> None:
-        """Open both ports; probes answer, requests are refused as unavailable.
+        """Open the ports; probes answer, requests are refused as unavailable.
 
         Raises:
             InvalidInputError: a port is taken, or the host is not an address of this machine.
         """
         host = self.settings.host
-        bracketed = f"[{host}]" if ":" in host else host
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            sock = socket.create_server((host, self.settings.http_port), family=family, backlog=2048)
-        except OSError as error:
-            raise _cannot_listen(host, self.settings.http_port, error) from error
-        self.http_url = f"http://{bracketed}:{sock.getsockname()[1]}"
-        try:
-            port = self._grpc.add_insecure_port(f"{bracketed}:{self.settings.grpc_port}")
-        except RuntimeError as error:
-            sock.close()
+            self.http_url, self.admin_url, *_ = [*(http.open(host) for http in self._http), ""]
+            port = self._grpc.add_insecure_port(f"{_bracketed(host)}:{self.settings.grpc_port}")
+        except (InvalidInputError, RuntimeError) as error:
+            for http in self._http:
+                http.close()
+            if isinstance(error, InvalidInputError):
+                raise
             raise _cannot_listen(host, self.settings.grpc_port, error) from error
-        self.grpc_url = f"grpc://{bracketed}:{port}"
+        self.grpc_url = f"grpc://{_bracketed(host)}:{port}"
         await grpc_server.set_health(self._health, serving=False)
         await self._grpc.start()
-        self._http_task = asyncio.create_task(self._http.serve(sockets=[sock]), name="http")
+        for http in self._http:
+            http.serve()
 
     async def load(self) -> None:
         """Load and warm the model, then become ready."""
@@ -150,10 +215,14 @@ class Server:
             max_batch=self.settings.max_batch,
         )
         await engine.start()
+        if self._store is not None:
+            await asyncio.to_thread(self._store.sync_slots, _reserved(retriever))
         self.service.open(engine)
         await grpc_server.set_health(self._health, serving=True)
-        version = retriever.bundle.manifest.version
-        log.info("ready", http=self.http_url, grpc=self.grpc_url, bundle_version=version)
+        addresses = {"http": self.http_url, "grpc": self.grpc_url} | (
+            {"admin": self.admin_url} if self.admin_url else {}
+        )
+        log.info("ready", **addresses, bundle_version=retriever.bundle.manifest.version, auth=self.auth.required)
 
     async def stop(self) -> None:
         """Stop being ready, stop listening, finish what was accepted."""
@@ -163,15 +232,33 @@ class Server:
         log.info("draining", drain_delay=self.settings.drain_delay, drain_seconds=self.settings.drain_seconds)
         if loaded:
             await asyncio.sleep(self.settings.drain_delay)
-        self._http.should_exit = True
+        for http in self._http:
+            http.begin_to_stop()
         loop = asyncio.get_running_loop()
         latest = loop.time() + self.settings.drain_seconds
         await self._grpc.stop(self.settings.drain_seconds)
-        if self._http_task is not None:
-            await self._http_task
+        for http in self._http:
+            await http.stop()
         if loaded:
             await self.service.engine.stop(max(0.0, latest - loop.time()))
         log.info("stopped")
+
+    async def _attempt(
+        self, kind: Kind, resource: Resource, request: RetrieveRequest
+    ) -> tuple[RetrieveResponse, RetrieveResponse]:
+        """Answers without a resource and with it, as `:test` shows them."""
+        raise UnavailableError("no resource can be tested yet")
+
+
+def _reserved(retriever: Retriever) -> list[SlotRef]:
+    """The slots that a bundle keeps for bindings."""
+    manifest = retriever.bundle.manifest
+    paths = reserved_paths(manifest.codebook_sizes, manifest.reserved_slots)
+    return [SlotRef(level=int(path.argmax()), code=int(path.max())) for path in paths]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _cannot_listen(host: str, port: int, error: Exception) -> InvalidInputError:
@@ -229,6 +316,9 @@ def serve(
     log_level: str = "info",
     quiet: bool = False,
     insecure: bool = False,
+    auth: bool = False,
+    admin_port: int = 8082,
+    admin_store: str | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or SIGINT; returns when all accepted requests are answered.
 
@@ -246,16 +336,30 @@ def serve(
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
         quiet: no log line for every request.
         insecure: allow a host that others can reach.
+        auth: require API keys also while the store has none; with one it has had, they are required anyway.
+        admin_port: as `http_port`; not opened without `admin_store`.
+        admin_store: where admin state and API keys are kept, see `SqlStore.open`; by default there is no admin API.
 
     Raises:
         BundleError: the bundle cannot be served.
         InvalidInputError: a setting is wrong or a port is taken.
+        UnavailableError: the admin store cannot be reached.
     """
-    settings = Settings(host, http_port, grpc_port, max_queue, max_batch, drain_delay, drain_seconds, quiet, insecure)
-    configure_logging(log_level)
+
+    def settings(*, admin: bool, keys: bool) -> Settings:
+        port = admin_port if admin else None
+        limits = (max_queue, max_batch, drain_delay, drain_seconds)
+        return Settings(host, http_port, grpc_port, *limits, quiet, insecure, keys, port)
 
     def open_retriever() -> Retriever:
         opened = load_bundle(bundle)
         return Retriever(opened, OnnxBackend(opened.path / GRAPH, threads, device))
 
-    run_forever(lambda: Server(open_retriever, settings))
+    configure_logging(log_level)
+    if admin_store is None:
+        chosen = settings(admin=False, keys=auth)
+        run_forever(lambda: Server(open_retriever, chosen))
+        return
+    with closing(SqlStore.open(admin_store)) as store:
+        chosen = settings(admin=True, keys=auth or bool(store.list_keys()))
+        run_forever(lambda: Server(open_retriever, chosen, store))

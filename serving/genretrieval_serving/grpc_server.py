@@ -16,6 +16,8 @@ from genretrieval.errors import GenRetrievalError
 from genretrieval_serving import wire
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
+from genretrieval_serving.admin.auth import Authenticator
+from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.messages import MAX_BODY_BYTES
 from genretrieval_serving.observability import request_id
 from genretrieval_serving.service import RetrievalService
@@ -30,8 +32,8 @@ HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE)
 class _Servicer(stubs.RetrievalServiceServicer):
     """Between messages and `RetrievalService`."""
 
-    def __init__(self, service: RetrievalService, *, quiet: bool) -> None:
-        self.service, self.quiet = service, quiet
+    def __init__(self, service: RetrievalService, auth: Authenticator, *, quiet: bool) -> None:
+        self.service, self.auth, self.quiet = service, auth, quiet
 
     async def Retrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call() -> Any:
@@ -55,15 +57,16 @@ class _Servicer(stubs.RetrievalServiceServicer):
         return await self._call("getInfo", call, context)
 
     async def _call(self, method: str, call: Callable[[], Awaitable[Any]], context: Any) -> Any:
-        """Around every call: its request id, its error's code, its metric and its log line."""
-        given = dict(context.invocation_metadata() or ()).get("x-request-id")
-        id_ = request_id(given if isinstance(given, str) else None)
+        """Around every call: who calls, its request id, its error's code, its metric and its log line."""
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        id_ = request_id(metadata.get("x-request-id"))
         # What gRPC answers for an error that is none of ours.
         code, begun = "UNKNOWN", time.perf_counter()
         with structlog.contextvars.bound_contextvars(request_id=id_):
             try:
                 await context.send_initial_metadata((("x-request-id", id_),))
                 try:
+                    await self.auth.allow(metadata.get("authorization"), Scope.RETRIEVE)
                     answer = await call()
                 except GenRetrievalError as error:
                     code = error.grpc_code
@@ -83,7 +86,7 @@ class _Servicer(stubs.RetrievalServiceServicer):
 
 
 def create_server(
-    service: RetrievalService, *, quiet: bool = False
+    service: RetrievalService, auth: Authenticator, *, quiet: bool = False
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """The gRPC server over `service`, without a port, and its health, which says not serving."""
     server = grpc.aio.server(
@@ -93,7 +96,7 @@ def create_server(
             ("grpc.so_reuseport", 0),
         ]
     )
-    servicer = _Servicer(service, quiet=quiet)
+    servicer = _Servicer(service, auth, quiet=quiet)
     stubs.add_RetrievalServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     probes = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(probes, server)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from genretrieval.bundle import CATALOGUE, GRAPH, Bundle, Manifest, load_bundle, write_bundle
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Leaves, Retriever
+from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.app import Server, Settings
 
 N_ITEMS = 24
@@ -158,6 +159,10 @@ class Running:
         return self.server.http_url
 
     @property
+    def admin(self) -> str:
+        return self.server.admin_url
+
+    @property
     def grpc(self) -> str:
         return self.server.grpc_url
 
@@ -173,9 +178,12 @@ Start = Callable[..., AbstractContextManager[Running]]
 
 
 @contextmanager
-def start_server(bundle: Bundle, backend: FakeBackend, *, load: bool = True, **settings: Any) -> Iterator[Running]:
+def start_server(
+    bundle: Bundle, backend: FakeBackend, *, load: bool = True, store: SqlStore | None = None, **settings: Any
+) -> Iterator[Running]:
     """Serve on free ports while the block runs; without `load` the model never becomes ready."""
-    chosen = Settings(**{"http_port": 0, "grpc_port": 0, "quiet": True, "drain_seconds": 5.0} | settings)
+    ports = {"http_port": 0, "grpc_port": 0, "admin_port": None if store is None else 0}
+    chosen = Settings(**ports | {"quiet": True, "drain_seconds": 5.0} | settings)
     retriever = Retriever(bundle, backend)
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -185,7 +193,7 @@ def start_server(bundle: Bundle, backend: FakeBackend, *, load: bool = True, **s
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
 
     async def create() -> Server:
-        return Server(lambda: retriever, chosen)
+        return Server(lambda: retriever, chosen, store)
 
     try:
         server = wait_for(create())

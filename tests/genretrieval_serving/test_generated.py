@@ -34,14 +34,25 @@ def test_grpc_code_is_fresh(generate, tmp_path) -> None:
         assert path.read_text() == (ROOT / "serving" / path.relative_to(tmp_path)).read_text(), AGAIN
 
 
-def test_openapi_is_fresh(generate, tmp_path) -> None:
-    generate.generate_openapi(tmp_path / "openapi.json")
-    assert (tmp_path / "openapi.json").read_text() == (ROOT / "docs" / "openapi.json").read_text(), AGAIN
+@pytest.mark.parametrize("name", ["openapi.json", "openapi-admin.json"])
+def test_openapi_is_fresh(generate, tmp_path, name) -> None:
+    generate.generate_openapi(tmp_path)
+    assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), AGAIN
 
 
 def test_openapi_describes_the_operations_and_their_errors() -> None:
     document = json.loads((ROOT / "docs" / "openapi.json").read_text())
     assert set(document["paths"]) == {"/v1/retrieve", "/v1/retrieve:batch", "/v1/info"}
     responses = document["paths"]["/v1/retrieve"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "429", "500", "503", "504"}
+    assert set(responses) == {"200", "400", "401", "403", "409", "413", "429", "500", "503", "504"}
     assert list(responses["429"]["content"]) == ["application/problem+json"]
+
+
+def test_every_operation_says_which_scope_it_needs_and_how_it_fails() -> None:
+    document = json.loads((ROOT / "docs" / "openapi-admin.json").read_text())
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            (needed,) = operation["security"]
+            reads = method == "get" or path.endswith((":test", "snapshots"))
+            assert needed == {"apiKey": ["admin.read" if reads else "admin.write"]}, path
+            assert {"400", "401", "403", "500", "503"} <= set(operation["responses"]), path

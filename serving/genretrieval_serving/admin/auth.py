@@ -1,0 +1,159 @@
+"""Who calls, and what the caller may do: API keys, the same on every port.
+
+A key is sent as ``Authorization: Bearer grk_...`` (gRPC: metadata ``authorization``). The store knows keys by a hash;
+what it said is kept for `CACHE_SECONDS`, so that retrieval does not ask SQL each time and a revoked key stops working
+within that time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import structlog
+
+from genretrieval.errors import PermissionDeniedError, UnauthenticatedError, UnavailableError
+from genretrieval_serving.admin.resources import Scope
+
+log = structlog.get_logger(__name__)
+
+CACHE_SECONDS = 3.0
+# A store that is away does not stop retrieval: keys it knew before are taken for so long.
+AWAY_SECONDS = 3600.0
+MAX_CACHED = 10_000
+_INCLUDES = {Scope.ADMIN_WRITE: frozenset({Scope.ADMIN_READ})}
+
+
+class KeyStore(Protocol):
+    """What knows keys. It says `UnavailableError` when it cannot be asked."""
+
+    def verify_key(self, secret: str) -> tuple[str, frozenset[Scope]]:
+        """Principal and scopes of an active key; `UnauthenticatedError` for any other."""
+        ...
+
+    def list_keys(self) -> Sequence[object]:
+        """All keys that were ever made."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls."""
+
+    name: str
+    scopes: frozenset[Scope]
+
+    def may(self, scope: Scope) -> bool:
+        """Whether it has a scope, itself or by a wider one."""
+        return scope in self.scopes or any(scope in _INCLUDES.get(held, ()) for held in self.scopes)
+
+
+ANONYMOUS = Principal("anonymous", frozenset(Scope))
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the store said of a key and when, and when it was last asked, whether or not it could answer."""
+
+    principal: Principal | None
+    refusal: str
+    said_at: float
+    asked_at: float
+
+
+class Authenticator:
+    """Decides for every call. Used in one event loop."""
+
+    def __init__(
+        self, keys: KeyStore | None = None, *, always: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Ask `keys` whether there is any.
+
+        Args:
+            keys: where keys are known; None lets everybody do everything.
+            always: keys are required although none may have been made. Else they are from the first one on, for
+                good: revoking the last one opens nothing.
+            clock: seconds.
+        """
+        self._keys, self._clock = keys, clock
+        self._known: dict[bytes, _Known] = {}
+        self._asking: dict[bytes, asyncio.Task[_Known]] = {}
+        self._required = always or (keys is not None and bool(keys.list_keys()))
+        self._look_again = clock() + CACHE_SECONDS
+
+    @property
+    def required(self) -> bool:
+        """Whether calls need a key."""
+        return self._required
+
+    async def allow(self, authorization: str | None, scope: Scope) -> Principal:
+        """Who calls, if the caller may.
+
+        Raises:
+            UnauthenticatedError: there is no key, or none that is known.
+            PermissionDeniedError: the key lacks the scope.
+            UnavailableError: the store cannot be asked about a key that it has not seen lately.
+        """
+        keys = self._keys
+        if not self._required:
+            await self._look_for_keys()
+        if not self._required or keys is None:
+            return ANONYMOUS
+        kind, _, secret = (authorization or "").partition(" ")
+        secret = secret.strip()
+        if kind.lower() != "bearer" or not secret:
+            raise UnauthenticatedError(
+                "this server needs an API key: send it as `Authorization: Bearer grk_...`; "
+                "`genretrieval keys create` makes one"
+            )
+        known = await self._look_up(keys, secret)
+        principal = known.principal
+        if principal is None:
+            raise UnauthenticatedError(known.refusal)
+        if not principal.may(scope):
+            raise PermissionDeniedError(
+                f"the API key of {principal.name} lacks the scope {scope.value}; "
+                f"it has {', '.join(sorted(principal.scopes)) or 'none'}"
+            )
+        return principal
+
+    async def _look_for_keys(self) -> None:
+        now = self._clock()
+        if self._keys is None or now < self._look_again:
+            return
+        self._look_again = now + CACHE_SECONDS
+        try:
+            self._required = bool(await asyncio.to_thread(self._keys.list_keys))
+        except UnavailableError as error:
+            log.warning("keys_unknown", error=str(error))
+
+    async def _look_up(self, keys: KeyStore, secret: str) -> _Known:
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        known = self._known.get(digest)
+        if known is None or self._clock() >= known.asked_at + CACHE_SECONDS:
+            # One question for all calls that wait for its answer, whichever of them goes away meanwhile.
+            task = self._asking.get(digest)
+            if task is None:
+                task = self._asking[digest] = asyncio.create_task(self._ask(keys, secret, known))
+                task.add_done_callback(lambda _: self._asking.pop(digest))
+            known = await asyncio.shield(task)
+            while len(self._known) >= MAX_CACHED:
+                self._known.pop(next(iter(self._known)))
+            self._known[digest] = known
+        return known
+
+    async def _ask(self, keys: KeyStore, secret: str, before: _Known | None) -> _Known:
+        now = self._clock()
+        try:
+            name, scopes = await asyncio.to_thread(keys.verify_key, secret)
+        except UnauthenticatedError as error:
+            return _Known(None, str(error), now, now)
+        except UnavailableError:
+            if before is None or before.principal is None or now >= before.said_at + AWAY_SECONDS:
+                raise
+            return replace(before, asked_at=now)
+        return _Known(Principal(name, scopes), "", now, now)

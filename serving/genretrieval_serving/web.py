@@ -1,0 +1,190 @@
+"""What both REST applications share: errors as RFC 9457 problem+json, request ids, limits, metrics, API keys."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import structlog
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from genretrieval.errors import GenRetrievalError
+from genretrieval_serving.admin.auth import Authenticator
+from genretrieval_serving.admin.resources import Scope
+from genretrieval_serving.messages import MAX_BODY_BYTES, Problem, request_error
+from genretrieval_serving.observability import Metrics, request_id
+
+log = structlog.get_logger(__name__)
+
+PROBLEM = "application/problem+json"
+RETRY_AFTER_SECONDS = "1"
+_COMPONENT = "#/components/schemas/"
+
+
+class _Guarded(APIRoute):
+    """A route that looks at the caller's key before it reads the body; `request.state.principal` is who calls."""
+
+    scope: ClassVar[Scope]
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            auth: Authenticator = request.app.state.auth
+            request.state.principal = await auth.allow(request.headers.get("authorization"), self.scope)
+            return await handle(request)
+
+        return guarded
+
+
+def guarded_router(scope: Scope, errors: Sequence[type[GenRetrievalError]]) -> APIRouter:
+    """A router whose operations need a key with `scope`, and which document `errors` and what every one can answer."""
+    route = type(f"Needs{scope.name.title()}", (_Guarded,), {"scope": scope})
+    statuses = sorted({kind.http_status for kind in errors} | {400, 401, 403, 413, 500})
+    return APIRouter(
+        route_class=route,
+        responses={
+            status: {
+                "description": HTTPStatus(status).phrase,
+                "content": {PROBLEM: {"schema": {"$ref": f"{_COMPONENT}Problem"}}},
+            }
+            for status in statuses
+        },
+    )
+
+
+def application(title: str, routers: Sequence[APIRouter], models: Sequence[type[BaseModel]] = ()) -> FastAPI:
+    """An application without its state; `models` are described although no operation declares them."""
+    # No documentation page: it would load scripts from the internet. The document is at /openapi.json.
+    app = FastAPI(
+        title=title,
+        version=version("genretrieval"),
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    for router in routers:
+        app.include_router(router)
+    app.add_exception_handler(GenRetrievalError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_malformed)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_fault)
+    scopes = {
+        route.operation_id: route.scope for router in routers for route in router.routes if isinstance(route, _Guarded)
+    }
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = describe()
+        components = document["components"]
+        undeclared: list[type[BaseModel]] = [Problem, *models]
+        for model in undeclared:
+            schema = model.model_json_schema(ref_template=_COMPONENT + "{model}")
+            components["schemas"].update({**schema.pop("$defs", {}), model.__name__: schema})
+        components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
+        # FastAPI announces its own 422 for malformed bodies; here they are 400 like every other fault of the caller.
+        for name in ("HTTPValidationError", "ValidationError"):
+            components["schemas"].pop(name, None)
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["security"] = [{"apiKey": [scopes[operation["operationId"]]]}]
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    operation["responses"].pop("422")
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]
+    return app
+
+
+def open_application(app: FastAPI, auth: Authenticator, metrics: Metrics, *, transport: str, quiet: bool) -> FastAPI:
+    """Let `app` take calls, counted and logged as `transport`; `quiet` leaves out the log lines."""
+    app.state.auth = auth
+    app.add_middleware(_Calls, metrics=metrics, transport=transport, quiet=quiet)
+    return app
+
+
+def _problem(problem: Problem) -> JSONResponse:
+    headers = {}
+    if problem.status in (429, 503):
+        headers["Retry-After"] = RETRY_AFTER_SECONDS
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(problem.model_dump(), problem.status, headers=headers, media_type=PROBLEM)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, GenRetrievalError)
+    return _problem(Problem.of(error))
+
+
+async def _on_malformed(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return _problem(Problem.of(request_error(error.errors())))
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    """No such path, wrong method, body too large: the framework's errors in the same shape."""
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    answer = _problem(Problem(title=status.phrase, status=status, detail=str(error.detail), reason=status.name))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _on_fault(request: Request, error: Exception) -> JSONResponse:
+    """An error that is none of ours; it is logged with its traceback and shown without its insides."""
+    return _problem(Problem.of(GenRetrievalError("the server failed on this request; its log says why")))
+
+
+class _Calls:
+    """Around every call: its request id, the limit on its body, its metric and its log line."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, transport: str, quiet: bool) -> None:
+        self.app, self.metrics, self.transport, self.quiet = app, metrics, transport, quiet
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        id_ = request_id(headers.get(b"x-request-id", b"").decode("latin-1"))
+        scope.setdefault("state", {})["request_id"] = id_
+        received, status, begun = 0, 500, time.perf_counter()
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is over {MAX_BODY_BYTES} bytes; split it")
+            return message
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", id_.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=id_):
+            try:
+                await self.app(scope, limited_receive, noting_send)
+            finally:
+                seconds = time.perf_counter() - begun
+                route = scope.get("route")
+                method = getattr(route, "operation_id", None) or "none"
+                self.metrics.request_duration.labels(self.transport, method, str(status)).observe(seconds)
+                if not self.quiet:
+                    log.info(
+                        "request", transport=self.transport, method=method, code=status, ms=round(seconds * 1e3, 3)
+                    )
