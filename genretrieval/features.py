@@ -108,8 +108,8 @@ class RequestFeatures:
     def query_tokens(self, query: str | None, slots: Mapping[int, int] | None = None) -> NDArray[np.int64]:
         """What a model reads of a query, int64 ``[n <= n_groups + max_query_tokens]``; empty where it reads none.
 
-        A model with keywords reads the slots of the query before its tokens; slot c of group g has the number of the
-        code, counted over all groups, behind those of the tokens.
+        A model with keywords reads the slots of the query before its tokens, those given by `slots` first; slot c of
+        group g has the number of the code, counted over all groups, behind those of the tokens.
 
         Args:
             query: the text.
@@ -120,11 +120,12 @@ class RequestFeatures:
         tokens = self._tokenizer.encode(query, add_special_tokens=False).ids[: self.max_query_tokens]
         if self.keywords is None:
             return np.asarray(tokens, np.int64)
+        slots = slots or {}
         codes = self.query_codes(query)
-        for level, slot in (slots or {}).items():
-            codes[level] = slot
+        codes[list(slots)] = EMPTY
         first = self.query_vocab_size + np.concatenate([[0], np.cumsum(self.keywords.sizes)[:-1]])
-        return np.concatenate([(first + codes)[codes != EMPTY], np.asarray(tokens, np.int64)])
+        given = [first[level] + slot for level, slot in slots.items()]
+        return np.concatenate([given, (first + codes)[codes != EMPTY], tokens]).astype(np.int64)
 
     @property
     def n_query_codes(self) -> int:

@@ -14,6 +14,7 @@ from genretrieval.catalogue import CatalogueIndex
 from genretrieval.model import Generator
 from genretrieval.model.generator import Decoded
 from genretrieval.training.full_softmax import full_softmax_loss
+from genretrieval.training.self_routing import SelfRouting
 
 MAX_SOFTMAX_ITEMS = 50_000
 
@@ -63,6 +64,7 @@ class NextItemObjective(nn.Module):
         index: the catalogue.
         trained_items: int64, rows of the items that occur in training, sorted; read for a dense head.
         dense_weight: of the dense head's loss.
+        routing: gives some queries a reserved slot to write; None where nothing is to be bound.
     """
 
     item_nodes: Tensor
@@ -70,16 +72,23 @@ class NextItemObjective(nn.Module):
     trained_bias_I: Tensor
 
     def __init__(
-        self, index: CatalogueIndex, trained_items: NDArray[np.int64] | None = None, dense_weight: float = 1.0
+        self,
+        index: CatalogueIndex,
+        trained_items: NDArray[np.int64] | None = None,
+        dense_weight: float = 1.0,
+        routing: SelfRouting | None = None,
     ) -> None:
         super().__init__()
+        self.routing = routing
         trained = np.arange(index.n_items) if trained_items is None else trained_items
         bias = np.full(index.n_items, -np.inf, np.float32)
         bias[trained] = 0.0
         self.register_buffer("trained_items", torch.from_numpy(trained.astype(np.int64)))
         self.register_buffer("trained_bias_I", torch.from_numpy(bias))
         self.dense_weight = dense_weight
-        self.register_buffer("item_nodes", torch.from_numpy(index.item_nodes()))
+        # Keyword leaves are targets like items, behind them.
+        paths = np.concatenate([index.item_nodes(), index.paths(index.keyword_leaves)])
+        self.register_buffer("item_nodes", torch.from_numpy(paths))
         self.codebook_sizes = index.codebook_sizes
         self.max_children = index.max_children
         for level in range(index.n_levels):
@@ -99,14 +108,20 @@ class NextItemObjective(nn.Module):
     def forward(self, model: Generator, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss over the targets that ``batch["learn"]`` marks."""
         learn = batch["learn"]
-        items_N = batch["target_items"][learn]
         candidates = self.candidates(model, batch) if model.dense is not None else None
+        if self.routing is not None:
+            batch = self.routing(self.with_vectors(model, batch))
+        items_N = batch["target_items"][learn]
         decoded = self.decode(model, batch)
         states_NLD = decoded.states_BTLD[learn]
         loss = self.loss(model, states_NLD, items_N, batch["target_codes"][learn])
         if candidates is None or model.dense is None:
             return loss
         user_ND = model.dense.user_vectors(states_NLD[:, 0], decoded.seen_BTE[learn])
+        if self.routing is not None:
+            # A keyword leaf has no vector.
+            is_item = items_N < len(self.trained_bias_I)
+            user_ND, items_N = user_ND[is_item], items_N[is_item]
         dense = full_softmax_loss(user_ND, candidates.ranked, candidates.places(items_N), candidates.bias)
         return loss + self.dense_weight * dense
 
@@ -133,7 +148,7 @@ class NextItemObjective(nn.Module):
     @staticmethod
     def with_vectors(model: Generator, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with the item vectors that a model with a dense head reads, ``history_vectors`` and the past's."""
-        if model.dense is None:
+        if model.dense is None or "history_vectors" in batch:
             return batch
         batch = {**batch, "history_vectors": model.dense.read(batch["target_items"][:, :-1])}
         if "past_items" in batch:

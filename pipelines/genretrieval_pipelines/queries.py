@@ -70,6 +70,29 @@ def with_query_pairs(histories: Histories, pairs: pl.DataFrame) -> Histories:
     )
 
 
+def with_made_queries(histories: Histories, made: pl.DataFrame, share: float, seed: int) -> Histories:
+    """Give interactions without a query one of the queries made for their item.
+
+    Args:
+        histories: all interactions.
+        made: columns ``query`` and ``item_row``, see `made_queries`.
+        share: of the interactions without a query, drawn once.
+        seed: of the draw.
+    """
+    rng = np.random.default_rng(seed)
+    known = {query: row for row, query in enumerate(histories.queries)}
+    made = made.sort("item_row", maintain_order=True)
+    made_rows = np.asarray([known.setdefault(query, len(known)) for query in made["query"]], np.int32)
+    items = made["item_row"].to_numpy()
+    starts = np.searchsorted(items, histories.items)
+    counts = np.searchsorted(items, histories.items, side="right") - starts
+    given = (histories.query_rows == NO_QUERY) & (counts > 0) & (rng.random(len(counts)) < share)
+    drawn = starts[given] + (rng.random(int(given.sum())) * counts[given]).astype(np.int64)
+    query_rows = histories.query_rows.copy()
+    query_rows[given] = made_rows[drawn]
+    return replace(histories, query_rows=query_rows, queries=list(known))
+
+
 def searched(histories: Histories) -> pl.DataFrame:
     """Every query of the training part of the histories with an item taken for it: columns ``query``, ``item_row``."""
     found = np.flatnonzero(LeaveOneOut(histories).trained() & (histories.query_rows != NO_QUERY))

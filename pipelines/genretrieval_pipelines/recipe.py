@@ -92,6 +92,20 @@ class SupervisedStage(_Stage):
 
     objective: SupervisedObjective
     scenario: str | None = Field(default=None, description="Of `next_item`: learns from this page or surface alone.")
+    made_queries: float = Field(
+        default=0.0, ge=0, le=1, description="Of `next_item`: share of what was taken without a query that gets one."
+    )
+    self_routing: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the queries that ask for a reserved slot instead."
+    )
+
+    @model_validator(mode="after")
+    def _made_queries_have_a_use(self) -> Self:
+        if self.made_queries and self.objective != "next_item":
+            raise ValueError(
+                f"{self.objective} learns from queries as it is; leave made_queries out, or give it to next_item"
+            )
+        return self
 
     @model_validator(mode="after")
     def _scenario_has_a_use(self) -> Self:
@@ -215,6 +229,16 @@ class Recipe(_Section):
                     "a preference stage is rewarded by a ranking model and there is none; put a stage "
                     "`objective: ranking_model` before it, or set reward.ctr and reward.relevance to 0"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _self_routing_has_slots(self) -> Self:
+        routes = any(isinstance(stage, SupervisedStage) and stage.self_routing for stage in self.stages)
+        if routes and self.tokenizer.method != "keyword_aligned":
+            raise ValueError(
+                f"a stage teaches self_routing and the tokenizer {self.tokenizer.method} has no reserved slots; leave "
+                "self_routing out, or choose tokenizer.method keyword_aligned"
+            )
         return self
 
     def ranking_model_before(self, stage: Stage) -> RankingModelStage | None:

@@ -28,7 +28,7 @@ from genretrieval_pipelines.baselines.ranking import Ranked
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.draft import Draft, Trained, reads
 from genretrieval_pipelines.evaluate import Answers, ask, without_seen
-from genretrieval_pipelines.queries import made_queries, searched, with_query_pairs
+from genretrieval_pipelines.queries import made_queries, searched, with_made_queries, with_query_pairs
 from genretrieval_pipelines.recipe import Recipe, SupervisedObjective
 from genretrieval_pipelines.shop import Shop
 from genretrieval_pipelines.tokenize import embed_shop
@@ -100,11 +100,21 @@ def training_set(
     features: RequestFeatures,
     objective: SupervisedObjective = "next_item",
     scenario: str | None = None,
+    made: float = 0.0,
 ) -> HistoryDataset:
     """What a stage learns from.
 
     For `next_item`, windows over the training part of every history, and every training pair of a query and an item;
     for the others such pairs alone.
+
+    Args:
+        recipe: all settings.
+        shop: the logs.
+        ids: semantic IDs of its items.
+        features: what the model reads of a request.
+        objective: of the stage.
+        scenario: of `next_item`, the only page or surface that is learnt from.
+        made: of `next_item`, share of the interactions without a query that get one, made of what their item is called.
 
     Raises:
         RecipeError: the logs have no such scenario.
@@ -123,7 +133,10 @@ def training_set(
     if not features.query_tokenizer:
         pairs = pairs.clear()
     n_users = shop.histories.n_users
-    histories = with_query_pairs(shop.histories, pairs)
+    histories = shop.histories
+    if made and features.query_tokenizer:
+        histories = with_made_queries(histories, made_queries(shop.items), made, recipe.training.seed)
+    histories = with_query_pairs(histories, pairs)
     ends = np.concatenate([LeaveOneOut(shop.histories).train_ends(), histories.offsets[n_users + 1 :]])
     windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)
     if objective != "next_item":

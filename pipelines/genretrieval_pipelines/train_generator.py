@@ -25,6 +25,7 @@ from genretrieval.metrics import ndcg, recall
 from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.model.profile import Profile, TorchRecProfile
 from genretrieval.training.objectives import NextItemObjective
+from genretrieval.training.self_routing import SelfRouting
 from genretrieval.training.trainer import METRIC, train
 from genretrieval_pipelines import preference, self_distillation
 from genretrieval_pipelines.draft import StageResult, Trained
@@ -116,9 +117,14 @@ def stage_run(
         case SelfDistillationStage():
             return self_distillation.stage_run(inputs, stage)
         case SupervisedStage():
-            features = inputs.draft.request_features
-            dataset = training_set(inputs.recipe, inputs.shop, inputs.ids, features, stage.objective, stage.scenario)
-            objective = NextItemObjective(inputs.index, dataset.trained_items())
+            features, reserved = inputs.draft.request_features, inputs.draft.manifest.reserved_slots
+            dataset = training_set(
+                inputs.recipe, inputs.shop, inputs.ids, features, stage.objective, stage.scenario, stage.made_queries
+            )
+            routing = None
+            if stage.self_routing and any(reserved):
+                routing = SelfRouting(inputs.index, reserved, features.query_vocab_size, stage.self_routing)
+            objective = NextItemObjective(inputs.index, dataset.trained_items(), routing=routing)
             return StageRun(objective, dataset, partial(validation_recall, inputs))
 
 
