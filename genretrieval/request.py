@@ -117,7 +117,8 @@ class RetrieveResponse(_Message):
     missing_ids: list[str] = Field(default_factory=list, description="Ids of the request not in the catalogue.")
     degraded: list[str] = Field(
         default_factory=list,
-        description="Why this is less than asked: `fewer_than_top_k`, `query_ignored`, `history_truncated`.",
+        description="Why this is less than asked: `fewer_than_top_k`, `query_ignored`, `history_truncated`; or older: "
+        "`admin_state_stale`.",
     )
     revision: int = Field(default=0, description="Revision of the admin state that was applied.")
     applied: list[str] = Field(

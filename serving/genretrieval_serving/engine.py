@@ -23,6 +23,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
     RuntimeException,
 )
 
+from genretrieval.edits import NO_EDITS, Edits
 from genretrieval.errors import (
     BundleError,
     DeadlineError,
@@ -114,6 +115,7 @@ class OnnxBackend:
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     request: RetrieveRequest
+    edits: Edits
     answer: asyncio.Future[RetrieveResponse]
     since: float
 
@@ -136,7 +138,7 @@ class Engine:
     async def start(self) -> None:
         """Warm up with the smallest and the largest batch, then take requests."""
         for size in (1, self.max_batch):
-            await self._run([RetrieveRequest()] * size)
+            await self._run([RetrieveRequest()] * size, [NO_EDITS] * size)
         self.metrics.watch_queue(self._queue.qsize)
         self._worker = asyncio.create_task(self._work(), name="engine")
 
@@ -145,12 +147,15 @@ class Engine:
         """Whether the queue is being worked on."""
         return self._worker is not None and not self._worker.done()
 
-    async def submit(self, request: RetrieveRequest, within: float | None = None) -> RetrieveResponse:
+    async def submit(
+        self, request: RetrieveRequest, within: float | None = None, edits: Edits = NO_EDITS
+    ) -> RetrieveResponse:
         """Answer one request.
 
         Args:
             request: what is asked.
             within: seconds until nobody wants the answer any more.
+            edits: what operators had changed for it when it came; later changes leave it alone.
 
         Raises:
             RequestError: the request cannot be answered as asked.
@@ -161,7 +166,7 @@ class Engine:
         if not self.alive:
             raise UnavailableError("the server is starting or stopping and takes no requests; try another replica")
         self.retriever.check(request)
-        waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.perf_counter())
+        waiting = _Waiting(request, edits, asyncio.get_running_loop().create_future(), time.perf_counter())
         try:
             # Leaving this block early cancels the future, which takes the request off the queue.
             async with asyncio.timeout(within):
@@ -204,7 +209,7 @@ class Engine:
         """Run a batch and hand out the answers; if it fails, each of its requests on its own."""
         begun = time.perf_counter()
         self.metrics.batch_size.observe(len(batch))
-        outcomes = await self._run([waiting.request for waiting in batch])
+        outcomes = await self._run([waiting.request for waiting in batch], [waiting.edits for waiting in batch])
         if isinstance(outcomes, BaseException) and len(batch) > 1:
             log.warning("batch_failed", requests=len(batch), error=repr(outcomes))
             for waiting in batch:
@@ -218,10 +223,12 @@ class Engine:
             else:
                 waiting.answer.set_result(_timed(outcomes[i], begun - waiting.since))
 
-    async def _run(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse] | BaseException:
+    async def _run(
+        self, requests: Sequence[RetrieveRequest], edits: Sequence[Edits]
+    ) -> list[RetrieveResponse] | BaseException:
         """Responses, or what was raised: an error must reach its own request and end nothing else."""
         loop = asyncio.get_running_loop()
-        call = loop.run_in_executor(self._thread, self.retriever.retrieve, requests)
+        call = loop.run_in_executor(self._thread, self.retriever.retrieve, requests, edits)
         (outcome,) = await asyncio.gather(call, return_exceptions=True)
         return outcome
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import version
 
-from genretrieval.errors import DeadlineError, GenRetrievalError, RequestError, UnavailableError
+from genretrieval.edits import NO_EDITS, Edits
+from genretrieval.errors import DeadlineError, GenRetrievalError, RequestError, StaleReplicaError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval_serving.admin.replica import ADMIN_STATE_STALE, Replica
 from genretrieval_serving.engine import Engine
 from genretrieval_serving.messages import Limits, ServerInfo
 from genretrieval_serving.observability import Metrics
@@ -32,12 +35,13 @@ class RetrievalService:
         self.max_batch = max_batch
         self.state = State.LOADING
         self._engine: Engine | None = None
+        self._replica: Replica | None = None
 
-    def open(self, engine: Engine) -> None:
-        """Become ready, with a started engine."""
+    def open(self, engine: Engine, replica: Replica | None = None) -> None:
+        """Become ready, with a started engine and, where there is admin state, a replica that has caught up."""
         manifest = engine.retriever.bundle.manifest
         self.metrics.model_info.labels(manifest.version, manifest.uuid).set(1)
-        self._engine, self.state = engine, State.READY
+        self._engine, self._replica, self.state = engine, replica, State.READY
 
     @property
     def alive(self) -> bool:
@@ -56,9 +60,22 @@ class RetrievalService:
         return self._engine
 
     async def retrieve(self, request: RetrieveRequest, within: float | None = None) -> RetrieveResponse:
-        """Answer one request within `within` seconds; raises what `Engine.submit` does."""
+        """Answer one request within `within` seconds, with the admin state that is in force when it begins.
+
+        Raises:
+            StaleReplicaError: the admin state has not reached the request's `min_revision`.
+            GenRetrievalError: what `Engine.submit` raises.
+        """
+        engine = self.engine
         with self._counting():
-            response = await self.engine.submit(request, within)
+            if request.min_revision:
+                begun = time.perf_counter()
+                await self._caught_up(request.min_revision, within)
+                within = None if within is None else max(0.0, within - (time.perf_counter() - begun))
+            edits, stale = self._edits(request)
+            response = await engine.submit(request, within, edits)
+        if stale:
+            response = response.model_copy(update={"degraded": [*response.degraded, ADMIN_STATE_STALE]})
         self.metrics.answered(response)
         return response
 
@@ -102,11 +119,25 @@ class RetrievalService:
             limits=Limits(max_batch_requests=self.max_batch),
         )
 
+    async def _caught_up(self, revision: int, within: float | None) -> None:
+        if self._replica is None:
+            raise StaleReplicaError(
+                f"min_revision: {revision} was asked for and this server has no admin state; leave it out, or serve "
+                "with an admin store"
+            )
+        await self._replica.wait_for(revision, within)
+
+    def _edits(self, request: RetrieveRequest) -> tuple[Edits, bool]:
+        """What is in force for a request, and whether that may be out of date."""
+        if self._replica is None:
+            return NO_EDITS, False
+        return self._replica.edits(request), self._replica.stale
+
     @contextmanager
     def _counting(self) -> Iterator[None]:
         with self.metrics.in_flight.track_inprogress():
             try:
                 yield
-            except (UnavailableError, DeadlineError) as error:
+            except (UnavailableError, DeadlineError, StaleReplicaError) as error:
                 self.metrics.rejected.labels(error.reason).inc()
                 raise

@@ -24,6 +24,12 @@ _EXCLUDE: dict[int, Literal["off", "purchased", "all"]] = {
     pb.EXCLUDE_HISTORY_ALL: "all",
 }
 _EXCLUDE_PROTO: dict[str, Any] = {name: number for number, name in _EXCLUDE.items()}
+_BINDINGS: dict[int, Literal["first", "routed", "off"]] = {
+    pb.BINDINGS_FIRST: "first",
+    pb.BINDINGS_ROUTED: "routed",
+    pb.BINDINGS_OFF: "off",
+}
+_BINDINGS_PROTO: dict[str, Any] = {name: number for number, name in _BINDINGS.items()}
 
 
 def _given(message: Any, *names: str) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def _given(message: Any, *names: str) -> dict[str, Any]:
 
 
 def _request_fields(message: Any) -> dict[str, Any]:
-    fields = _given(message, "user_id", "query", "top_k", "beam_width", "scenario") | {
+    fields = _given(message, "user_id", "query", "top_k", "beam_width", "scenario", "min_revision") | {
         "history": [{"item_id": e.item_id, "event": e.event} | _given(e, "timestamp") for e in message.history],
         "profile": dict(message.profile),
         "exclude_item_ids": list(message.exclude_item_ids),
@@ -43,6 +49,8 @@ def _request_fields(message: Any) -> dict[str, Any]:
         fields["filters"] = given | {"attributes": attributes}
     if message.exclude_history:
         fields["exclude_history"] = _EXCLUDE.get(message.exclude_history, message.exclude_history)
+    if message.bindings:
+        fields["bindings"] = _BINDINGS.get(message.bindings, message.bindings)
     return fields
 
 
@@ -97,6 +105,8 @@ def request_to_proto(request: RetrieveRequest) -> Any:
         top_k=request.top_k,
         beam_width=request.beam_width,
         scenario=request.scenario,
+        bindings=_BINDINGS_PROTO[request.bindings],
+        min_revision=request.min_revision,
     )
 
 
@@ -110,6 +120,8 @@ def response_to_proto(response: RetrieveResponse) -> Any:
                 semantic_id=item.semantic_id,
                 level_scores=item.level_scores,
                 dense_score=item.dense_score,
+                keyword_path=item.keyword_path,
+                touched_by=item.touched_by,
             )
             for item in response.items
         ],
@@ -118,6 +130,7 @@ def response_to_proto(response: RetrieveResponse) -> Any:
         revision=response.revision,
         bundle_version=response.bundle_version,
         attribution_token=response.attribution_token,
+        applied=response.applied,
         timings=pb.Timings(**response.timings.model_dump()),
     )
 
@@ -132,6 +145,8 @@ def response_from_proto(message: Any) -> RetrieveResponse:
                 semantic_id=list(item.semantic_id),
                 level_scores=list(item.level_scores),
                 dense_score=item.dense_score if item.HasField("dense_score") else None,
+                keyword_path=list(item.keyword_path),
+                touched_by=list(item.touched_by),
             )
             for item in message.items
         ],
@@ -140,6 +155,7 @@ def response_from_proto(message: Any) -> RetrieveResponse:
         revision=message.revision,
         bundle_version=message.bundle_version,
         attribution_token=message.attribution_token,
+        applied=list(message.applied),
         timings=Timings(
             queue_ms=message.timings.queue_ms,
             inference_ms=message.timings.inference_ms,

@@ -13,10 +13,21 @@ class ExcludeHistory(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EXCLUDE_HISTORY_OFF: _ClassVar[ExcludeHistory]
     EXCLUDE_HISTORY_PURCHASED: _ClassVar[ExcludeHistory]
     EXCLUDE_HISTORY_ALL: _ClassVar[ExcludeHistory]
+
+class Bindings(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BINDINGS_UNSPECIFIED: _ClassVar[Bindings]
+    BINDINGS_FIRST: _ClassVar[Bindings]
+    BINDINGS_ROUTED: _ClassVar[Bindings]
+    BINDINGS_OFF: _ClassVar[Bindings]
 EXCLUDE_HISTORY_UNSPECIFIED: ExcludeHistory
 EXCLUDE_HISTORY_OFF: ExcludeHistory
 EXCLUDE_HISTORY_PURCHASED: ExcludeHistory
 EXCLUDE_HISTORY_ALL: ExcludeHistory
+BINDINGS_UNSPECIFIED: Bindings
+BINDINGS_FIRST: Bindings
+BINDINGS_ROUTED: Bindings
+BINDINGS_OFF: Bindings
 
 class HistoryEvent(_message.Message):
     __slots__ = ("item_id", "event", "timestamp")
@@ -54,7 +65,7 @@ class Filters(_message.Message):
     def __init__(self, attributes: _Optional[_Mapping[str, StringList]] = ..., min_price: _Optional[float] = ..., max_price: _Optional[float] = ..., in_stock: _Optional[bool] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "query", "history", "profile", "filters", "exclude_item_ids", "exclude_history", "top_k", "beam_width", "scenario")
+    __slots__ = ("user_id", "query", "history", "profile", "filters", "exclude_item_ids", "exclude_history", "top_k", "beam_width", "scenario", "min_revision", "bindings")
     class ProfileEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +83,8 @@ class RetrieveRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
     SCENARIO_FIELD_NUMBER: _ClassVar[int]
+    MIN_REVISION_FIELD_NUMBER: _ClassVar[int]
+    BINDINGS_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     query: str
     history: _containers.RepeatedCompositeFieldContainer[HistoryEvent]
@@ -82,21 +95,27 @@ class RetrieveRequest(_message.Message):
     top_k: int
     beam_width: int
     scenario: str
-    def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ..., scenario: _Optional[str] = ...) -> None: ...
+    min_revision: int
+    bindings: Bindings
+    def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ..., scenario: _Optional[str] = ..., min_revision: _Optional[int] = ..., bindings: _Optional[_Union[Bindings, str]] = ...) -> None: ...
 
 class RetrievedItem(_message.Message):
-    __slots__ = ("item_id", "score", "semantic_id", "level_scores", "dense_score")
+    __slots__ = ("item_id", "score", "semantic_id", "level_scores", "dense_score", "keyword_path", "touched_by")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     SEMANTIC_ID_FIELD_NUMBER: _ClassVar[int]
     LEVEL_SCORES_FIELD_NUMBER: _ClassVar[int]
     DENSE_SCORE_FIELD_NUMBER: _ClassVar[int]
+    KEYWORD_PATH_FIELD_NUMBER: _ClassVar[int]
+    TOUCHED_BY_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     score: float
     semantic_id: _containers.RepeatedScalarFieldContainer[int]
     level_scores: _containers.RepeatedScalarFieldContainer[float]
     dense_score: float
-    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., semantic_id: _Optional[_Iterable[int]] = ..., level_scores: _Optional[_Iterable[float]] = ..., dense_score: _Optional[float] = ...) -> None: ...
+    keyword_path: _containers.RepeatedScalarFieldContainer[str]
+    touched_by: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., semantic_id: _Optional[_Iterable[int]] = ..., level_scores: _Optional[_Iterable[float]] = ..., dense_score: _Optional[float] = ..., keyword_path: _Optional[_Iterable[str]] = ..., touched_by: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_ms", "inference_ms", "total_ms")
@@ -109,7 +128,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., inference_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("items", "missing_ids", "degraded", "revision", "bundle_version", "attribution_token", "timings")
+    __slots__ = ("items", "missing_ids", "degraded", "revision", "bundle_version", "attribution_token", "timings", "applied")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     MISSING_IDS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +136,7 @@ class RetrieveResponse(_message.Message):
     BUNDLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTION_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
     missing_ids: _containers.RepeatedScalarFieldContainer[str]
     degraded: _containers.RepeatedScalarFieldContainer[str]
@@ -124,7 +144,8 @@ class RetrieveResponse(_message.Message):
     bundle_version: str
     attribution_token: str
     timings: Timings
-    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., missing_ids: _Optional[_Iterable[str]] = ..., degraded: _Optional[_Iterable[str]] = ..., revision: _Optional[int] = ..., bundle_version: _Optional[str] = ..., attribution_token: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    applied: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., missing_ids: _Optional[_Iterable[str]] = ..., degraded: _Optional[_Iterable[str]] = ..., revision: _Optional[int] = ..., bundle_version: _Optional[str] = ..., attribution_token: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., applied: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class BatchRetrieveRequest(_message.Message):
     __slots__ = ("requests",)
