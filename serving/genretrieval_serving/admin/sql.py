@@ -684,7 +684,7 @@ class _Change:
         body = fields.model_dump(mode="json", include=set(_FIELDS[kind].model_fields))
         slot, normalised = None, None
         if isinstance(fields, KeywordFields):
-            normalised = self._normalised(name, id_, fields.text, taken_counts=deleted_at is None)
+            normalised = self._normalised(name, id_, fields.text, must_be_free=deleted_at is None)
             due = fields.binding is not None and deleted_at is None
             if due or (isinstance(before, Keyword) and before.slot is not None):
                 slot = self.pool.settle(id_, fields.type, due)
@@ -712,7 +712,7 @@ class _Change:
         )
         return after
 
-    def _normalised(self, name: str, id_: str, text: str, *, taken_counts: bool) -> str:
+    def _normalised(self, name: str, id_: str, text: str, *, must_be_free: bool) -> str:
         normalised = normalise(text)
         if not any(map(str.isalnum, normalised)) or "\0" in normalised:
             raise RequestError(f"{name}: {text!r} has no letter or digit, or a NUL; it cannot be a word")
@@ -720,17 +720,18 @@ class _Change:
         query = sa.select(_documents.c.id).where(
             _documents.c.normalised == normalised, _undeleted, _documents.c.id != id_
         )
-        other = self.connection.scalars(query).first() if taken_counts else None
+        other = self.connection.scalars(query).first() if must_be_free else None
         if other is not None:
             raise AlreadyExistsError(
-                f"{name}: {text!r} is the text of keywords/{other} already, once normalised; change that one, or delete "
-                "it first"
+                f"{name}: {text!r}, once normalised, is the text of keywords/{other}; change or delete that first"
             )
         return normalised
 
 
 @dataclass(slots=True)
 class _Slot:
+    """A row of ``slots``, in the order of its columns."""
+
     level: int
     code: int
     reserved: bool
@@ -750,7 +751,7 @@ class _Pool:
         self, connection: Connection, now: datetime, quarantine: timedelta, preferred: Mapping[AttributeType, int]
     ) -> None:
         rows = connection.execute(sa.select(_slots).order_by(_slots.c.level, _slots.c.code))
-        self.slots = [_Slot(**row._mapping) for row in rows]
+        self.slots = [_Slot(*row) for row in rows.all()]
         self._held = {slot.keyword_id: slot for slot in self.slots if slot.status == "bound"}
         self._connection = connection
         self._now = now

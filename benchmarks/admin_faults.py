@@ -1,0 +1,560 @@
+"""Does the admin store keep its promises when writers race for slots and processes are killed?
+
+    python benchmarks/admin_faults.py --rounds 100 --writers 50 --replicas 4
+
+First a race in SQLite and in PostgreSQL: `replicas` processes of `writers` threads each bind keywords to too few
+slots, release them, count a shared counter up by etag, and make rules in pairs; as many replicas follow the changes.
+Then `rounds` rounds of such writers in which the writing process, or PostgreSQL, is killed (SIGKILL) at a random
+moment.
+
+After each the whole audit is replayed and compared with what is stored, with what the writers were answered and with
+what the replicas saw. Anything that does not fit is printed and counted; `faults.admin.problems` must be 0. PostgreSQL
+is a cluster of its own in a temporary folder; without its binaries there is SQLite alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+from genretrieval.errors import (
+    EtagMismatchError,
+    SlotsExhaustedError,
+    UnavailableError,
+)
+from genretrieval.figures import Figure, print_lines
+from genretrieval_serving.admin.resources import (
+    AuditEvent,
+    Binding,
+    BlockEffect,
+    Fields,
+    KeywordFields,
+    Kind,
+    Resource,
+    RuleFields,
+    Selector,
+    SlotRef,
+)
+from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.admin.store import Call, Create, Delete, Operation, Update
+
+COUNTER = "counter"
+PATIENCE_S = 60.0
+ITEMS = Selector(item_ids=["item-1"])
+
+
+def open_store(url: str) -> SqlStore:
+    """Without quarantine, so that slots change hands as often as they can."""
+    return SqlStore.open(url, quarantine=timedelta(0))
+
+
+def prepare(url: str, n_slots: int) -> None:
+    """Slots to race for, and the shared counter."""
+    store = open_store(url)
+    store.sync_slots([SlotRef(level=code % 2, code=code) for code in range(n_slots)])
+    store.apply(Call("prepare"), [Create(Kind.KEYWORDS, COUNTER, KeywordFields(text=COUNTER, note="0"))])
+    store.close()
+
+
+class Writer:
+    """One thread of a writing process. What it was answered goes to standard output, a line an answer."""
+
+    def __init__(self, store: SqlStore, name: str, stop: threading.Event, output: threading.Lock) -> None:
+        self.store = store
+        self.name = name
+        self.stop = stop
+        self.output = output
+        self.rng = random.Random(name)
+        self.bound: list[str] = []
+        self.made = 0
+
+    def run(self, operations: int) -> None:
+        try:
+            for _ in range(operations):
+                if self.stop.is_set():
+                    break
+                with suppress(EtagMismatchError):
+                    self.step()
+        except Exception:  # noqa: BLE001
+            traceback.print_exc()
+            os._exit(1)  # one thread that fails must not pass for a writer that had done
+
+    def step(self) -> None:
+        chance = self.rng.random()
+        if chance < 0.3:
+            try:
+                etag = self.store.get(Kind.KEYWORDS, COUNTER).etag
+            except UnavailableError:
+                return
+            self.persist(Update(Kind.KEYWORDS, COUNTER, one_more, etag))
+            return
+        self.made += 1
+        fresh = f"{self.name}-{self.made}"
+        if chance < 0.5:
+            rule = RuleFields(effect=BlockEffect(kind="block", items=ITEMS), note=fresh)
+            self.persist(*(Create(Kind.RULES, f"pair-{fresh}-{side}", rule) for side in "ab"))
+        elif chance < 0.75 and self.bound:
+            self.release()
+        else:
+            keyword = KeywordFields(text=fresh, binding=Binding(items=ITEMS))
+            try:
+                self.persist(Create(Kind.KEYWORDS, fresh, keyword))
+            except SlotsExhaustedError:
+                self.release()
+            else:
+                self.bound.append(fresh)
+
+    def release(self) -> None:
+        if self.bound:
+            keyword = self.bound.pop(self.rng.randrange(len(self.bound)))
+            if self.rng.random() < 0.5:
+                self.persist(Delete(Kind.KEYWORDS, keyword))
+            else:
+                self.persist(Update(Kind.KEYWORDS, keyword, unbound))
+
+    def persist(self, *operations: Operation) -> None:
+        """Do it and say so. While the database is away the call is repeated; its key makes that once at most."""
+        call = Call(self.name, idempotency_key=f"{self.rng.getrandbits(64):x}", fingerprint="same")
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                resources = self.store.apply(call, operations)
+                break
+            except UnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        names = [f"{operation.kind.value}/{operation.id}" for operation in operations]
+        answer = [[name, r.revision, r.etag] for name, r in zip(names, resources, strict=True)]
+        with self.output:
+            print(json.dumps(answer), flush=True)
+
+
+def one_more(resource: Resource) -> Fields:
+    return KeywordFields(text=COUNTER, note=str(int(resource.note) + 1))
+
+
+def unbound(resource: Resource) -> Fields:
+    return KeywordFields(text=resource.id)
+
+
+def write(url: str, name: str, writers: int, operations: int) -> None:
+    """A writing process; it ends when its work is done or its standard input closes."""
+    stop = threading.Event()
+    output = threading.Lock()
+    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    store = open_store(url)
+    threads = [
+        threading.Thread(target=Writer(store, f"{name}.{i}", stop, output).run, args=(operations,))
+        for i in range(writers)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.close()
+    # The thread that reads standard input cannot be woken, and what is open at the end of an interpreter is of no
+    # interest here.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+class WritingProcess:
+    """`write` in a process that can be killed."""
+
+    def __init__(self, url: str, name: str, writers: int, operations: int) -> None:
+        arguments = ["--write", url, "--name", name, "--writers", str(writers), "--operations", str(operations)]
+        self.process = subprocess.Popen(  # noqa: S603
+            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.answers: list[tuple[str, int, str]] = []
+        self.answered = threading.Event()
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            # A line that was cut off by the kill was not an answer yet.
+            if line.endswith("\n"):
+                self.answers += [tuple(part) for part in json.loads(line)]
+                self.answered.set()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self._end()
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.join()
+
+    def join(self) -> None:
+        self._end()
+        assert self.process.returncode == 0, f"the writers ended with {self.process.returncode}"
+
+    def _end(self) -> None:
+        self.process.wait()
+        self.reader.join()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with suppress(BrokenPipeError):
+                stream.close()
+
+
+class Replica:
+    """Follows the changes as a serving process does."""
+
+    def __init__(self, url: str) -> None:
+        self.store = open_store(url)
+        self.revision = 0
+        self.view: dict[str, Resource] = {}
+        self.problems: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.01):
+            with suppress(UnavailableError):
+                self.follow()
+
+    def follow(self) -> None:
+        changes = self.store.changes(self.revision)
+        if changes.revision < self.revision:
+            self.problems.append(f"a replica saw revision {changes.revision} after {self.revision}")
+        for kind, resource in changes.resources:
+            if not self.revision < resource.revision <= changes.revision:
+                self.problems.append(f"{kind.value}/{resource.id} of revision {resource.revision} came out of order")
+            self.view[f"{kind.value}/{resource.id}"] = resource
+        self.revision = changes.revision
+
+    def end(self) -> list[str]:
+        """What it saw against what there is: a revision that became visible late would be missing."""
+        self._stop.set()
+        self._thread.join()
+        self.follow()
+        everything = self.store.changes(0)
+        if self.view != {f"{kind.value}/{resource.id}": resource for kind, resource in everything.resources}:
+            self.problems.append("a replica that followed the changes does not have what is stored")
+        self.store.close()
+        return self.problems
+
+
+@dataclass
+class Outcome:
+    """What a scenario has shown."""
+
+    problems: list[str] = field(default_factory=list)
+    answers: int = 0
+
+    def add(self, other: Outcome) -> None:
+        self.problems += other.problems
+        self.answers += other.answers
+
+
+def all_events(store: SqlStore) -> list[AuditEvent]:
+    events, token = store.audit(size=1000)
+    while token:
+        page, token = store.audit(size=1000, token=token)
+        events += page
+    return events[::-1]
+
+
+def all_resources(store: SqlStore) -> dict[str, dict[str, Any]]:
+    found = {}
+    for kind in Kind:
+        page = store.page(kind, size=1000, show_deleted=True)
+        while True:
+            found |= {f"{kind.value}/{r.id}": r.model_dump(mode="json") for r in page.resources}
+            if not page.next_page_token:
+                break
+            page = store.page(kind, size=1000, token=page.next_page_token, show_deleted=True)
+    return found
+
+
+def check(url: str, answers: Sequence[tuple[str, int, str]], n_slots: int) -> Outcome:
+    """Replay the audit: everything that was answered is in it, and it leads, step by step, to what is stored."""
+    store = open_store(url)
+    revision, events, stored, counts = store.revision(), all_events(store), all_resources(store), store.slot_counts()
+    store.close()
+    problems = []
+    state: dict[str, dict[str, Any]] = {}
+    holders: dict[tuple[int, int], str] = {}
+    done = {}
+    halves: Counter[tuple[int, str]] = Counter()
+    for event in events:
+        before, after = state.get(event.name), event.after
+        assert after is not None
+        if event.before != before:
+            problems.append(
+                f"lost update: revision {event.revision} of {event.name} does not start where the last ended"
+            )
+        if (event.revision, event.name) in done:
+            problems.append(f"{event.name} has two events in revision {event.revision}")
+        old, new = (slot_of(resource) for resource in (before, after))
+        if old is not None:
+            holders.pop(old, None)
+        if new is not None and holders.setdefault(new, event.name) != event.name:
+            problems.append(f"slot {new} went to {event.name} while {holders[new]} held it")
+        due = after.get("binding") is not None and after["deleted_at"] is None
+        if due != (new is not None):
+            problems.append(f"{event.name} is {'' if due else 'not '}bound, and its slot is {new}")
+        if event.name.startswith("rules/pair-"):
+            halves[event.revision, event.name[:-1]] += 1
+        if event.name == f"keywords/{COUNTER}" and before and int(after["note"]) != int(before["note"]) + 1:
+            problems.append(f"lost update: the counter went from {before['note']} to {after['note']}")
+        state[event.name] = after
+        done[event.revision, event.name] = after["etag"]
+    revisions = [event.revision for event in events]
+    if revisions != sorted(revisions) or sorted(set(revisions)) != list(range(1, revision + 1)):
+        problems.append(f"the audit does not have revisions 1 to {revision}, in order")
+    if state != stored:
+        differing = sorted(name for name in state.keys() | stored.keys() if state.get(name) != stored.get(name))
+        problems.append(f"the audit does not lead to what is stored: {', '.join(differing[:5])}")
+    problems += [f"half of {pair} in revision {of}" for (of, pair), number in halves.items() if number != 2]
+    problems += [
+        f"lost: {name} was answered with revision {of} and is not in it"
+        for name, of, etag in answers
+        if done.get((of, name)) != etag
+    ]
+    if counts.bound != len(holders) or counts.bound + counts.free != n_slots:
+        problems.append(f"{len(holders)} of {n_slots} slots are held, but the store counts {counts}")
+    return Outcome(problems, len(answers))
+
+
+def slot_of(resource: dict[str, Any] | None) -> tuple[int, int] | None:
+    slot = (resource or {}).get("slot")
+    return None if slot is None else (slot["level"], slot["code"])
+
+
+def race(url: str, writers: int, replicas: int, operations: int, n_slots: int) -> Outcome:
+    """Writers in several processes, all at once; nobody dies, so every count must be exact."""
+    prepare(url, n_slots)
+    followers = [Replica(url) for _ in range(replicas)]
+    processes = [WritingProcess(url, f"race{i}", writers, operations) for i in range(replicas)]
+    for process in processes:
+        process.join()
+    problems = [problem for follower in followers for problem in follower.end()]
+    answers = [answer for process in processes for answer in process.answers]
+    outcome = check(url, answers, n_slots)
+    outcome.problems += problems + exactly_once(url, answers)
+    return outcome
+
+
+def exactly_once(url: str, answers: Sequence[tuple[str, int, str]]) -> list[str]:
+    """Where no writer died, what was done and what was answered are the same."""
+    store = open_store(url)
+    events = {(event.name, event.revision) for event in all_events(store) if event.principal != "prepare"}
+    store.close()
+    answered = {(name, revision) for name, revision, _ in answers}
+    return [] if events == answered else [f"{len(events)} changes were made and {len(answered)} answered"]
+
+
+def kill_round(
+    url: str, name: str, rng: random.Random, writers: int, n_slots: int, postgres: PostgresCluster | None
+) -> Outcome:
+    """Kill, at a random moment of their work, the writers, or PostgreSQL if it is given (the writers then go on)."""
+    prepare(url, n_slots)
+    follower = Replica(url)
+    process = WritingProcess(url, name, writers, operations=10**9)
+    assert process.answered.wait(PATIENCE_S), "the writers never began"
+    time.sleep(rng.uniform(0, 0.3))
+    if postgres is None:
+        process.kill()
+    else:
+        postgres.crash(rng)
+        process.answered.clear()
+        assert process.answered.wait(PATIENCE_S), "the writers never went on"
+        time.sleep(rng.uniform(0, 0.1))
+        process.stop()
+    outcome = check(url, process.answers, n_slots)
+    outcome.problems += follower.end()
+    if postgres is not None:
+        outcome.problems += exactly_once(url, process.answers)
+    return outcome
+
+
+class PostgresCluster:
+    """A PostgreSQL of our own on a free port, which may be crashed. A context manager: it stops and goes at the end."""
+
+    def __init__(self, binaries: Path) -> None:
+        self._binaries = binaries
+        # Not below a folder of the caller: PostgreSQL refuses to run as root, and others may not enter there.
+        self._folder = Path(tempfile.mkdtemp(prefix="genretrieval-postgres-"))
+        self._as: dict[str, Any] = {"cwd": self._folder}
+        if os.geteuid() == 0:
+            shutil.chown(self._folder, "postgres", "postgres")
+            self._as |= {"user": "postgres", "group": "postgres", "extra_groups": []}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self._log: IO[bytes] = (self._folder / "log").open("ab")
+        self._server: subprocess.Popen[bytes] | None = None
+        self._databases = 0
+
+    @staticmethod
+    def binaries() -> Path | None:
+        """Where PostgreSQL is installed: the newest of Debian's places, else on the path."""
+        folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: p.parent.name.zfill(4))
+        on_path = shutil.which("initdb")
+        folders = [f for f in folders if (f / "initdb").exists()] or ([Path(on_path).parent] if on_path else [])
+        return folders[-1] if folders else None
+
+    def __enter__(self) -> PostgresCluster:
+        try:
+            self._run("initdb", "--pgdata=data", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-sync")
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._server is not None and self._server.poll() is None:
+            self._server.send_signal(signal.SIGINT)  # "fast": open sessions end
+            self._server.wait(PATIENCE_S)
+        self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def database(self) -> str:
+        """URL of a new database."""
+        self._databases += 1
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres", f"faults{self._databases}")
+        return f"postgresql://postgres@127.0.0.1:{self._port}/faults{self._databases}"
+
+    def crash(self, rng: random.Random) -> None:
+        """SIGKILL one of its processes, upon which it ends all sessions and recovers; or all of them, and start it."""
+        assert self._server is not None
+        children = self._children()
+        if rng.random() < 0.5 and children:
+            self._kill(rng.choice(children))
+            return
+        # The first goes first, or it would begin to recover.
+        self._server.kill()
+        for child in children:
+            self._kill(child)
+        self._server.wait()
+        self._start()
+
+    def _children(self) -> list[int]:
+        assert self._server is not None
+        listed = subprocess.run(  # noqa: S603
+            ["ps", "-o", "pid=", "--ppid", str(self._server.pid)],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [int(pid) for pid in listed.stdout.split()]
+
+    @staticmethod
+    def _kill(pid: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def _start(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            self._server = subprocess.Popen(  # noqa: S603
+                [self._binaries / "postgres", "-D", "data", "-p", str(self._port), "-h", "127.0.0.1", "-k", "",
+                 "-c", "max_connections=300"],
+                stdout=self._log, stderr=self._log, **self._as,
+            )  # fmt: skip
+            while self._server.poll() is None:
+                if self._is_ready():
+                    return
+                assert time.monotonic() < deadline, (self._folder / "log").read_text()
+                time.sleep(0.05)
+            # It refuses while a process of the one before it is not quite dead.
+            assert time.monotonic() < deadline, (self._folder / "log").read_text()
+            time.sleep(0.1)
+
+    def _is_ready(self) -> bool:
+        arguments = ["-q", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres"]
+        done = subprocess.run([self._binaries / "pg_isready", *arguments], check=False)  # noqa: S603
+        return done.returncode == 0
+
+    def _run(self, program: str, *arguments: str) -> None:
+        done = subprocess.run(  # noqa: S603
+            [self._binaries / program, *arguments], capture_output=True, text=True, check=False, **self._as
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def new_sqlite() -> Iterator[str]:
+    """URL of a new file."""
+    with tempfile.TemporaryDirectory(prefix="genretrieval-sqlite-") as folder:
+        yield f"sqlite:///{folder}/admin.db"
+
+
+def main(rounds: int, writers: int, replicas: int, operations: int = 20, seed: int = 0) -> Outcome:
+    """All scenarios; prints figures."""
+    rng = random.Random(seed)
+    total, figures = Outcome(), {}
+    binaries = PostgresCluster.binaries()
+    with ExitStack() as stack:
+        postgres = None if binaries is None else stack.enter_context(PostgresCluster(binaries))
+        for kind in ["sqlite"] if postgres is None else ["sqlite", "postgresql"]:
+            url = stack.enter_context(new_sqlite()) if postgres is None or kind == "sqlite" else postgres.database()
+            outcome = race(url, writers, replicas, operations, n_slots=writers * replicas // 2)
+            figures[f"faults.admin.race.{kind}.writers"] = Figure(writers * replicas, "threads")
+            figures[f"faults.admin.race.{kind}.changes"] = Figure(outcome.answers, "changes")
+            figures[f"faults.admin.race.{kind}.problems"] = Figure(len(outcome.problems), "problems")
+            total.add(outcome)
+        killed: Counter[str] = Counter()
+        answers = 0
+        for number in range(rounds):
+            victim = ["sqlite_writer"] if postgres is None else ["sqlite_writer", "postgresql_writer", "postgresql"]
+            chosen = victim[number % len(victim)]
+            with new_sqlite() as file:
+                url = file if postgres is None or chosen == "sqlite_writer" else postgres.database()
+                crashed = postgres if chosen == "postgresql" else None
+                outcome = kill_round(url, f"kill{number}", rng, min(writers, 8), 12, crashed)
+            killed[chosen] += 1
+            answers += outcome.answers
+            total.add(outcome)
+        figures["faults.admin.kill9_rounds"] = Figure(rounds, "rounds")
+        for chosen, number in killed.items():
+            figures[f"faults.admin.kill9.{chosen}"] = Figure(number, "rounds")
+        figures["faults.admin.kill9.changes"] = Figure(answers, "changes")
+    for kind in ("lost", "half", "slot"):
+        number = sum(problem.startswith(kind) for problem in total.problems)
+        figures[f"faults.admin.{kind}"] = Figure(number, "problems")
+    figures["faults.admin.problems"] = Figure(len(total.problems), "problems")
+    for problem in total.problems[:20]:
+        print(problem, file=sys.stderr)
+    print_lines(figures)
+    return total
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--writers", type=int, default=50)
+    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--operations", type=int, default=20, help="Of each writer in the race.")
+    parser.add_argument("--write", help=argparse.SUPPRESS)
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.write:
+        write(given.write, given.name, given.writers, given.operations)
+    sys.exit(bool(main(given.rounds, given.writers, given.replicas, given.operations).problems))
