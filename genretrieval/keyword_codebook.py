@@ -37,6 +37,20 @@ _HEADER = "genretrieval"
 _SCHEMA = {"keyword": pl.String(), "type": pl.String(), "weight": pl.Float64(), "slot": pl.Int32()}
 
 
+def by_importance(dictionary: KeywordDictionary, fields: Sequence[str]) -> list[int]:
+    """Rows of the keywords in some texts, the most important one first, each once.
+
+    A keyword of an earlier text is more important than any of a later one; of one text it is the heavier one; of equal
+    weights, the one that stands first.
+    """
+    found = (
+        (number, -match.keyword.weight, match.start, match.row)
+        for number, text in enumerate(fields)
+        for match in dictionary.match(text)
+    )
+    return list(dict.fromkeys(row for *_, row in sorted(found)))
+
+
 @dataclass(frozen=True)
 class KeywordCodebook:
     """A dictionary, and the slot of each keyword in the codebook of its group.
@@ -125,25 +139,10 @@ class KeywordCodebook:
             fields: texts, those first that say most surely what it is. The keyword of a group comes from the first
                 text that has one.
         """
-        rows_G = self.keywords_of(fields)
-        return np.array([EMPTY if row is None else self.slots[row] for row in rows_G], np.int32)
-
-    def keywords_of(self, fields: Sequence[str]) -> list[int | None]:
-        """Row in the dictionary of the keyword that stands for each group; arguments are those of `encode_fields`."""
-        chosen: list[int | None] = [None] * self.n_groups
-        for text in fields:
-            if None not in chosen:
-                break
-            best: dict[int, tuple[float, int, str, int]] = {}
-            for match in self.dictionary.match(text):
-                row = self._row_of[match.keyword.text]
-                candidate = (-match.keyword.weight, match.start, match.keyword.text, row)
-                level = int(self._levels[row])
-                best[level] = min(best.get(level, candidate), candidate)
-            for level, (*_, row) in best.items():
-                if chosen[level] is None:
-                    chosen[level] = row
-        return chosen
+        slots = np.full(self.n_groups, EMPTY, np.int32)
+        for row in reversed(by_importance(self.dictionary, fields)):  # the most important one is written last
+            slots[self._levels[row]] = self.slots[row]
+        return slots
 
     def words(self, level: int, code: int) -> str:
         """What a code stands for, to be read: a keyword, of a cluster the heaviest one; ``""`` for the empty slot."""
@@ -202,10 +201,6 @@ class KeywordCodebook:
     def _levels(self) -> NDArray[np.int64]:
         """Level of each keyword."""
         return np.array([self._level_of[keyword.type] for keyword in self.dictionary.keywords], np.int64)
-
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {keyword.text: row for row, keyword in enumerate(self.dictionary.keywords)}
 
     @cached_property
     def _members(self) -> dict[tuple[int, int], list[int]]:

@@ -63,11 +63,12 @@ class Keyword:
 
 
 class Match(NamedTuple):
-    """A keyword found: ``normalise(text)[start:end] == normalise(keyword.text)``."""
+    """A keyword found: ``normalise(text)[start:end] == normalise(keyword.text)``; `row` is its in the dictionary."""
 
     start: int
     end: int
     keyword: Keyword
+    row: int
 
 
 # Scripts written without spaces between words. Hangul has spaces, but particles hang on its nouns.
@@ -78,16 +79,91 @@ _UNSPACED = (
 )
 # Vowel signs and points belong to the word they stand in, and `\w` leaves them out.
 _COMBINING = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
-_WORD = re.compile(rf"(?:(?![{_UNSPACED}])[\w{_COMBINING}]|(?<=\d)[.,](?=\d))+")
+_LETTER = rf"(?![{_UNSPACED}])[\w{_COMBINING}]"
+_WORD = re.compile(rf"(?:{_LETTER}|(?<=\d)[.,](?=\d))+")
 _EDGE = "\n"  # normalised text has no line breaks
+
+# Elsewhere such marks make another letter: й is no accented и.
+_ACCENTED = re.compile("(?<=[a-z\u03b1-\u03c9])[\u0300-\u036f]+")
+# What the rules of `_singular` would miss, and words that only look like a plural.
+_SINGULARS = {
+    **{"feet": "foot", "teeth": "tooth", "mice": "mouse", "children": "child", "men": "man", "women": "woman"},
+    **{"knives": "knife", "shelves": "shelf", "scarves": "scarf", "leaves": "leaf", "lenses": "lens", "buses": "bus"},
+    **{f"{word}s": word for word in ("hoodie", "beanie", "onesie", "cookie", "brownie", "smoothie", "movie")},
+    **{word: word for word in ("lens", "canvas", "christmas", "atlas", "series", "species")},
+}
+_PLURAL = re.compile(rf"(?<!{_LETTER})(?:[a-z]{{3,}}s|[a-z]+'s|feet|teeth|mice|children|(?:wo)?men)(?!{_LETTER})")
+_UNITS = {
+    "fl oz": r"fl\.? ?oz|fluid ounces?",
+    "oz": "ozs?|ounces?",
+    "ml": "mls?|millilit(?:er|re)s?|毫升",
+    "l": "l|lit(?:er|re)s?",
+    "mg": "mgs?|milligrams?|毫克",
+    "kg": "kgs?|kilo(?:gram)?s?|千克|公斤",
+    "g": "gm?s?|grams?|克(?!拉)",
+    "lb": "lbs?|pounds?",
+    "mm": "mm|millimet(?:er|re)s?|毫米",
+    "cm": "cms?|centimet(?:er|re)s?|厘米",
+    "m": "m|met(?:er|re)s?",
+    "inch": "inch(?:es)?|英寸",
+    "ft": "ft|foot|feet",
+    "w": "w|watts?",
+    "v": "v|volts?",
+    "ct": "ct|counts?",
+    "pack": "pk|packs?",
+    "pc": "pcs?|pieces?",
+}
+_CANONICAL = tuple(_UNITS)
+_NUMBER = r"\d+(?:[.,/]\d+)*"
+_UNIT = re.compile(
+    rf"(?<!{_LETTER})(?<![.,-])({_NUMBER}(?: ?x ?{_NUMBER})*)[ -]?"
+    rf"(?:{'|'.join(f'({spellings})' for spellings in _UNITS.values())})(?!{_LETTER})"
+)
 
 
 def normalise(text: str) -> str:
-    """`text` in the form in which keywords are compared: NFKC, case-folded, single spaces, none at the ends."""
+    """`text` in the form in which keywords are compared.
+
+    NFKC, case-folded, single spaces and none at the ends; Latin and Greek letters without accents, English words in the
+    singular and without a possessive 's, and one space and one spelling for the unit behind a number: "Crème, 50ML" is
+    "creme, 50 ml", and "Women's Lipsticks" is "woman lipstick". Normalised text stays as it is.
+    """
     if text.isascii():
-        return " ".join(text.lower().split())
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(unicodedata.normalize("NFKC", folded).split())  # folding can undo NFKC
+        folded = " ".join(text.lower().split())
+    else:
+        folded = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+        plain = _ACCENTED.sub("", unicodedata.normalize("NFD", folded))
+        folded = " ".join(unicodedata.normalize("NFKC", plain).split())  # folding can undo NFKC
+    while (again := _PLURAL.sub(_singular, _UNIT.sub(_spelt, folded))) != folded:
+        folded = again
+    return folded
+
+
+def _spelt(found: re.Match[str]) -> str:
+    assert found.lastindex is not None
+    return f"{found[1]} {_CANONICAL[found.lastindex - 2]}"
+
+
+def _singular(found: re.Match[str]) -> str:
+    word = found[0].removesuffix("'s")
+    if word in _SINGULARS:
+        return _SINGULARS[word]
+    if word != found[0] or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("sses", "shes", "ches", "xes", "zzes", "atoes")):
+        return word[:-2]
+    return word[:-1]
+
+
+def with_edges(normalised: str) -> str:
+    """Both ends of every word of a normalised text marked, by line breaks, of which it has none.
+
+    A marked text contains a marked keyword exactly where the keyword stands and cuts no word, so an automaton need
+    not report the many places inside of words only to have them taken out again.
+    """
+    return _WORD.sub(rf"{_EDGE}\g<0>{_EDGE}", normalised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +212,7 @@ class KeywordDictionary:
                 covered = end
                 edges = marked.count(_EDGE, 0, start)
                 within = marked.count(_EDGE, start, end)
-                matches.append(Match(start - edges, end - edges - within, self.keywords[row]))
+                matches.append(Match(start - edges, end - edges - within, self.keywords[row], row))
         return matches
 
     def match_all(self, texts: Iterable[str]) -> list[list[Match]]:
@@ -180,15 +256,6 @@ class KeywordDictionary:
         partial = path.with_name(path.name + ".partial")
         pl.DataFrame(rows, schema, orient="row").write_parquet(partial)
         os.replace(partial, path)
-
-
-def with_edges(normalised: str) -> str:
-    """Both ends of every word marked.
-
-    A marked text contains a marked keyword exactly where the keyword stands and cuts no word, so the automaton need
-    not report the many places inside of words only to have them taken out again.
-    """
-    return _WORD.sub(rf"{_EDGE}\g<0>{_EDGE}", normalised)
 
 
 def _first_then_longest(found: tuple[int, int, int]) -> tuple[int, int]:

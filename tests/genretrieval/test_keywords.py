@@ -25,7 +25,7 @@ def found(text: str, *keywords: str) -> list[str]:
 
 def test_a_match_says_where_it_stands() -> None:
     (match,) = dictionary("Lip Stick").match("Red  LIP stick!")
-    assert match == (4, 13, Keyword("Lip Stick", AttributeType.MODIFIER))
+    assert match == (4, 13, Keyword("Lip Stick", AttributeType.MODIFIER), 0)
     assert normalise("Red  LIP stick!")[match.start : match.end] == "lip stick"
 
 

@@ -15,12 +15,8 @@ BLOCK = 4096
 """Rows encoded at a time; blocks are padded to it, so that a row's codes never depend on its neighbours."""
 
 
-class Tokenizer(Protocol):
-    """A fitted tokenizer: vectors to codes and back, in NumPy alone.
-
-    Equal vectors get equal codes, whatever stands beside them, however many threads compute, and after saving and
-    loading. Codes say nothing about collisions; `genretrieval_tokenizers.collisions` makes IDs of them.
-    """
+class Codebooks(Protocol):
+    """What codes mean, whatever they are made from; `genretrieval_tokenizers.publish` publishes codes of these."""
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -37,6 +33,22 @@ class Tokenizer(Protocol):
         """What came out different from what was asked, for the report."""
         ...
 
+    def decode(self, codes_NL: Codes) -> NDArray[np.float32]:
+        """The vectors that codes stand for, float32 ``[N, dim]``; further levels (a dedup level) are not read."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; it is whole or absent."""
+        ...
+
+
+class Tokenizer(Codebooks, Protocol):
+    """A fitted tokenizer: vectors to codes and back, in NumPy alone.
+
+    Equal vectors get equal codes, whatever stands beside them, however many threads compute, and after saving and
+    loading. Codes say nothing about collisions; `genretrieval_tokenizers.collisions` makes IDs of them.
+    """
+
     def encode(self, x_ND: NDArray[np.floating]) -> Codes:
         """Codes of vectors, int32 ``[N, n_levels]``.
 
@@ -45,20 +57,12 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, codes_NL: Codes) -> NDArray[np.float32]:
-        """The vectors that codes stand for, float32 ``[N, dim]``; further levels (a dedup level) are not read."""
-        ...
-
     def last_level_costs(self, x_ND: NDArray[np.floating]) -> NDArray[np.float32]:
         """What it would cost to give a vector each code of the last level, its other codes being as `encode` says.
 
         Squared distances in the space that the last level quantises, float32 ``[N, codebook_sizes[-1]]``, infinite
         where a code does not exist under these codes. `encode` picks the cheapest.
         """
-        ...
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file; it is whole or absent."""
         ...
 
 

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from genretrieval.errors import DataError
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary, normalise
 from genretrieval_pipelines.embed.linear import Matrix, unit_rows
-from genretrieval_pipelines.embed.text import is_words
+from genretrieval_pipelines.embed.text import is_words, item_texts
 
 KEYWORD_SHARE = 0.5
 """Share of the keywords in an enhanced vector, before it is scaled to length 1 (OneSearch)."""
@@ -109,7 +109,20 @@ _STOPWORDS = _words(
     的 和 与 及 或"""
 )
 _BOUND_NOTHING = {*_UNITS, *_STOPWORDS}
-_PLACEHOLDERS = {"unknown", "none", "n/a", "null", "other", "others", "generic", "unbranded", "no brand", "various"}
+_PLACEHOLDERS = {
+    "unknown",
+    "none",
+    "n/a",
+    "null",
+    "other",
+    "others",
+    "generic",
+    "unbranded",
+    "no brand",
+    "various",
+    "其他",
+    "无品牌",
+}
 
 _LONGEST = 40  # characters; what is longer is a sentence
 _SHORTEST = 2
@@ -174,9 +187,6 @@ def mine_keywords(
         _add(mined, type_, counts, len(titles))
     for type_, counts in _from_columns(items):
         _add(mined, type_, counts, len(items))
-    entities = {text for text, keyword in mined.items() if keyword.type is _T.ENTITY}
-    singular = {phrase: n for phrase, n in phrases.items() if {f"{phrase}s", f"{phrase}es"} & entities}
-    _add(mined, _T.ENTITY, singular, len(titles))
     _add(mined, _T.SPECIFICATIONS, _frequent(_count_each(titles, _SPECIFICATION.findall), min_items), len(titles))
     _add(mined, _T.MODEL, {phrase: n for phrase, n in phrases.items() if _MODEL.fullmatch(phrase)}, len(titles))
     typed = KeywordDictionary(tuple(mined.values()))  # what a longer match must not hide
@@ -190,6 +200,16 @@ def mined_columns(items: pl.DataFrame) -> list[str]:
     """The columns that `mine_keywords` reads."""
     named = {"title", "brand", "categories"}
     return [name for name in items.columns if name in named or _type_of(name, items.schema[name])]
+
+
+def item_fields(items: pl.DataFrame) -> list[tuple[str, ...]]:
+    """Texts of each item, those first that say most surely what it is: brand, last category, title, all words."""
+    columns = {"brand": pl.col("brand"), "categories": pl.col("categories").cast(pl.List(pl.String)).list.last()}
+    columns["title"] = pl.col("title")
+    sure = items.select(
+        column.cast(pl.String).fill_null("").alias(name) for name, column in columns.items() if name in items.columns
+    )
+    return [(*texts, text) for texts, text in zip(sure.rows(), item_texts(items), strict=True)]
 
 
 def enhance(
@@ -232,7 +252,7 @@ def _from_columns(items: pl.DataFrame) -> Iterator[tuple[AttributeType, Counter[
         yield _T.BRAND, _count(items["brand"].cast(pl.String).to_list(), lambda brand: [brand])
     if "categories" in items.columns:
         leaves = items["categories"].cast(pl.List(pl.String)).list.last().to_list()
-        yield _T.ENTITY, _count(leaves, lambda leaf: [leaf, *_PARTS.split(leaf)])
+        yield _T.ENTITY, _count(leaves, _PARTS.split)
     for name in items.columns:
         dtype = items.schema[name]
         type_ = _type_of(name, dtype)
@@ -277,7 +297,8 @@ def _titles(items: pl.DataFrame, at_most: int) -> list[str]:
 
 
 def _known_words(titles: Sequence[str]) -> Iterator[tuple[AttributeType, Counter[str]]]:
-    known = KeywordDictionary(tuple(Keyword(word, type_) for type_, words in _KNOWN.items() for word in words))
+    type_of = {normalise(word): type_ for type_, words in _KNOWN.items() for word in words}
+    known = KeywordDictionary(tuple(Keyword(word, type_) for word, type_ in type_of.items()))
     counts = _count_each(titles, lambda title: (match.keyword for match in known.match(title)))
     for type_ in _KNOWN:
         yield type_, Counter({keyword.text: n for keyword, n in counts.items() if keyword.type is type_})
