@@ -21,7 +21,7 @@ from genretrieval.semantic_ids import SemanticIds
 from genretrieval_pipelines.embed import item_texts
 from genretrieval_pipelines.evaluate import Reads
 from genretrieval_pipelines.queries import has_queries, train_query_tokenizer
-from genretrieval_pipelines.recipe import Recipe
+from genretrieval_pipelines.recipe import Recipe, SupervisedStage
 from genretrieval_pipelines.shop import Shop
 
 
@@ -135,7 +135,8 @@ def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
     """What the model reads of a request: the behaviours, profile columns and words of this shop."""
     sizes = recipe.generator
     tokenizer: Tokenizer | None = None
-    if has_queries(shop.histories) or len(shop.pairs):
+    made = any(isinstance(stage, SupervisedStage) and stage.made_queries for stage in recipe.stages)
+    if has_queries(shop.histories) or len(shop.pairs) or made:
         corpus = [
             *item_texts(shop.items),
             *shop.histories.queries,

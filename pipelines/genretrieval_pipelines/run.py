@@ -68,7 +68,14 @@ NOT_MEASURED = (
 
 
 def run(
-    recipe: Recipe, data: Path, output: Path, work: Path, *, open_backend: OpenBackend, console: Console
+    recipe: Recipe,
+    data: Path,
+    output: Path,
+    work: Path,
+    *,
+    open_backend: OpenBackend,
+    console: Console,
+    evaluate: bool = True,
 ) -> dict[str, Figure]:
     """Run `recipe` on the logs in `data` and write a bundle to `output`.
 
@@ -79,6 +86,7 @@ def run(
         work: folder of intermediate results; give the same one again to resume.
         open_backend: opens an exported graph.
         console: progress and tables.
+        evaluate: measure the bundle beside its baselines; without it nothing is known of its quality.
 
     Returns:
         Figures of the validation table; under torchrun, nothing in all processes but the first.
@@ -114,7 +122,7 @@ def run(
             retriever = Retriever(draft, open_backend(folder / GRAPH))
             asked = partial(_ask, retriever.retrieve, shop, recipe, tokenized.ids, console)
             quality = None
-            if len(shop.cases("validation")):
+            if evaluate and len(shop.cases("validation")):
                 quality = evaluation.report(
                     asked, "validation", seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width
                 )
