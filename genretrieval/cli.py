@@ -354,6 +354,12 @@ def serve(
         bool,
         typer.Option(help="Require API keys, also while the admin store has none; once it has, they are required."),
     ] = False,
+    admin_notify: Annotated[
+        bool, typer.Option(help="Let PostgreSQL tell servers of changes; without, they are found a little later.")
+    ] = True,
+    allow_unbound: Annotated[
+        bool, typer.Option(help="Leave out bindings and rules that cannot hold on the bundle instead of refusing it.")
+    ] = False,
 ) -> None:
     """Serve a bundle by gRPC and REST until SIGTERM."""
     with _extra("serve"):
@@ -374,6 +380,8 @@ def serve(
         auth=auth,
         admin_port=admin_port,
         admin_store=admin_store,
+        notify=admin_notify,
+        allow_unbound=allow_unbound,
     )
 
 

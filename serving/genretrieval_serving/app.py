@@ -17,15 +17,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from genretrieval.bundle import GRAPH, load_bundle
-from genretrieval.catalogue import reserved_paths
-from genretrieval.errors import InvalidInputError, UnavailableError
+from genretrieval.errors import InvalidInputError
 from genretrieval.masks import MASK_ROWS
-from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval.retrieval import Retriever
 from genretrieval_serving import grpc_server, rest
 from genretrieval_serving.admin import api
 from genretrieval_serving.admin.auth import Authenticator
-from genretrieval_serving.admin.resources import Kind, Resource, SlotRef
+from genretrieval_serving.admin.live import Live, preferred_levels, reserved_slots
+from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.engine import Device, Engine, OnnxBackend
 from genretrieval_serving.observability import Metrics, configure_logging
@@ -50,6 +49,9 @@ class Settings:
         insecure: allow a `host` that others can reach, although retrieval needs no API key.
         auth: calls need an API key.
         admin_port: port of the admin API; 0 takes a free one, None is without it.
+        listen: URL of the PostgreSQL database whose notifications say that admin state has changed; without, it is
+            found by asking four times a second.
+        allow_unbound: serve also where bindings or rules cannot hold on the bundle, and leave those out.
 
     Raises:
         InvalidInputError: the settings contradict each other, or expose the server without `auth` or `insecure`.
@@ -66,6 +68,8 @@ class Settings:
     insecure: bool = False
     auth: bool = False
     admin_port: int | None = None
+    listen: str | None = None
+    allow_unbound: bool = False
 
     def __post_init__(self) -> None:
         """Refuse rather than adjust."""
@@ -171,13 +175,15 @@ class Server:
         """
         self.settings = settings
         self._open_retriever, self._store = open_retriever, store
+        self._live = Live()
+        self._replica: Replica | None = None
         self.service = RetrievalService(Metrics(), settings.max_batch)
         self.auth = Authenticator(store, always=settings.auth)
         self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=settings.quiet)
         app = rest.create_app(self.service, self.auth, quiet=settings.quiet)
         self._http = [_Http(app, settings.http_port, settings.drain_seconds)]
         if store is not None and settings.admin_port is not None:
-            app = api.create_app(store, self._attempt, self.auth, self.service.metrics, quiet=settings.quiet)
+            app = api.create_app(store, self._live, self.auth, self.service.metrics, quiet=settings.quiet)
             self._http.append(_Http(app, settings.admin_port, settings.drain_seconds))
         self.http_url = ""
         self.grpc_url = ""
@@ -216,13 +222,22 @@ class Server:
         )
         await engine.start()
         if self._store is not None:
-            await asyncio.to_thread(self._store.sync_slots, _reserved(retriever))
-        self.service.open(engine)
+            self._replica = await self._follow(self._store, retriever)
+            self._live.open(engine, self._replica)
+        self.service.open(engine, self._replica)
         await grpc_server.set_health(self._health, serving=True)
         addresses = {"http": self.http_url, "grpc": self.grpc_url} | (
             {"admin": self.admin_url} if self.admin_url else {}
         )
         log.info("ready", **addresses, bundle_version=retriever.bundle.manifest.version, auth=self.auth.required)
+
+    async def _follow(self, store: SqlStore, retriever: Retriever) -> Replica:
+        """Tell the store which slots the bundle has, then take over what is bound."""
+        await asyncio.to_thread(store.sync_slots, reserved_slots(retriever), preferred_levels(retriever))
+        slots = retriever.bundle.manifest.reserved_slots
+        replica = Replica(store, retriever.catalogue, slots, self.service.metrics, listen=self.settings.listen)
+        await replica.start(allow_unbound=self.settings.allow_unbound)
+        return replica
 
     async def stop(self) -> None:
         """Stop being ready, stop listening, finish what was accepted."""
@@ -241,20 +256,9 @@ class Server:
             await http.stop()
         if loaded:
             await self.service.engine.stop(max(0.0, latest - loop.time()))
+        if self._replica is not None:
+            await self._replica.stop()
         log.info("stopped")
-
-    async def _attempt(
-        self, kind: Kind, resource: Resource, request: RetrieveRequest
-    ) -> tuple[RetrieveResponse, RetrieveResponse]:
-        """Answers without a resource and with it, as `:test` shows them."""
-        raise UnavailableError("no resource can be tested yet")
-
-
-def _reserved(retriever: Retriever) -> list[SlotRef]:
-    """The slots that a bundle keeps for bindings."""
-    manifest = retriever.bundle.manifest
-    paths = reserved_paths(manifest.codebook_sizes, manifest.reserved_slots)
-    return [SlotRef(level=int(path.argmax()), code=int(path.max())) for path in paths]
 
 
 def _bracketed(host: str) -> str:
@@ -319,6 +323,8 @@ def serve(
     auth: bool = False,
     admin_port: int = 8082,
     admin_store: str | None = None,
+    notify: bool = True,
+    allow_unbound: bool = False,
 ) -> None:
     """Serve a bundle until SIGTERM or SIGINT; returns when all accepted requests are answered.
 
@@ -339,6 +345,8 @@ def serve(
         auth: require API keys also while the store has none; with one it has had, they are required anyway.
         admin_port: as `http_port`; not opened without `admin_store`.
         admin_store: where admin state and API keys are kept, see `SqlStore.open`; by default there is no admin API.
+        notify: let PostgreSQL tell servers of changes, which they find a little later without.
+        allow_unbound: leave out bindings and rules that cannot hold on the bundle, instead of refusing to serve it.
 
     Raises:
         BundleError: the bundle cannot be served.
@@ -347,9 +355,22 @@ def serve(
     """
 
     def settings(*, admin: bool, keys: bool) -> Settings:
-        port = admin_port if admin else None
-        limits = (max_queue, max_batch, drain_delay, drain_seconds)
-        return Settings(host, http_port, grpc_port, *limits, quiet, insecure, keys, port)
+        hears = admin_store if admin_store and notify and admin_store.startswith("postgresql") else None
+        return Settings(
+            host,
+            http_port,
+            grpc_port,
+            max_queue,
+            max_batch,
+            drain_delay,
+            drain_seconds,
+            quiet,
+            insecure,
+            auth=keys,
+            admin_port=admin_port if admin else None,
+            listen=hears,
+            allow_unbound=allow_unbound,
+        )
 
     def open_retriever() -> Retriever:
         opened = load_bundle(bundle)
@@ -360,6 +381,6 @@ def serve(
         chosen = settings(admin=False, keys=auth)
         run_forever(lambda: Server(open_retriever, chosen))
         return
-    with closing(SqlStore.open(admin_store)) as store:
+    with closing(SqlStore.open(admin_store, notify=notify)) as store:
         chosen = settings(admin=True, keys=auth or bool(store.list_keys()))
         run_forever(lambda: Server(open_retriever, chosen, store))

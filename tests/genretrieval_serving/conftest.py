@@ -20,7 +20,9 @@ import pytest
 import uvloop
 from numpy.typing import NDArray
 
-from genretrieval.bundle import CATALOGUE, GRAPH, Bundle, Manifest, load_bundle, write_bundle
+from genretrieval.bundle import CATALOGUE, GRAPH, KEYWORDS, Bundle, Manifest, load_bundle, write_bundle
+from genretrieval.keyword_codebook import KeywordCodebook
+from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Leaves, Retriever
 from genretrieval_serving.admin.sql import SqlStore
@@ -79,15 +81,15 @@ def catalogue_table() -> pl.DataFrame:
     )
 
 
-@pytest.fixture(scope="session")
-def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "shop"
+def save_bundle(path: Path, keywords: KeywordCodebook | None = None) -> Path:
+    """Write the bundle; with `keywords` its first level is theirs."""
     manifest = Manifest(
         uuid="5f0c4f86-7f3e-4a3b-9a53-0d6f5b3c1d2e",
         created=datetime(2026, 1, 2, tzinfo=UTC),
         genretrieval_version="0.1.0",
         n_items=N_ITEMS,
         codebook_sizes=(8, 8, 8),
+        reserved_slots=(*keywords.reserved, 0, 0) if keywords else (),
         opset=18,
         minimum_onnxruntime="1.20",
         graph_inputs=GRAPH_INPUTS,
@@ -101,7 +103,27 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with write_bundle(path, manifest) as folder:
         catalogue_table().write_parquet(folder / CATALOGUE)
         onnx.save(onnx.parser.parse_model(MODEL), folder / GRAPH)
+        if keywords:
+            keywords.save(folder / KEYWORDS)
     return path
+
+
+@pytest.fixture(scope="session")
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bundle(tmp_path_factory.mktemp("bundles") / "shop")
+
+
+@pytest.fixture(scope="session")
+def keyword_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shop with three slots for bindings."""
+    dictionary = KeywordDictionary(tuple(Keyword(brand, AttributeType.BRAND) for brand in ("acme", "umbra")))
+    codebook = KeywordCodebook(dictionary, ((AttributeType.BRAND,),), np.asarray([1, 2], np.int32), (8,), (3,))
+    return save_bundle(tmp_path_factory.mktemp("bundles") / "keyword-shop", codebook)
+
+
+@pytest.fixture(scope="session")
+def keyword_bundle(keyword_bundle_path: Path) -> Bundle:
+    return load_bundle(keyword_bundle_path)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ is refused by ``If-Match`` where somebody else was first. What blocks runs in th
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Protocol
 
@@ -23,7 +23,7 @@ from genretrieval.errors import (
     RequestError,
     UnavailableError,
 )
-from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval.request import RetrieveRequest
 from genretrieval_serving.admin import transfer
 from genretrieval_serving.admin.auth import Authenticator
 from genretrieval_serving.admin.messages import (
@@ -50,7 +50,16 @@ from genretrieval_serving.admin.messages import (
     patch_model,
     patched,
 )
-from genretrieval_serving.admin.resources import Binding, Keyword, KeywordFields, Kind, Resource, ResourceId, Scope
+from genretrieval_serving.admin.resources import (
+    Binding,
+    Fields,
+    Keyword,
+    KeywordFields,
+    Kind,
+    Resource,
+    ResourceId,
+    Scope,
+)
 from genretrieval_serving.admin.store import Call, Create, Delete, Operation, Store, Undelete, Update
 from genretrieval_serving.admin.transfer import FileFormat
 from genretrieval_serving.observability import Metrics
@@ -89,7 +98,20 @@ class AdminStore(Store, Protocol):
         ...
 
 
-Try = Callable[[Kind, Resource, RetrieveRequest], Awaitable[tuple[RetrieveResponse, RetrieveResponse]]]
+class Serving(Protocol):
+    """What the API needs of the server that it runs in; see `genretrieval_serving.admin.live.Live`."""
+
+    def validate(self, fields: Fields) -> None:
+        """Refuse what could not be applied."""
+        ...
+
+    def changed(self) -> None:
+        """Bring a change of the store into force here."""
+        ...
+
+    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> Tested:
+        """What a request returns without a resource and with it."""
+        ...
 
 
 class _IdConvertor(Convertor[str]):
@@ -179,8 +201,71 @@ def _body(**schemas: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+class _Writer:
+    """Makes the changes of one call: each is checked against what is served, then all are one transaction."""
+
+    def __init__(self, request: Request, response: Response, call: Annotated[Call, Depends(_call)]) -> None:
+        self.store: AdminStore = request.app.state.store
+        self._serving: Serving = request.app.state.serving
+        self._headers, self._call = response.headers, call
+
+    def creation(self, kind: Kind, new: NewResource) -> Operation:
+        return Create(kind, id_of(kind, new), self._checked(fields_of(kind, new)))
+
+    def update(self, kind: Kind, id_: str, change: Callable[[Resource], Fields], etag: str | None = None) -> Operation:
+        return Update(kind, id_, lambda before: self._checked(change(before)), etag)
+
+    def patch(self, kind: Kind, id_: str, patch: dict[str, Any], etag: str | None) -> Operation:
+        return self.update(kind, id_, lambda before: patched(kind, before, patch), etag)
+
+    def binding(self, id_: str, binding: Binding | None, etag: str | None) -> Operation:
+        def rebound(before: Resource) -> KeywordFields:
+            assert isinstance(before, Keyword)
+            return KeywordFields(text=before.text, type=before.type, binding=binding, note=before.note)
+
+        return self.update(Kind.KEYWORDS, id_, rebound, etag)
+
+    def one_of_batch(self, kind: Kind, operation: Any) -> Operation:
+        match operation:
+            case UpdateOperation():
+                return self.patch(kind, operation.id, operation.patch, operation.etag)
+            case DeleteOperation():
+                return Delete(kind, operation.id, operation.etag)
+            case UndeleteOperation():
+                return Undelete(kind, operation.id)
+            case _:
+                return self.creation(kind, operation.resource)
+
+    def importing(self, kind: Kind, old: Resource | None, new: NewResource) -> list[Operation]:
+        """What makes a resource what a file says it is."""
+        if old is None:
+            return [self.creation(kind, new)]
+        fields = fields_of(kind, new)
+        back: list[Operation] = [Undelete(kind, old.id)] if old.deleted_at else []
+        return back if fields_of(kind, old) == fields else [*back, self.update(kind, old.id, lambda _: fields)]
+
+    def one(self, operation: Operation) -> Resource:
+        """Do one operation; the resource as it is then, its etag in a header."""
+        resource: Resource = self.all([operation]).resources[0]
+        self._headers["ETag"] = f'"{resource.etag}"'
+        return resource
+
+    def all(self, operations: Sequence[Operation]) -> Changed[Any]:
+        """Do all operations, or none; the revision in a header, once it is in force here."""
+        resources = self.store.apply(self._call, operations)
+        revision = resources[-1].revision if resources else self.store.revision()
+        if not self._call.validate_only:
+            self._serving.changed()
+            self._headers["X-Revision"] = str(revision)
+        return Changed[Any].model_construct(revision=revision, resources=resources)
+
+    def _checked(self, fields: Fields) -> Fields:
+        self._serving.validate(fields)
+        return fields
+
+
 InStore = Annotated[AdminStore, Depends(_store)]
-AsCall = Annotated[Call, Depends(_call)]
+Writer = Annotated[_Writer, Depends()]
 IfMatch = Annotated[str | None, Depends(_if_match)]
 PageSize = Annotated[int, Query(ge=0, description=f"0 is the default; more than {MAX_PAGE} are {MAX_PAGE}.")]
 PageToken = Annotated[str, Query(max_length=2048, description="The `next_page_token` of the page before.")]
@@ -190,65 +275,6 @@ Content = Annotated[tuple[bytes, FileFormat], Depends(_content)]
 
 def _size(asked: int) -> int:
     return min(asked or 100, MAX_PAGE)
-
-
-def _answer(response: Response, call: Call | None, resource: Resource) -> Resource:
-    """The resource, with its etag and, after a change, the revision in headers."""
-    response.headers["ETag"] = f'"{resource.etag}"'
-    if call is not None and not call.validate_only:
-        response.headers["X-Revision"] = str(resource.revision)
-    return resource
-
-
-def _apply_one(store: AdminStore, response: Response, call: Call, operation: Operation) -> Resource:
-    return _answer(response, call, store.apply(call, [operation])[0])
-
-
-def _apply_all(store: AdminStore, response: Response, call: Call, operations: Sequence[Operation]) -> dict[str, Any]:
-    """The fields of `Changed`."""
-    resources = store.apply(call, operations)
-    revision = resources[-1].revision if resources else store.revision()
-    if not call.validate_only:
-        response.headers["X-Revision"] = str(revision)
-    return {"revision": revision, "resources": resources}
-
-
-def _creation(kind: Kind, new: Any) -> Create:
-    return Create(kind, id_of(kind, new), fields_of(kind, new))
-
-
-def _update(kind: Kind, id_: str, patch: dict[str, Any], etag: str | None) -> Update:
-    return Update(kind, id_, lambda before: patched(kind, before, patch), etag)
-
-
-def _rebinding(id_: str, binding: Binding | None, etag: str | None) -> Update:
-    def rebound(before: Resource) -> KeywordFields:
-        assert isinstance(before, Keyword)
-        return KeywordFields.model_construct(**dict(fields_of(Kind.KEYWORDS, before)) | {"binding": binding})
-
-    return Update(Kind.KEYWORDS, id_, rebound, etag)
-
-
-def _operation(kind: Kind, operation: Any) -> Operation:
-    match operation:
-        case UpdateOperation():
-            return _update(kind, operation.id, operation.patch, operation.etag)
-        case DeleteOperation():
-            return Delete(kind, operation.id, operation.etag)
-        case UndeleteOperation():
-            return Undelete(kind, operation.id)
-        case _:
-            return _creation(kind, operation.resource)
-
-
-def _importing(kind: Kind, before: dict[str, Resource], new: NewResource) -> list[Operation]:
-    """What makes a resource what a file says it is."""
-    id_, fields = id_of(kind, new), fields_of(kind, new)
-    old = before.get(id_)
-    if old is None:
-        return [Create(kind, id_, fields)]
-    back: list[Operation] = [Undelete(kind, id_)] if old.deleted_at else []
-    return back if fields_of(kind, old) == fields else [*back, Update(kind, id_, lambda _: fields)]
 
 
 def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
@@ -270,7 +296,9 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
     @reads.get(one, operation_id=f"{kind}.get", response_model=Stored)
     def get(id: ResourceId, store: InStore, response: Response) -> Any:
         """One resource, deleted or not."""
-        return _answer(response, None, store.get(kind, id))
+        resource = store.get(kind, id)
+        response.headers["ETag"] = f'"{resource.etag}"'
+        return resource
 
     @reads.get(
         f"{all_}:export",
@@ -287,17 +315,16 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
     @reads.post(f"{all_}:test", operation_id=f"{kind}.test")
     async def test(trial: Trial[New], request: Request) -> Tested:  # type: ignore[valid-type]
         """What a request returns without a resource and with it; nothing is stored."""
-        attempt: Try = request.app.state.attempt
+        serving: Serving = request.app.state.serving
         now = datetime.now(UTC)
         added = {"id": id_of(kind, trial.resource), "etag": "", "revision": 0, "created_at": now, "updated_at": now}
         resource = Stored.model_validate({**dict(fields_of(kind, trial.resource)), **added})
-        before, after = await attempt(kind, resource, trial.request)
-        return Tested(before=before, after=after)
+        return await serving.test(kind, resource, trial.request)
 
     @writes.post(all_, operation_id=f"{kind}.create", response_model=Stored, status_code=201)
-    def create(new: New, store: InStore, call: AsCall, response: Response) -> Any:  # type: ignore[valid-type]
+    def create(new: New, writer: Writer) -> Any:  # type: ignore[valid-type]
         """A new resource."""
-        return _apply_one(store, response, call, _creation(kind, new))
+        return writer.one(writer.creation(kind, new))
 
     @writes.patch(
         one,
@@ -305,49 +332,45 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         response_model=Stored,
         openapi_extra=_body(**{MERGE_PATCH: patch_schema, "application/json": patch_schema}),
     )
-    def patch(id: ResourceId, patch: Patch, store: InStore, call: AsCall, etag: IfMatch, response: Response) -> Any:
+    def patch(id: ResourceId, patch: Patch, writer: Writer, etag: IfMatch) -> Any:
         """Change some fields, by a merge patch (RFC 7396): null takes a field away, objects are merged."""
-        return _apply_one(store, response, call, _update(kind, id, patch, etag))
+        return writer.one(writer.patch(kind, id, patch, etag))
 
     @writes.delete(one, operation_id=f"{kind}.delete", response_model=Stored)
-    def delete(id: ResourceId, store: InStore, call: AsCall, etag: IfMatch, response: Response) -> Any:
+    def delete(id: ResourceId, writer: Writer, etag: IfMatch) -> Any:
         """Delete; `:undelete` brings it back."""
-        return _apply_one(store, response, call, Delete(kind, id, etag))
+        return writer.one(Delete(kind, id, etag))
 
     @writes.post(f"{one}:undelete", operation_id=f"{kind}.undelete", response_model=Stored)
-    def undelete(id: ResourceId, store: InStore, call: AsCall, response: Response) -> Any:
+    def undelete(id: ResourceId, writer: Writer) -> Any:
         """Bring a deleted resource back as it was."""
-        return _apply_one(store, response, call, Undelete(kind, id))
+        return writer.one(Undelete(kind, id))
 
     @writes.post(f"{all_}:batch", operation_id=f"{kind}.batch", response_model=Changed[Stored])  # type: ignore[valid-type]
-    def batch(batch: Batch[New], store: InStore, call: AsCall, response: Response) -> Any:  # type: ignore[valid-type]
+    def batch(batch: Batch[New], writer: Writer) -> Any:  # type: ignore[valid-type]
         """Several operations, all or none, with one revision."""
-        return _apply_all(store, response, call, [_operation(kind, operation) for operation in batch.operations])
+        return writer.all([writer.one_of_batch(kind, operation) for operation in batch.operations])
 
     @writes.post(
         f"{all_}:import",
         operation_id=f"{kind}.import",
         openapi_extra=_body(**{media: {"type": "string"} for media in _MEDIA.values()}),
     )
-    def import_(content: Content, store: InStore, call: AsCall, response: Response) -> Imported:
+    def import_(content: Content, writer: Writer) -> Imported:
         """Create or overwrite what the file has, all or nothing; what it does not have stays as it is."""
         rows = transfer.read(kind, *content)
         if twice := [id_ for id_, n in Counter(id_of(kind, row) for row in rows).items() if n > 1]:
             raise RequestError(
                 f"{', '.join(twice)}: more than once in the file; give each an id of its own, or drop it"
             )
-        before = {resource.id: resource for kind_, resource in store.changes(0).resources if kind_ is kind}
-        operations = [operation for row in rows for operation in _importing(kind, before, row)]
-        changed = _apply_all(store, response, call, operations)
+        old = {resource.id: resource for kind_, resource in writer.store.changes(0).resources if kind_ is kind}
+        operations = [o for row in rows for o in writer.importing(kind, old.get(id_of(kind, row)), row)]
+        changed = writer.all(operations)
         # Counted in the answer: of a repeated call it is the first one's.
-        after = {resource.id: resource for resource in changed["resources"]}
+        after = {resource.id: resource for resource in changed.resources}
         created = sum(resource.created_at == resource.updated_at for resource in after.values())
-        return Imported(
-            revision=changed["revision"],
-            created=created,
-            updated=len(after) - created,
-            unchanged=len(rows) - len(after),
-        )
+        unchanged = len(rows) - len(after)
+        return Imported(revision=changed.revision, created=created, updated=len(after) - created, unchanged=unchanged)
 
     return reads, writes
 
@@ -356,21 +379,16 @@ _reads = guarded_router(Scope.ADMIN_READ, _READ_ERRORS)
 _writes = guarded_router(Scope.ADMIN_WRITE, _WRITE_ERRORS)
 
 
-@_writes.post("/v1/keywords/{id:resource}:bind", operation_id="keywords.bind")
-def bind(id: ResourceId, binding: Binding, store: InStore, call: AsCall, etag: IfMatch, response: Response) -> Keyword:
+@_writes.post("/v1/keywords/{id:resource}:bind", operation_id="keywords.bind", response_model=Keyword)
+def bind(id: ResourceId, binding: Binding, writer: Writer, etag: IfMatch) -> Any:
     """Bind a keyword to items, in place of those it was bound to."""
-    return _keyword(_apply_one(store, response, call, _rebinding(id, binding, etag)))
+    return writer.one(writer.binding(id, binding, etag))
 
 
-@_writes.post("/v1/keywords/{id:resource}:unbind", operation_id="keywords.unbind")
-def unbind(id: ResourceId, store: InStore, call: AsCall, etag: IfMatch, response: Response) -> Keyword:
+@_writes.post("/v1/keywords/{id:resource}:unbind", operation_id="keywords.unbind", response_model=Keyword)
+def unbind(id: ResourceId, writer: Writer, etag: IfMatch) -> Any:
     """Give the keyword's slot back."""
-    return _keyword(_apply_one(store, response, call, _rebinding(id, None, etag)))
-
-
-def _keyword(resource: Resource) -> Keyword:
-    assert isinstance(resource, Keyword)
-    return resource
+    return writer.one(writer.binding(id, None, etag))
 
 
 @_reads.get("/v1/slots", operation_id="slots.get")
@@ -426,19 +444,19 @@ _ROUTERS = (*(router for kind in Kind for router in _collection(kind)), _reads, 
 
 
 def create_app(
-    store: AdminStore, attempt: Try, auth: Authenticator, metrics: Metrics, *, quiet: bool = False
+    store: AdminStore, serving: Serving, auth: Authenticator, metrics: Metrics, *, quiet: bool = False
 ) -> FastAPI:
     """The admin application.
 
     Args:
         store: where admin state is kept.
-        attempt: answers a request without a resource and with it.
+        serving: the server that it runs in.
         auth: who may call.
         metrics: of the server.
         quiet: no log line for every call.
     """
     app = _application()
-    app.state.store, app.state.attempt = store, attempt
+    app.state.store, app.state.serving = store, serving
     return open_application(app, auth, metrics, transport="admin", quiet=quiet)
 
 

@@ -209,6 +209,7 @@ class Tested(_Message):
 
     before: RetrieveResponse
     after: RetrieveResponse
+    missing_ids: list[str] = Field(description="Items that the resource names and the catalogue does not have.")
 
 
 class LevelSlots(_Message):
