@@ -394,7 +394,9 @@ class FittedRankingModel:
             rows = slice(start, start + _REQUESTS_AT_ONCE)
             requests = self.requests(histories, starts_B[rows], ends_B[rows], queries[rows])
             items = torch.from_numpy(items_BK[rows].astype(np.int64)).to(self.model.codes.device)
-            scores = self.model.score(requests, items)
+            # A reward is judged in float32, also within the autocast of a policy's training step.
+            with torch.autocast(items.device.type, enabled=False):
+                scores = self.model.score(requests, items)
             relevance_BK[rows] = scores.relevance_BK.cpu().numpy()
             probabilities_BKM[rows] = scores.probabilities_BKM.cpu().numpy()
         return relevance_BK, probabilities_BKM

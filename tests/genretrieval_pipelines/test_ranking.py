@@ -349,6 +349,18 @@ def test_an_item_that_nobody_met_is_scored(made: Made, fitted: ranking.FittedRan
     assert (np.diff(probabilities, axis=2) <= 0).all()
 
 
+def test_a_score_is_the_same_within_the_autocast_of_a_training_step(
+    made: Made, fitted: ranking.FittedRankingModel
+) -> None:
+    e = made.examples
+    items = np.arange(12, dtype=np.int32)[None]
+    plain = fitted.score(made.shop.histories, e.starts[:1], e.ends[:1], [None], items)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = fitted.score(made.shop.histories, e.starts[:1], e.ends[:1], [None], items)
+    for one, other in zip(plain, inside, strict=True):
+        assert np.array_equal(one, other)
+
+
 def test_a_query_and_a_history_change_scores(made: Made, fitted: ranking.FittedRankingModel) -> None:
     e, h = made.examples, made.shop.histories
     row = e.of_split("validation")[:1]
