@@ -157,9 +157,9 @@ def ablate(
 
 def _train(recipe: Recipe, seed: int, shop: Shop, work: Path) -> tuple[Trained, Draft]:
     recipe = recipe.model_copy(update={"training": replace(recipe.training, seed=seed)})
-    ids = tokenize(recipe, shop, work).ids
-    draft = draft_bundle(recipe, shop, ids, request_features(recipe, shop))
-    trained = train_generator(stage_inputs(recipe, shop, ids, draft, work, Console(quiet=True)))
+    tokenized = tokenize(recipe, shop, work)
+    draft = draft_bundle(recipe, shop, tokenized.ids, request_features(recipe, shop, tokenized.keywords))
+    trained = train_generator(stage_inputs(recipe, shop, tokenized.ids, draft, work, Console(quiet=True)))
     return trained, trained.draft(draft)
 
 

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from genretrieval.bundle import CODEBOOKS
 from genretrieval.errors import DataError, GenRetrievalError, InvalidInputError, UnavailableError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import named_graph
@@ -273,7 +272,7 @@ def measure_cell(grid: Grid, split: Split, name: str, seed: int) -> Measured:
     """Train the generator of a cell and measure it; both are kept."""
     shop = grid.shop()
     folder = grid.folder(name, seed, shop)
-    ids, recipe = open_published(folder).ids, grid.recipe
+    recipe = grid.recipe
     training = recipe.cell(name, seed).training
     key = content_hash(
         _CELL_VERSION,
@@ -287,7 +286,7 @@ def measure_cell(grid: Grid, split: Split, name: str, seed: int) -> Measured:
     )
     kept = grid.work / f"cell-{key}.json"
     if not kept.exists():
-        figures = _measure(grid, shop, Tokenized(ids, folder / CODEBOOKS, ""), name, seed, split)
+        figures = _measure(grid, shop, Tokenized.read(folder), name, seed, split)
         unfinished = kept.with_suffix(".partial")
         unfinished.write_text(json.dumps({"tokenizer": name, "seed": seed, "split": split, **figures}), "utf-8")
         unfinished.replace(kept)
@@ -306,7 +305,7 @@ def measured_cases(recipe: ComparisonRecipe, shop: Shop, split: Split) -> Cases:
 
 def _measure(grid: Grid, shop: Shop, tokenized: Tokenized, name: str, seed: int, split: Split) -> dict[str, float]:
     recipe, quiet = grid.recipe.cell(name, seed), Console(quiet=True)
-    draft = draft_bundle(recipe, shop, tokenized.ids, request_features(recipe, shop))
+    draft = draft_bundle(recipe, shop, tokenized.ids, request_features(recipe, shop, tokenized.keywords))
     trained = train_generator(stage_inputs(recipe, shop, tokenized.ids, draft, grid.work, quiet))
     cases = measured_cases(grid.recipe, shop, split)
     retriever = Retriever(trained.draft(draft), GraphBackend(named_graph(trained.generator)))

@@ -16,6 +16,7 @@ from genretrieval.export import MINIMUM_ONNXRUNTIME, OPSET
 from genretrieval.export.onnx import named_graph
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import LeaveOneOut
+from genretrieval.keyword_codebook import KeywordCodebook
 from genretrieval.model import Generator
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval_pipelines.embed import item_texts
@@ -113,6 +114,7 @@ def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
         genretrieval_version=__version__,
         n_items=ids.n_items,
         codebook_sizes=ids.codebook_sizes,
+        reserved_slots=_reserved_slots(features.keywords, ids.n_levels),
         leaf_cap=recipe.collisions.cap,
         opset=OPSET,
         minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
@@ -131,8 +133,19 @@ def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
     return Draft(manifest, features, table)
 
 
-def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
-    """What the model reads of a request: the behaviours, profile columns and words of this shop."""
+def _reserved_slots(keywords: KeywordCodebook | None, n_levels: int) -> tuple[int, ...]:
+    """Of each level; the levels behind the keyword slots have none."""
+    return (*keywords.reserved, *[0] * (n_levels - keywords.n_groups)) if keywords else ()
+
+
+def request_features(recipe: Recipe, shop: Shop, keywords: KeywordCodebook | None = None) -> RequestFeatures:
+    """What the model reads of a request: the behaviours, profile columns and words of this shop.
+
+    Args:
+        recipe: sizes.
+        shop: the data.
+        keywords: slots of words, where semantic IDs begin with them (`Tokenized.keywords`).
+    """
     sizes = recipe.generator
     tokenizer: Tokenizer | None = None
     made = any(isinstance(stage, SupervisedStage) and stage.made_queries for stage in recipe.stages)
@@ -151,6 +164,7 @@ def request_features(recipe: Recipe, shop: Shop) -> RequestFeatures:
         query_tokenizer=tokenizer.to_str() if tokenizer else "",
         max_query_tokens=sizes.max_query_tokens,
         scenarios=shop.histories.scenario_names if sizes.scenario else (),
+        keywords=keywords,
     )
 
 

@@ -28,6 +28,7 @@ from genretrieval.bundle import (
     CONFIG,
     GRAPH,
     ITEM_VECTORS,
+    KEYWORDS,
     METRICS,
     MODEL_CARD,
     QUERY_TOKENIZER,
@@ -101,7 +102,7 @@ def run(
         with stage(console, "embedding and tokenizing the catalogue"):
             tokenized = tokenize(recipe, shop, work)
         with stage(console, "preparing requests"):
-            features = request_features(recipe, shop)
+            features = request_features(recipe, shop, tokenized.keywords)
     if processes.is_main_process:
         console.print(tokenized.report, style="dim", highlight=False, markup=False)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
@@ -191,6 +192,8 @@ def _fill_bundle(
         np.save(folder / ITEM_VECTORS, draft.vectors, allow_pickle=False)
     if features.query_tokenizer:
         (folder / QUERY_TOKENIZER).write_text(features.query_tokenizer, "utf-8")
+    if features.keywords is not None:
+        features.keywords.save(folder / KEYWORDS)
     run_record = {"recipe": recipe.dump(), "data": str(data), "work": str(work)}
     (folder / CONFIG).write_text(yaml.safe_dump(run_record, sort_keys=False), "utf-8")
     if quality:

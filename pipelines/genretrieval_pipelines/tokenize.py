@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,19 +18,29 @@ from rich.progress import Progress
 from genretrieval.bundle import CODEBOOKS
 from genretrieval.errors import DataError
 from genretrieval.histories import NO_QUERY, LeaveOneOut
+from genretrieval.keyword_codebook import EMPTY, KeywordCodebook
 from genretrieval.keywords import KeywordDictionary
-from genretrieval.semantic_ids import SemanticIds
+from genretrieval.semantic_ids import Codes, SemanticIds
 from genretrieval_pipelines.embed import EmbeddingPart, FittedEmbedding
 from genretrieval_pipelines.embed.fitted import EMBEDDING
-from genretrieval_pipelines.embed.keywords import mined_columns
+from genretrieval_pipelines.embed.keywords import item_fields, mined_columns
+from genretrieval_pipelines.embed.parts import catalogue_keywords
 from genretrieval_pipelines.recipe import Recipe, content_hash
 from genretrieval_pipelines.shop import Shop
-from genretrieval_tokenizers.collisions import CollisionConfig
-from genretrieval_tokenizers.family import Pairs, TokenizerConfig, fit_tokenizer, load_tokenizer, needs_pairs
+from genretrieval_tokenizers.collisions import CollisionConfig, Costs
+from genretrieval_tokenizers.family import (
+    Pairs,
+    TokenizerConfig,
+    fit_tokenizer,
+    load_codebooks,
+    load_tokenizer,
+    needs_pairs,
+)
+from genretrieval_tokenizers.keyword_aligned import Fields, KeywordAligned, KeywordAlignedConfig
 from genretrieval_tokenizers.publish import (
     PUBLISHED,
     Published,
-    append,
+    append_encoded,
     check_unpublished,
     open_published,
     publish_codes,
@@ -55,11 +66,26 @@ _AFTER_REASSIGNING = "collisions are counted after last codes were reassigned"
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The catalogue's semantic IDs, the tokenizer that gave them, and how good they are (Markdown)."""
+    """The catalogue's semantic IDs, and what gave them.
+
+    Attributes:
+        ids: of the items, in row order.
+        codebooks: file of the tokenizer.
+        report: how good they are, as Markdown.
+        keywords: slots of words, where the IDs begin with them.
+    """
 
     ids: SemanticIds
     codebooks: Path
     report: str
+    keywords: KeywordCodebook | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Tokenized:
+        """What `publish_shop` published."""
+        tokenizer = load_codebooks(folder / CODEBOOKS)
+        keywords = tokenizer.keywords if isinstance(tokenizer, KeywordAligned) else None
+        return cls(open_published(folder).ids, folder / CODEBOOKS, read_report(folder).to_markdown(), keywords)
 
 
 def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
@@ -69,7 +95,7 @@ def tokenize(recipe: Recipe, shop: Shop, work: Path) -> Tokenized:
     folder = work / tokenizer_folder(recipe.tokenizer, recipe.collisions, x_ND, shop, recipe.embedding)
     if not (folder / REPORT).exists():
         _publish(folder, inputs, recipe.collisions, shop)
-    return Tokenized(open_published(folder).ids, folder / CODEBOOKS, read_report(folder).to_markdown())
+    return Tokenized.read(folder)
 
 
 def embed_shop(parts: Sequence[EmbeddingPart], shop: Shop, work: Path) -> NDArray[np.float32]:
@@ -102,10 +128,12 @@ def fit_embedding(parts: Sequence[EmbeddingPart], shop: Shop, work: Path) -> tup
 
 def given_keywords(parts: Sequence[EmbeddingPart], shop: Shop) -> KeywordDictionary | None:
     """The shop's ``keywords.parquet``, where a part reads keywords and there is one; else they are mined."""
+    return _given(shop) if any(part.keywords for part in parts) else None
+
+
+def _given(shop: Shop) -> KeywordDictionary | None:
     given = shop.data / KEYWORDS
-    if not any(part.keywords for part in parts) or not given.exists():
-        return None
-    return KeywordDictionary.load(given)
+    return KeywordDictionary.load(given) if given.exists() else None
 
 
 def training_queries(shop: Shop) -> list[str]:
@@ -136,10 +164,14 @@ def tokenizer_folder(
     reads: list[object] = []
     if needs_pairs(config):
         reads += [histories.items.tobytes(), histories.offsets.tobytes()]
-    if isinstance(config, RqOpqConfig):
+    if isinstance(config, RqOpqConfig | KeywordAlignedConfig):
         given = shop.data / KEYWORDS
         mined_from = shop.items.select(mined_columns(shop.items)).write_ndjson()
-        reads += [given.read_bytes() if given.exists() else mined_from, *training_queries(shop)]
+        reads.append(given.read_bytes() if given.exists() else mined_from)
+    if isinstance(config, RqOpqConfig):
+        reads += training_queries(shop)
+    if isinstance(config, KeywordAlignedConfig):
+        reads.append(item_fields(shop.items))
     key = content_hash(
         _METHODS_VERSION,
         config,
@@ -197,6 +229,8 @@ class _Inputs:
         queries: training queries that RQ-OPQ is fitted to beside the items, as OneSearch does, where every part of the
             embedding reads text, so that both are of one kind.
         pairs: int32 ``[P, 2]``, where `config` needs them.
+        keywords: the shop's words, where the tokenizer reads words.
+        fields: what they are looked for in.
         notes: what was left out.
     """
 
@@ -204,6 +238,8 @@ class _Inputs:
     embedding: FittedEmbedding
     queries: list[str]
     pairs: Pairs | None
+    keywords: KeywordDictionary | None
+    fields: Callable[[], Fields]
     notes: tuple[str, ...]
 
     @classmethod
@@ -221,16 +257,39 @@ class _Inputs:
                 f"fitted to items without the {len(queries):,} training queries: {', '.join(unread)} reads no words",
             )
             queries = []
-        return cls(config, embedding, queries, pairs, notes)
+        keywords = None
+        if isinstance(config, KeywordAlignedConfig):
+            keywords = _given(shop) or catalogue_keywords(shop.items, work / "embeddings")
+        return cls(config, embedding, queries, pairs, keywords, _fields(shop.items), notes)
 
-    def fit(self) -> tuple[Tokenizer, float]:
+    def fit(self) -> tuple[Tokenizer | KeywordAligned, float]:
         """The tokenizer, and the seconds that fitting it took."""
         x_ND = self.embedding.vectors
         if self.queries:
             x_ND = np.concatenate([x_ND, self.embedding.queries(self.queries)])
         started = time.perf_counter()
-        tokenizer = fit_tokenizer(x_ND, self.config, self.pairs)
+        tokenizer: Tokenizer | KeywordAligned
+        if isinstance(self.config, KeywordAlignedConfig):
+            assert self.keywords is not None
+            tokenizer = KeywordAligned.fit(x_ND, self.fields(), self.keywords, self.config)
+        else:
+            tokenizer = fit_tokenizer(x_ND, self.config, self.pairs)
         return tokenizer, time.perf_counter() - started
+
+
+def _fields(items: pl.DataFrame) -> Callable[[], Fields]:
+    """Texts of items, made once and when they are asked for."""
+    return functools.cache(lambda: item_fields(items))
+
+
+def _codes_of(
+    tokenizer: Tokenizer | KeywordAligned, x_ND: NDArray[np.float32], fields: Callable[[], Fields]
+) -> tuple[Codes, Costs]:
+    """Codes of items, and what it would cost to give them another last one."""
+    if not isinstance(tokenizer, KeywordAligned):
+        return tokenizer.encode(x_ND), lambda rows: tokenizer.last_level_costs(x_ND[rows])
+    texts = fields()
+    return tokenizer.encode(x_ND, texts), lambda rows: tokenizer.last_level_costs(x_ND[rows], [texts[r] for r in rows])
 
 
 def _publish(folder: Path, inputs: _Inputs, collisions: CollisionConfig, shop: Shop) -> Published:
@@ -238,16 +297,14 @@ def _publish(folder: Path, inputs: _Inputs, collisions: CollisionConfig, shop: S
     x_ND, item_ids = inputs.embedding.vectors, shop.items["item_id"].to_list()
     seconds = None
     if (folder / PUBLISHED).exists():
-        published, tokenizer = open_published(folder), load_tokenizer(folder / CODEBOOKS)
-        codes_NL = tokenizer.encode(x_ND)
+        published, tokenizer = open_published(folder), load_codebooks(folder / CODEBOOKS)
+        codes_NL, _ = _codes_of(tokenizer, x_ND, inputs.fields)
         if not _is_of(published, item_ids, codes_NL):
             check_unpublished(folder)
     else:
         tokenizer, seconds = inputs.fit()
-        codes_NL = tokenizer.encode(x_ND)
-        published = publish_codes(
-            folder, tokenizer, collisions, item_ids, codes_NL, lambda rows: tokenizer.last_level_costs(x_ND[rows])
-        )
+        codes_NL, costs = _codes_of(tokenizer, x_ND, inputs.fields)
+        published = publish_codes(folder, tokenizer, collisions, item_ids, codes_NL, costs)
     measured = report(
         published.ids,
         x_ND,
@@ -335,11 +392,12 @@ def append_items(folder: Path, shop: Shop) -> list[str]:
     """
     published, embedding = open_published(folder), _embedding_of(folder)
     new = shop.items.filter(~pl.col("item_id").is_in(published.item_ids.to_pylist()))
-    tokenizer, after = load_tokenizer(folder / CODEBOOKS), published
+    tokenizer, after = load_codebooks(folder / CODEBOOKS), published
     lines = [f"no item is new; {published.ids.n_items:,} IDs stay as they are"]
     if len(new):
         vectors = embedding.new_items(new)
-        after = append(folder, tokenizer, new["item_id"].to_list(), vectors)
+        codes_NL, costs = _codes_of(tokenizer, vectors, _fields(new))
+        after = append_encoded(folder, tokenizer, new["item_id"].to_list(), codes_NL, costs)
         lines = [f"{len(new):,} items appended to {published.ids.n_items:,}; no published ID moved", *after.notes]
         if unknown := int((~vectors.any(axis=1)).sum()):
             lines.append(f"nothing is known of {unknown:,} of them, so these have the codes of a vector of zeros")
@@ -351,7 +409,9 @@ def append_items(folder: Path, shop: Shop) -> list[str]:
 
 
 def query_ids(folder: Path, queries: list[str]) -> list[tuple[list[int], list[str]]]:
-    """Codes of queries by the tokenizer of the items, and the items that share most of them from the front.
+    """Codes of queries by the tokenizer of the items, and the items that share most of them.
+
+    Of codes made from vectors the first ones count, up to where they part; of slots of words, all that are not empty.
 
     Returns:
         For each query its codes and up to ten item ids.
@@ -361,11 +421,16 @@ def query_ids(folder: Path, queries: list[str]) -> list[tuple[list[int], list[st
         DataError: the folder is incomplete or damaged, or its IDs are of embeddings made elsewhere.
     """
     published, vectors = open_published(folder), _embedding_of(folder).queries(queries)
-    codes_QL = load_tokenizer(folder / CODEBOOKS).encode(vectors)
+    tokenizer = load_codebooks(folder / CODEBOOKS)
+    codes_QL, _ = _codes_of(tokenizer, vectors, lambda: [(query,) for query in queries])
+    n_words = tokenizer.keywords.n_groups if isinstance(tokenizer, KeywordAligned) else 0
     described = published.ids.codes[:, : codes_QL.shape[1]]
     found = []
     for codes_L in codes_QL:
-        shared_N = np.cumprod(described == codes_L, axis=1).sum(axis=1)
+        same_NL = described == codes_L
+        shared_N = (same_NL & (codes_L != EMPTY))[:, :n_words].sum(axis=1)
+        if not n_words:
+            shared_N = np.cumprod(same_NL, axis=1).sum(axis=1)
         nearest = np.argsort(-shared_N, kind="stable")[:10]
         found.append((codes_L.tolist(), [published.item_ids[int(row)].as_py() for row in nearest if shared_N[row]]))
     return found
@@ -465,6 +530,11 @@ def _fitted_on_sample(
     shards: EmbeddingShards, output: Path, config: TokenizerConfig, sample: int, seed: int
 ) -> Tokenizer:
     """Fit to a sample, once; what was fitted to anything else is not taken for it."""
+    if isinstance(config, KeywordAlignedConfig):
+        raise DataError(
+            "the recipe's tokenizer reads the words of items, and shards hold vectors alone; use `genretrieval "
+            "tokenize fit`, which reads the items, or a recipe with another tokenizer"
+        )
     if needs_pairs(config):
         raise DataError(
             "the recipe's tokenizer is fitted with pairs of items that users meet together, and shards hold none; fit "

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genretrieval.errors import DataError
+from genretrieval_tokenizers.keyword_aligned import KeywordAligned, KeywordAlignedConfig
 from genretrieval_tokenizers.rk_fsq import RkFsq, RkFsqConfig
 from genretrieval_tokenizers.rq_kmeans import RqKMeans, RqKMeansConfig
 from genretrieval_tokenizers.rq_opq import RqOpq, RqOpqConfig
@@ -16,12 +17,15 @@ from genretrieval_tokenizers.rq_vae import RqVae, RqVaeConfig
 from genretrieval_tokenizers.storage import read_format
 from genretrieval_tokenizers.tokenizer import Tokenizer
 
-TokenizerConfig = RqKMeansConfig | RqOpqConfig | RqVaeConfig | RkFsqConfig
-"""Settings of one method; the field `method` says which."""
+VectorConfig = RqKMeansConfig | RqOpqConfig | RqVaeConfig | RkFsqConfig
+"""Settings of one method that reads vectors alone; the field `method` says which."""
+TokenizerConfig = VectorConfig | KeywordAlignedConfig
+"""Settings of one method, also of the one that reads words."""
 
 Pairs = NDArray[np.int32]
 
-_LOAD: dict[str, Callable[[Path], Tokenizer]] = {
+_LOAD: dict[str, Callable[[Path], Tokenizer | KeywordAligned]] = {
+    "keyword_aligned": KeywordAligned.load,
     "rq_kmeans": RqKMeans.load,
     "rq_opq": RqOpq.load,
     "rq_vae": RqVae.load,
@@ -34,8 +38,8 @@ def needs_pairs(config: TokenizerConfig) -> bool:
     return isinstance(config, RqVaeConfig) and config.contrast is not None
 
 
-def fit_tokenizer(x_ND: NDArray[np.floating], config: TokenizerConfig, pairs_P2: Pairs | None = None) -> Tokenizer:
-    """Fit the method that `config` names.
+def fit_tokenizer(x_ND: NDArray[np.floating], config: VectorConfig, pairs_P2: Pairs | None = None) -> Tokenizer:
+    """Fit the method that `config` names; `KeywordAligned.fit` is apart, because it reads words.
 
     Args:
         x_ND: float ``[N, D]``, vectors of items, or of items and queries.
@@ -58,6 +62,21 @@ def fit_tokenizer(x_ND: NDArray[np.floating], config: TokenizerConfig, pairs_P2:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a fitted tokenizer that makes codes of vectors alone.
+
+    Raises:
+        DataError: as `load_codebooks`; or it reads words.
+    """
+    loaded = load_codebooks(path)
+    if isinstance(loaded, KeywordAligned):
+        raise DataError(
+            f"{path} is of the method 'keyword_aligned', which reads the words of items, and here are vectors alone; "
+            "use `genretrieval tokenize fit` and `append`, which read the items"
+        )
+    return loaded
+
+
+def load_codebooks(path: Path) -> Tokenizer | KeywordAligned:
     """Read a fitted tokenizer, whichever method it is of.
 
     Raises:

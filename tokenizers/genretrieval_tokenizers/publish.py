@@ -33,7 +33,7 @@ from genretrieval.errors import DataError
 from genretrieval.semantic_ids import Codes, SemanticIds
 from genretrieval_tokenizers.collisions import CollisionConfig, Costs, Resolved, append_codes, resolve
 from genretrieval_tokenizers.storage import fingerprint, read_format, read_tokenizer
-from genretrieval_tokenizers.tokenizer import Tokenizer
+from genretrieval_tokenizers.tokenizer import Codebooks, Tokenizer
 
 SEMANTIC_IDS = "semantic_ids.parquet"
 PUBLISHED = "published.json"
@@ -91,7 +91,7 @@ def publish(
 
 def publish_codes(
     folder: Path,
-    tokenizer: Tokenizer,
+    tokenizer: Codebooks,
     collisions: CollisionConfig,
     item_ids: Sequence[str] | pa.Array | pa.ChunkedArray,
     codes_NL: Codes,
@@ -169,16 +169,36 @@ def append(
     Raises:
         DataError: as `open_published`, `publish` and `collisions.append_codes`; the folder is then as it was.
     """
-    item_ids = checked_ids(item_ids, len(x_ND))
+    return append_encoded(folder, tokenizer, item_ids, tokenizer.encode(x_ND), _costs(tokenizer, x_ND))
+
+
+def append_encoded(
+    folder: Path,
+    tokenizer: Codebooks,
+    item_ids: Sequence[str] | pa.Array | pa.ChunkedArray,
+    codes_NL: Codes,
+    costs: Costs | None = None,
+) -> Published:
+    """`append` with codes that are there already, as where they come from words.
+
+    Args:
+        folder: as `append`.
+        tokenizer: the one that made the codes.
+        item_ids: as `append`.
+        codes_NL: int32 ``[n_new, n_levels]``.
+        costs: needed where collisions are reassigned; see `collisions.append_codes`.
+
+    Raises:
+        DataError: as `append`.
+    """
+    item_ids = checked_ids(item_ids, len(codes_NL))
     before = open_published(folder)
     if not _same_tokenizer(tokenizer, folder / CODEBOOKS):
         raise _other_tokenizer("the tokenizer given", before.ids.n_items)
-    codes_NL = tokenizer.encode(x_ND)
     row_before = pc.index_in(item_ids, value_set=before.item_ids)
     new = np.flatnonzero(pc.is_null(row_before).to_numpy(zero_copy_only=False))
-    resolved = append_codes(
-        before.ids, codes_NL[new], before.collisions, lambda rows: tokenizer.last_level_costs(x_ND[new[rows]])
-    )
+    new_costs: Costs | None = None if costs is None else lambda rows: costs(new[rows])
+    resolved = append_codes(before.ids, codes_NL[new], before.collisions, new_costs)
     after = Published(
         pa.concat_arrays([before.item_ids, item_ids.take(pa.array(new))]),
         resolved.ids,
@@ -235,7 +255,7 @@ def check_unpublished(folder: Path) -> None:
         )
 
 
-def _same_tokenizer(tokenizer: Tokenizer, path: Path) -> bool:
+def _same_tokenizer(tokenizer: Codebooks, path: Path) -> bool:
     """Whether `tokenizer` is what `path` holds: method, settings and every number.
 
     Not by the bytes of a file: another version of safetensors may order a header differently.
