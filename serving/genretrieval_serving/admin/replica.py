@@ -82,7 +82,7 @@ class Replica:
         self._waiting: dict[asyncio.Event, tuple[int, asyncio.AbstractEventLoop]] = {}
         self._hint = threading.Event()
         self._stopping = threading.Event()
-        works = [self._poll, self.snapshot.items.prepare] + ([self._heed_notifications] if listen else [])
+        works = [self._poll, self._prepare] + ([self._heed_notifications] if listen else [])
         self._threads = [threading.Thread(target=work, name=f"admin-{i}", daemon=True) for i, work in enumerate(works)]
         metrics.watch_admin_lag(lambda: self.lag)
 
@@ -197,6 +197,12 @@ class Replica:
             self._hint.clear()
             self.refresh()
             self._hint.wait(POLL_SECONDS * random.uniform(1 - JITTER, 1 + JITTER))
+
+    def _prepare(self) -> None:
+        """Make text selectors quick; the first would wait for this, and a large catalogue takes a minute."""
+        begun = time.monotonic()
+        self.snapshot.items.prepare()
+        log.info("admin_text_prepared", seconds=round(time.monotonic() - begun, 3))
 
     def _heed_notifications(self) -> None:
         """Poll at once where PostgreSQL says so. What is lost here is found by the next poll."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 
 import numpy as np
 import polars as pl
@@ -134,8 +134,9 @@ class Items:
             RequestError: a filter asks for what the catalogue does not have.
         """
         if selector.item_ids is not None:
-            known = self.catalogue.rows
-            return np.unique(np.asarray([known[id_] for id_ in selector.item_ids if id_ in known], np.int64))
+            rows = map(self.catalogue.rows.get, selector.item_ids, repeat(-1))
+            found = np.unique(np.fromiter(rows, np.int64, len(selector.item_ids)))
+            return found[found >= 0]
         selected = np.ones(len(self.catalogue.item_ids), bool)
         if selector.filters is not None:
             selected &= self.catalogue.matching(selector.filters)
