@@ -18,6 +18,7 @@ from rich.console import Console
 
 from genretrieval import __version__
 from genretrieval.errors import BundleError, GenRetrievalError, InvalidInputError, MissingExtraError, RecipeError
+from genretrieval_serving.admin.commands import API_KEY, groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against named 
 app.add_typer(data_app, name="data")
 app.add_typer(tokenize_app, name="tokenize")
 app.add_typer(bench_app, name="bench")
+for _name, _group in groups().items():
+    app.add_typer(_group, name=_name)
 
 Data = Annotated[Path, typer.Option(help="Folder of house Parquet: items.parquet and, if any, interactions.parquet.")]
 BundleFolder = Annotated[Path, typer.Option(help="Folder that `genretrieval run` wrote.")]
@@ -144,7 +147,7 @@ def evaluate(
         from genretrieval_pipelines.agreement import Agreement
         from genretrieval_serving.client import Client
 
-        client = Client(endpoint)
+        client = Client(endpoint, api_key=os.environ.get(API_KEY))
         if (live := client.info().bundle_version) != opened.manifest.version:
             raise BundleError(f"{endpoint} serves bundle {live}, not {opened.manifest.version}; their answers differ")
         agreement = Agreement(offline=answer, live=client.batch_retrieve)
@@ -394,7 +397,7 @@ def retrieve(
     top_k: Annotated[int, typer.Option(help="Items wanted.")] = 10,
     exclude: Annotated[list[str] | None, typer.Option(help="Item id that must not come back; repeat.")] = None,
 ) -> None:
-    """Ask a server; prints the response as JSON."""
+    """Ask a server, with the API key in GENRETRIEVAL_API_KEY if there is one; prints the response as JSON."""
     with _extra("client"):
         from genretrieval_serving.client import Client
     from genretrieval.request import HistoryEvent, RetrieveRequest
@@ -405,7 +408,7 @@ def retrieve(
         exclude_item_ids=exclude or [],
         top_k=top_k,
     )
-    with Client(endpoint) as client:
+    with Client(endpoint, api_key=os.environ.get(API_KEY)) as client:
         print(client.retrieve(request).model_dump_json(indent=2))
 
 

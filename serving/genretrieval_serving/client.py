@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -63,20 +64,26 @@ class Client:
     server arrive as the same classes of `genretrieval.errors` that it raised.
     """
 
-    def __init__(self, url: str, timeout: float = 10.0) -> None:
+    def __init__(self, url: str, timeout: float = 10.0, *, api_key: str | None = None) -> None:
         """Connect lazily.
 
         Args:
             url: ``grpc://host:port``, ``http://host:port`` or ``https://host``.
             timeout: seconds for a call with its retries; the server gives up on it then, too.
+            api_key: for a server that needs one; ``grpc`` and ``http`` send it as it is, so keep to a trusted network.
 
         Raises:
-            InvalidInputError: `url` has another scheme.
+            InvalidInputError: `url` has another scheme, or the key cannot be sent.
         """
         scheme, address = urlsplit(url).scheme, urlsplit(url).netloc
         if scheme not in ("grpc", "http", "https") or not address:
             raise InvalidInputError(f"{url!r} is no server's address; expected grpc://host:port or http://...")
-        self._transport: _Transport = _Grpc(address, timeout) if scheme == "grpc" else _Http(url.rstrip("/"), timeout)
+        authorization = bearer(api_key)
+        self._transport: _Transport = (
+            _Grpc(address, timeout, authorization)
+            if scheme == "grpc"
+            else _Http(url.rstrip("/"), timeout, authorization)
+        )
 
     def retrieve(self, request: RetrieveRequest | None = None, /, **fields: Any) -> RetrieveResponse:
         """Items for a request, given whole or by its fields.
@@ -121,11 +128,12 @@ class Client:
 class _Grpc:
     """Retries by the channel's retry policy."""
 
-    def __init__(self, address: str, timeout: float) -> None:
+    def __init__(self, address: str, timeout: float, authorization: dict[str, str]) -> None:
         options = [("grpc.service_config", json.dumps(_RETRIES)), ("grpc.enable_retries", 1)]
         self.channel = grpc.insecure_channel(address, options=options)
         self.stub = stubs.RetrievalServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.timeout = timeout
+        self.metadata = tuple((name.lower(), value) for name, value in authorization.items())
 
     def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
         return wire.response_from_proto(self._call(self.stub.Retrieve, wire.request_to_proto(request)))
@@ -143,7 +151,7 @@ class _Grpc:
 
     def _call(self, method: Any, message: Any) -> Any:
         try:
-            return method(message, timeout=self.timeout)
+            return method(message, timeout=self.timeout, metadata=self.metadata)
         except grpc.RpcError as error:
             raise _grpc_error(error) from error
 
@@ -164,11 +172,11 @@ def _grpc_error(error: Any) -> GenRetrievalError:
 class _Http:
     """Retries connecting, by httpx."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, authorization: dict[str, str]) -> None:
         self.client = httpx.Client(
             base_url=url,
             timeout=timeout,
-            headers={"X-Request-Timeout": str(timeout)},
+            headers={"X-Request-Timeout": str(timeout), **authorization},
             transport=httpx.HTTPTransport(retries=ATTEMPTS - 1),
         )
 
@@ -196,16 +204,41 @@ class _Http:
         self.client.close()
 
     def _call(self, method: str, path: str, body: str | None) -> bytes:
-        try:
-            answer = self.client.request(method, path, content=body, headers={"Content-Type": "application/json"})
-        except httpx.TimeoutException as error:
-            raise DeadlineError(f"no answer from {self.client.base_url} in time") from error
-        except httpx.TransportError as error:
-            raise UnavailableError(f"{self.client.base_url} cannot be reached: {error}") from error
-        if answer.is_success:
-            return answer.content
-        try:
-            problem = answer.json()
-        except ValueError:
-            problem = {}
-        raise error_from_status(answer.status_code, problem if isinstance(problem, dict) else {}, answer.text)
+        headers = {"Content-Type": "application/json"}
+        return answered(self.client, self.client.build_request(method, path, content=body, headers=headers)).content
+
+
+def bearer(api_key: str | None) -> dict[str, str]:
+    """The header that carries an API key; none without.
+
+    Raises:
+        InvalidInputError: it is no key, as it has other characters than one.
+    """
+    if api_key is None:
+        return {}
+    if not re.fullmatch(r"[!-~]+", api_key):
+        raise InvalidInputError("the API key has spaces or letters that no key has; copy it again, without line ends")
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+def answered(client: httpx.Client, request: httpx.Request) -> httpx.Response:
+    """Send a request; a successful answer.
+
+    Raises:
+        GenRetrievalError: as the server raised it.
+        DeadlineError: no answer came in time.
+        UnavailableError: the server cannot be reached.
+    """
+    try:
+        answer = client.send(request)
+    except httpx.TimeoutException as error:
+        raise DeadlineError(f"no answer from {client.base_url} in time") from error
+    except httpx.TransportError as error:
+        raise UnavailableError(f"{client.base_url} cannot be reached: {error}") from error
+    if answer.is_success:
+        return answer
+    try:
+        problem = answer.json()
+    except ValueError:
+        problem = {}
+    raise error_from_status(answer.status_code, problem if isinstance(problem, dict) else {}, answer.text)

@@ -38,7 +38,10 @@ class FileFormat(StrEnum):
 
 def write(kind: Kind, resources: Iterable[Resource], file_format: FileFormat) -> str:
     """Ids and fields of resources, one a line; what the server adds to them is left out."""
-    rows = [{"id": resource.id, **fields_of(kind, resource).model_dump(mode="json")} for resource in resources]
+    rows = [
+        {"id": resource.id, **fields_of(kind, resource).model_dump(mode="json", exclude_none=True)}
+        for resource in resources
+    ]
     if file_format is FileFormat.JSONL:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     file = io.StringIO(newline="")
