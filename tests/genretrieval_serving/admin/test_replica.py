@@ -1,0 +1,307 @@
+"""A replica over a store in memory: polling, waiting, and what it does without the store."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from genretrieval.errors import BundleError, InvalidInputError, StaleReplicaError, UnavailableError
+from genretrieval.request import RetrieveRequest
+from genretrieval_serving.admin import replica as replica_module
+from genretrieval_serving.admin.replica import POLL_SECONDS, STALE_SECONDS, WAIT_SECONDS, Replica
+from genretrieval_serving.admin.snapshot import AdminSnapshot
+from genretrieval_serving.admin.store import Changes
+from genretrieval_serving.observability import Metrics
+
+REQUEST = RetrieveRequest(query="new")
+BLOCK = {"kind": "block", "items": {"item_ids": ["item-1"]}}
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def make(store, catalogue, reserved, metrics, noon) -> Callable[..., Replica]:
+    def make(**options: Any) -> Replica:
+        return Replica(store, catalogue, reserved, metrics, **{"clock": lambda: noon} | options)
+
+    return make
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds added to the monotonic clock."""
+    added = [0.0]
+    real = time.monotonic
+    monkeypatch.setattr(replica_module.time, "monotonic", lambda: real() + added[0])
+    return added
+
+
+def while_following(replica: Replica, do: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            await replica.start()
+            try:
+                await do()
+            finally:
+                await replica.stop()
+
+    asyncio.run(main())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        time.sleep(0.005)
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"genretrieval_{name}", labels)
+
+
+def test_it_is_ready_when_caught_up_and_follows_by_polling(make, store, stored, metrics) -> None:
+    store.put(stored("rules/first", effect=BLOCK))
+    replica = make()
+    assert not replica.ready
+
+    async def do() -> None:
+        assert replica.ready
+        assert replica.edits(REQUEST).applied == ("rules/first",)
+        begun = replica.edits(REQUEST)
+        # Nobody tells it of this one: the notification is lost, or there never are any.
+        revision = store.put(stored("rules/second", effect=BLOCK))
+        written = time.perf_counter()
+        await asyncio.to_thread(until, lambda: replica.snapshot.revision == revision)
+        assert time.perf_counter() - written < 2
+        assert replica.edits(REQUEST).applied == ("rules/first", "rules/second")
+        # What a request took with it at its beginning is what it keeps.
+        assert begun.applied == ("rules/first",)
+
+    while_following(replica, do)
+    assert value(metrics, "admin_revision") == 2
+    assert value(metrics, "admin_revision_lag_seconds") < STALE_SECONDS
+    assert value(metrics, "keyword_slots", state="free") == 1
+    assert value(metrics, "keyword_slots", state="bound") == 0
+    assert value(metrics, "keyword_slots", state="quarantined") == 1
+
+
+def test_it_asks_for_changes_only_where_the_revision_moved(make, store, stored) -> None:
+    replica = make()
+    store.put(stored("rules/r", effect=BLOCK))
+    assert replica.refresh() == 1
+    assert store.asked == ["revision", "changes", "free_slots"]
+    store.asked.clear()
+    assert replica.refresh() == 1
+    assert store.asked == ["revision"]
+
+
+def test_pauses_are_jittered(make, monkeypatch) -> None:
+    replica = make()
+    pauses: list[float] = []
+
+    def wait(timeout: float) -> None:
+        pauses.append(timeout)
+        if len(pauses) == 50:
+            replica._stopping.set()
+
+    monkeypatch.setattr(replica._hint, "wait", wait)
+    replica._poll()
+    assert len(set(pauses)) > 25
+    assert all(0.8 * POLL_SECONDS <= pause <= 1.2 * POLL_SECONDS for pause in pauses)
+
+
+def test_a_write_through_the_same_server_is_visible_at_once(make, store, stored) -> None:
+    replica = make()
+    revision = store.put(stored("rules/r", effect=BLOCK))
+    assert replica.refresh() == revision
+    assert replica.edits(REQUEST).applied == ("rules/r",)
+    store.put(stored("rules/r", effect=BLOCK, deleted_at="2026-07-01T00:00:00Z"))
+    replica.refresh()
+    assert replica.edits(REQUEST).applied == ()
+
+
+def test_what_begins_and_ends_needs_no_write(make, store, stored, noon) -> None:
+    now = [noon]
+    replica = make(clock=lambda: now[0])
+    binding = {"items": {"item_ids": ["item-1"]}, "valid_from": noon, "valid_until": noon + HOUR}
+    store.put(
+        stored("keywords/new", text="new", slot={"level": 0, "code": 7}, binding=binding),
+        stored("rules/r", effect=BLOCK, valid_until=noon + 2 * HOUR),
+    )
+    replica.refresh()
+    store.asked.clear()
+    for hours, applied in [
+        (-1, ("rules/r",)),
+        (0, ("rules/r", "keywords/new")),
+        (0.99, ("rules/r", "keywords/new")),
+        (1, ("rules/r",)),
+        (2, ()),
+    ]:
+        now[0] = noon + hours * HOUR
+        assert replica.edits(REQUEST).applied == applied
+    assert store.asked == []
+
+
+def test_a_reader_waits_for_the_revision_that_it_asks_for(make, store, stored) -> None:
+    replica = make()
+
+    async def do() -> None:
+        await replica.wait_for(0)
+        for name in ("a", "b"):
+            revision = store.revision_ + 1
+            waiting = [asyncio.create_task(replica.wait_for(n, 5)) for n in (revision, revision, 99)]
+            await asyncio.sleep(0.02)
+            assert not any(task.done() for task in waiting)
+            store.put(stored(f"rules/{name}", effect=BLOCK))
+            await asyncio.gather(*waiting[:2])
+            assert replica.snapshot.revision == revision
+            assert not waiting[2].done()
+            waiting[2].cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        assert replica._waiting == {}
+
+    while_following(replica, do)
+
+
+def test_a_reader_that_would_wait_too_long_is_told_what_there_is(make, store, stored) -> None:
+    replica = make()
+    store.put(stored("rules/a", effect=BLOCK))
+
+    async def do() -> None:
+        for within, at_most in [(0.02, 0.02), (None, WAIT_SECONDS), (60, WAIT_SECONDS)]:
+            begun = time.perf_counter()
+            with pytest.raises(StaleReplicaError, match="min_revision: 9 was asked for and this replica has 1"):
+                await replica.wait_for(9, within)
+            assert at_most * 0.9 <= time.perf_counter() - begun < at_most + 1
+        assert replica._waiting == {}
+
+    while_following(replica, do)
+
+
+def test_without_the_store_it_is_not_ready_until_that_is_there(make, store, stored) -> None:
+    store.put(stored("rules/r", effect=BLOCK))
+    store.failure = UnavailableError("no route")
+    replica = make()
+
+    async def main() -> None:
+        starting = asyncio.create_task(replica.start())
+        await asyncio.to_thread(until, lambda: store.asked.count("revision") >= 2)
+        assert not replica.ready
+        assert not starting.done()
+        store.failure = None
+        await asyncio.wait_for(starting, 5)
+        assert replica.ready
+        assert replica.edits(REQUEST).applied == ("rules/r",)
+        await replica.stop()
+
+    asyncio.run(main())
+
+
+def test_without_the_store_what_was_read_last_is_served(make, store, stored, metrics, clock) -> None:
+    replica = make()
+    store.put(stored("rules/r", effect=BLOCK))
+    replica.refresh()
+    store.failure = ConnectionError("reset")
+    store.put(stored("rules/unseen", effect=BLOCK))
+    with capture_logs() as logs:
+        assert [replica.refresh() for _ in range(3)] == [1, 1, 1]
+        assert not replica.stale
+        clock[0] = STALE_SECONDS + 1
+        assert replica.stale
+        assert value(metrics, "admin_revision_lag_seconds") > STALE_SECONDS
+        assert replica.edits(REQUEST).applied == ("rules/r",)
+        store.failure = None
+        assert replica.refresh() == 2
+        assert not replica.stale
+        assert value(metrics, "admin_revision_lag_seconds") < 1
+    assert [entry["event"] for entry in logs] == ["admin_state_not_read", "admin_state_read_again"]
+    assert "reset" in logs[0]["error"]
+
+
+def test_a_store_that_goes_back_is_not_followed(make, store, stored, clock) -> None:
+    replica = make()
+    for name in ("a", "b"):
+        store.put(stored(f"rules/{name}", effect=BLOCK))
+    replica.refresh()
+    store.revision_ = 1
+    clock[0] = STALE_SECONDS + 1
+    with capture_logs() as logs:
+        assert replica.refresh() == 2
+    assert replica.edits(REQUEST).applied == ("rules/a", "rules/b")
+    assert replica.stale
+    assert "an older copy" in logs[0]["error"]
+
+
+def test_reads_that_cross_leave_the_newest(make, store, stored, monkeypatch) -> None:
+    replica = make()
+    seen: list[int] = []
+    original = AdminSnapshot.updated
+
+    def slow(self: AdminSnapshot, changes: Changes) -> AdminSnapshot:
+        time.sleep(0.002)
+        return original(self, changes)
+
+    monkeypatch.setattr(AdminSnapshot, "updated", slow)
+    lock = threading.Lock()
+
+    def write_and_read(i: int) -> None:
+        with lock:
+            revision = store.put(stored(f"rules/{i % 5}", effect=BLOCK, note=str(i)))
+        assert replica.refresh() >= revision
+        seen.append(replica.snapshot.revision)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_and_read, range(100)))
+    assert replica.snapshot.revision == 100
+    assert set(replica.snapshot.resources) == {f"rules/{i}" for i in range(5)}
+    assert all(int(resource.note) >= 90 for _, resource in replica.snapshot.resources.values())
+
+
+def test_what_cannot_be_applied_is_counted_and_logged_once(make, store, stored, metrics) -> None:
+    bad = stored("rules/bad", effect=BLOCK, condition={"query": {"match": "regex", "text": "("}})
+    store.put(bad, stored("rules/good", effect=BLOCK))
+    replica = make()
+    with capture_logs() as logs:
+        replica.refresh()
+        store.put(stored("rules/other", effect=BLOCK))
+        replica.refresh()
+    skipped = [entry for entry in logs if entry["event"] == "admin_resource_skipped"]
+    assert [entry["name"] for entry in skipped] == ["rules/bad"]
+    assert value(metrics, "admin_skipped_resources") == 1
+    assert replica.edits(REQUEST).applied == ("rules/good", "rules/other")
+
+
+def test_it_does_not_start_on_a_bundle_that_bindings_do_not_fit(store, catalogue, metrics, stored) -> None:
+    binding = {"items": {"item_ids": ["item-1"]}}
+    store.put(
+        stored("keywords/new", text="new", slot={"level": 0, "code": 7}, binding=binding),
+        stored("rules/r", effect=BLOCK),
+    )
+
+    async def main() -> None:
+        refused = Replica(store, catalogue, (), metrics)
+        with pytest.raises(BundleError) as error:
+            await refused.start()
+        assert "1 places:\n- keywords/new: slot: the bundle reserves no slot 7 on level 0" in str(error.value)
+        assert "--allow-unbound" in str(error.value)
+        allowed = Replica(store, catalogue, (), metrics)
+        await allowed.start(allow_unbound=True)
+        assert allowed.edits(REQUEST).applied == ("rules/r",)
+        await allowed.stop()
+
+    asyncio.run(main())
+
+
+def test_only_postgresql_can_be_listened_to(make) -> None:
+    with pytest.raises(InvalidInputError, match="sends no notifications"):
+        make(listen="sqlite:///state.db")
