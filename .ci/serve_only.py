@@ -13,7 +13,7 @@ import genretrieval
 from genretrieval.bundle import load_bundle
 from genretrieval.request import HistoryEvent, RetrieveRequest
 from genretrieval_serving.client import Client
-from genretrieval_serving.demo import running_server
+from genretrieval_serving.live_server import running_server
 
 TRAINING_PACKAGES = ("torch", "transformers", "faiss", "scipy", "onnx", "onnxscript")
 
@@ -32,7 +32,7 @@ def main(folder: Path) -> str:
         history=[HistoryEvent(item_id=item) for item in items],
         top_k=5,
     )
-    with running_server(folder, [str(Path(sys.executable).parent / "genretrieval")]) as (http, grpc, _):
+    with running_server(folder, [str(Path(sys.executable).parent / "genretrieval")]) as server:
         answers = {}
         for address in (http, grpc):
             with Client(address) as client:

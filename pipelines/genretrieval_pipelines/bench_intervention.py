@@ -67,11 +67,7 @@ class LiveServer(Protocol):
         ...
 
     def bind(self, words: Mapping[str, Sequence[str]]) -> None:
-        """Bind each word to items; returns once the server's answers show it."""
-        ...
-
-    def unbind_all(self) -> None:
-        """Give every slot back; returns once the server's answers show it."""
+        """Bind each word to items, in place of those that were bound; answers from then on show it."""
         ...
 
     def retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse]:
@@ -279,7 +275,6 @@ def bench_intervention(
             equal += sum(_same(a, b) for a, b in zip(before, after, strict=True))
             n_batches += 1
             _rank_purchases(cases, inside, batch, server.retrieve, control, held_out)
-            server.unbind_all()
         hits["kae.routed"] = _hits(routed, held_out, shop, top_k)
         hits["kae.bound"] = _hits(bound, held_out, shop, top_k)
     figures = _figures(hits, inside, len(cases), equal / max(1, n_batches * len(untouched)), held_out, config)
