@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from genretrieval.errors import BundleError, InvalidInputError, StaleReplicaErro
 from genretrieval.request import RetrieveRequest
 from genretrieval_serving.admin import replica as replica_module
 from genretrieval_serving.admin.replica import POLL_SECONDS, STALE_SECONDS, WAIT_SECONDS, Replica
+from genretrieval_serving.admin.resources import Kind, RuleFields
 from genretrieval_serving.admin.snapshot import AdminSnapshot
-from genretrieval_serving.admin.store import Changes
+from genretrieval_serving.admin.store import Call, Changes, Create
 from genretrieval_serving.observability import Metrics
 
 REQUEST = RetrieveRequest(query="new")
@@ -40,7 +42,7 @@ def make(store, catalogue, reserved, metrics, noon) -> Callable[..., Replica]:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def elapsed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds added to the monotonic clock."""
     added = [0.0]
     real = time.monotonic
@@ -207,7 +209,7 @@ def test_without_the_store_it_is_not_ready_until_that_is_there(make, store, stor
     asyncio.run(main())
 
 
-def test_without_the_store_what_was_read_last_is_served(make, store, stored, metrics, clock) -> None:
+def test_without_the_store_what_was_read_last_is_served(make, store, stored, metrics, elapsed) -> None:
     replica = make()
     store.put(stored("rules/r", effect=BLOCK))
     replica.refresh()
@@ -216,7 +218,7 @@ def test_without_the_store_what_was_read_last_is_served(make, store, stored, met
     with capture_logs() as logs:
         assert [replica.refresh() for _ in range(3)] == [1, 1, 1]
         assert not replica.stale
-        clock[0] = STALE_SECONDS + 1
+        elapsed[0] = STALE_SECONDS + 1
         assert replica.stale
         assert value(metrics, "admin_revision_lag_seconds") > STALE_SECONDS
         assert replica.edits(REQUEST).applied == ("rules/r",)
@@ -228,13 +230,13 @@ def test_without_the_store_what_was_read_last_is_served(make, store, stored, met
     assert "reset" in logs[0]["error"]
 
 
-def test_a_store_that_goes_back_is_not_followed(make, store, stored, clock) -> None:
+def test_a_store_that_goes_back_is_not_followed(make, store, stored, elapsed) -> None:
     replica = make()
     for name in ("a", "b"):
         store.put(stored(f"rules/{name}", effect=BLOCK))
     replica.refresh()
     store.revision_ = 1
-    clock[0] = STALE_SECONDS + 1
+    elapsed[0] = STALE_SECONDS + 1
     with capture_logs() as logs:
         assert replica.refresh() == 2
     assert replica.edits(REQUEST).applied == ("rules/a", "rules/b")
@@ -305,3 +307,26 @@ def test_it_does_not_start_on_a_bundle_that_bindings_do_not_fit(store, catalogue
 def test_only_postgresql_can_be_listened_to(make) -> None:
     with pytest.raises(InvalidInputError, match="sends no notifications"):
         make(listen="sqlite:///state.db")
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_notification_is_a_hint_to_poll_at_once(
+    make_sql_store, database_url, catalogue, metrics, monkeypatch
+) -> None:
+    monkeypatch.setattr(replica_module, "POLL_SECONDS", 60.0)
+    store = make_sql_store()
+    replica = Replica(store, catalogue, (), metrics, listen=database_url)
+
+    async def do() -> None:
+        rules = (Create(Kind.RULES, f"r{i}", RuleFields(effect=BLOCK)) for i in count())
+        async with asyncio.timeout(10):
+            # Those before it listens are lost.
+            while not replica.snapshot.revision:
+                store.apply(Call("test"), [next(rules)])
+                await asyncio.sleep(0.05)
+        begun = time.perf_counter()
+        store.apply(Call("test"), [next(rules)])
+        await asyncio.to_thread(until, lambda: replica.snapshot.revision == store.revision())
+        assert time.perf_counter() - begun < 5
+
+    while_following(replica, do)
