@@ -5,11 +5,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
-from genretrieval.bundle import CATALOGUE, GRAPH, MANIFEST, Manifest, load_bundle, sha256, write_bundle
+from genretrieval.bundle import CATALOGUE, GRAPH, KEYWORDS, MANIFEST, Manifest, load_bundle, sha256, write_bundle
 from genretrieval.errors import BundleError, BundleIncompleteError
+from genretrieval.keyword_codebook import KeywordCodebook
+from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -168,3 +171,29 @@ def test_an_output_that_is_no_bundle_is_refused_before_the_work(tmp_path) -> Non
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")
     load_bundle(tmp_path / "empty")
+
+
+def write_with_keywords(path: Path, keywords: KeywordCodebook | None, **changes: Any) -> None:
+    with write_bundle(path, manifest(**changes)) as folder:
+        (folder / GRAPH).write_bytes(b"graph")
+        pl.DataFrame({"item_id": ["a"], "semantic_id": [[1, 2]], "popularity": [3]}).write_parquet(folder / CATALOGUE)
+        if keywords is not None:
+            keywords.save(folder / KEYWORDS)
+
+
+def test_keywords_come_with_reserved_slots_and_fit_the_codebooks(tmp_path: Path) -> None:
+    dictionary = KeywordDictionary((Keyword("red", AttributeType.COLOR),))
+    keywords = KeywordCodebook(dictionary, ((AttributeType.COLOR,),), np.array([1], np.int32), (4,), (2,))
+    write_with_keywords(tmp_path / "fits", keywords, reserved_slots=(2, 0))
+    assert load_bundle(tmp_path / "fits").features().keywords == keywords
+    write_with_keywords(tmp_path / "without", keywords)
+    assert load_bundle(tmp_path / "without").features().keywords is None
+    write_with_keywords(tmp_path / "lacks", None, reserved_slots=(2, 0))
+    with pytest.raises(BundleError, match=r"does not list keywords\.parquet"):
+        load_bundle(tmp_path / "lacks").features()
+    for number, wrong in enumerate(
+        ({"codebook_sizes": (5, 4)}, {"reserved_slots": (3, 0)}, {"reserved_slots": (2, 1)})
+    ):
+        write_with_keywords(tmp_path / str(number), keywords, **{"reserved_slots": (2, 0)} | wrong)
+        with pytest.raises(BundleError, match=r"read as other slots than the model was trained on"):
+            load_bundle(tmp_path / str(number)).features()

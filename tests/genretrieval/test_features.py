@@ -5,6 +5,8 @@ import pytest
 
 from genretrieval.features import GAP_SECONDS, N_GAPS, RequestFeatures
 from genretrieval.histories import NO_TIME
+from genretrieval.keyword_codebook import KeywordCodebook
+from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval_pipelines.queries import train_query_tokenizer
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -64,3 +66,14 @@ def test_the_feature_s_name_is_part_of_its_hash() -> None:
     features = RequestFeatures(profile_features=("a", "b"), n_profile_buckets=2**40)
     one, other = features.profile_ids({"a": "x", "b": "x"})
     assert one != other
+
+
+def test_a_query_has_slots_where_the_model_has_keywords() -> None:
+    dictionary = KeywordDictionary((Keyword("shoe", AttributeType.ENTITY),))
+    groups = ((AttributeType.ENTITY,), (AttributeType.BRAND,))
+    keywords = KeywordCodebook(dictionary, groups, np.array([1], np.int32), (4, 3), (2, 2))
+    features = RequestFeatures(keywords=keywords)
+    assert features.query_codes("red shoes").tolist() == [1, 0]
+    assert features.query_codes(None).tolist() == [0, 0]
+    assert features.query_codes("").dtype == np.int64
+    assert RequestFeatures().query_codes("red shoes").tolist() == []

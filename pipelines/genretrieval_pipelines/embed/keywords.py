@@ -124,6 +124,8 @@ _PLACEHOLDERS = {
     "无品牌",
 }
 
+_HAN = re.compile("[\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
+_LONGEST_HAN = 6
 _LONGEST = 40  # characters; what is longer is a sentence
 _SHORTEST = 2
 
@@ -151,18 +153,19 @@ def mine_keywords(
     """Keywords of a catalogue, by rules; of a term that several rules find, the first gives the type.
 
     1. Words known in every shop (colours, materials, audiences, ...; English and Chinese) that a title says.
-    2. Column ``brand`` gives Brand; the last of ``categories`` gives Entity, whole and split at "&", "and", "/" and
-       ","; other columns of words give the type that their name says (``color``, ``main_material``, ``size``, ...).
-    3. Words of titles that are the singular of an Entity give Entity.
-    4. Numbers with a unit in titles give Specifications.
-    5. Codes of letters and digits in titles give Model.
-    6. Of titles, one to three neighbouring words without punctuation between them give Modifier, if neither end is a
+    2. Column ``brand`` gives Brand, a name in two scripts ("香奈儿/Chanel") two; the last of ``categories`` gives
+       Entity, split at "&", "and", "/" and ","; other columns of words give the type that their name says (``color``,
+       ``main_material``, ``size``, ...).
+    3. Numbers with a unit in titles give Specifications.
+    4. Codes of letters and digits in titles give Model.
+    5. Of titles, one to three neighbouring words without punctuation between them give Modifier, if neither end is a
        stopword, a unit or a number, and if no term of the rules above stands among several words: a match of
-       "wella hair color" would hide the brand.
+       "wella hair color" would hide the brand. So do two to six neighbouring Han characters, which no space divides
+       into words, if they end where words end: on neither side one and the same character in most of the titles.
 
-    Rules 3 to 6 ask for at least `min_items` titles. Left out are terms of less than 2 or more than 40
-    characters, web addresses and placeholders such as "unknown". In scripts written without spaces, rules 3, 5 and 6
-    see only what stands between spaces or punctuation; the others work in full.
+    Rules 3 to 5 ask for at least `min_items` titles. Left out are terms of less than 2 or more than 40
+    characters, web addresses and placeholders such as "unknown". In other scripts written without spaces, rules 4 and
+    5 see only what stands between spaces or punctuation; the others work in full.
 
     Args:
         items: the item table.
@@ -191,6 +194,7 @@ def mine_keywords(
     _add(mined, _T.MODEL, {phrase: n for phrase, n in phrases.items() if _MODEL.fullmatch(phrase)}, len(titles))
     typed = KeywordDictionary(tuple(mined.values()))  # what a longer match must not hide
     others = {phrase: n for phrase, n in phrases.items() if " " not in phrase or not typed.match(phrase)}
+    others |= {phrase: n for phrase, n in _han_phrases(titles, min_items).items() if not typed.match(phrase)}
     _add(mined, _T.MODIFIER, others, len(titles))
     kept = sorted(mined.values(), key=lambda keyword: (-keyword.weight, keyword.text))[:max_keywords]
     return KeywordDictionary(tuple(kept), "mined keywords")
@@ -249,7 +253,7 @@ def _add(mined: dict[str, Keyword], type_: AttributeType, counts: Mapping[str, i
 def _from_columns(items: pl.DataFrame) -> Iterator[tuple[AttributeType, Counter[str]]]:
     """Types, and in how many items each term of theirs is."""
     if "brand" in items.columns:
-        yield _T.BRAND, _count(items["brand"].cast(pl.String).to_list(), lambda brand: [brand])
+        yield _T.BRAND, _count(items["brand"].cast(pl.String).to_list(), lambda brand: brand.split("/"))
     if "categories" in items.columns:
         leaves = items["categories"].cast(pl.List(pl.String)).list.last().to_list()
         yield _T.ENTITY, _count(leaves, _PARTS.split)
@@ -325,6 +329,42 @@ def _phrases(title: str) -> Iterator[str]:
             words = [*words[-2:], (start, start + len(word))]
             if _may_end_a_phrase(word):
                 yield from (title[i : start + len(word)] for i, j in words if _may_end_a_phrase(title[i:j]))
+
+
+def _han_phrases(titles: Sequence[str], min_items: int) -> dict[str, int]:
+    """Frequent runs of two to six Han characters that end where words end, and in how many titles each is."""
+    runs = [_HAN.findall(title) for title in titles]
+    frequent: Counter[str] = Counter()
+    grown = {char for title in runs for run in title for char in run}
+    for length in range(2, _LONGEST_HAN + 1):
+        # A run that is frequent has frequent parts, so what is counted stays small.
+        counts = Counter(
+            chain.from_iterable(
+                {part for run in title for part in _parts(run, length) if {part[1:], part[:-1]} <= grown}
+                for title in runs
+            )
+        )
+        counts = Counter({part: n for part, n in counts.items() if n >= min_items})
+        frequent |= counts
+        grown = set(counts)
+    beside: dict[str, tuple[Counter[str], Counter[str]]] = {part: (Counter(), Counter()) for part in frequent}
+    for run in chain.from_iterable(runs):
+        for length in range(2, _LONGEST_HAN + 1):
+            for start, part in enumerate(_parts(run, length)):
+                if part in beside:
+                    beside[part][0][run[max(0, start - 1) : start]] += 1
+                    beside[part][1][run[start + length : start + length + 1]] += 1
+    return {part: n for part, n in frequent.items() if all(map(_ends, beside[part]))}
+
+
+def _parts(run: str, length: int) -> list[str]:
+    return [run[start : start + length] for start in range(len(run) - length + 1)]
+
+
+def _ends(neighbours: Counter[str]) -> bool:
+    """Whether a run of characters mostly ends here; the neighbour ``""`` is an end of its own."""
+    inside = max((n for char, n in neighbours.items() if char), default=0)
+    return 2 * inside <= neighbours.total()
 
 
 def _may_end_a_phrase(word: str) -> bool:

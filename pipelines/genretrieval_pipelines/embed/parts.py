@@ -135,7 +135,7 @@ def collaborative_block(part: EmbeddingPart, n_items: int, histories: Histories 
 def catalogue_keywords(items: pl.DataFrame, cache: Path) -> KeywordDictionary:
     """`mine_keywords` of a catalogue, once."""
     read = items.select(mined_columns(items))
-    key = _hash(["keywords", read.columns], [read.write_ndjson().encode()])
+    key = _hash(["keywords", 2, read.columns], [read.write_ndjson().encode()])
     return _cached(
         cache / f"keywords-{key[:32]}.parquet",
         lambda: mine_keywords(items),
