@@ -117,7 +117,7 @@ class _Http:
     """One port of HTTP."""
 
     def __init__(self, app: FastAPI, port: int, drain_seconds: float) -> None:
-        self._port = port
+        self.app, self._port = app, port
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,

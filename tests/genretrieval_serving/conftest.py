@@ -246,6 +246,16 @@ def start(bundle: Bundle, backend: FakeBackend) -> Start:
     return starter
 
 
+@pytest.fixture(scope="session")
+def serving() -> Start:
+    """Start a server of any bundle, for fixtures that outlive a test: ``with serving(bundle, store=store) as it``."""
+
+    def starter(bundle: Bundle, **settings: Any) -> AbstractContextManager[Running]:
+        return start_server(bundle, FakeBackend(), **settings)
+
+    return starter
+
+
 @pytest.fixture(scope="module")
 def running(bundle: Bundle) -> Iterator[Running]:
     """A server with default limits for tests that leave it as it is."""

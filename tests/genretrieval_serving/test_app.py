@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from genretrieval.bundle import load_bundle
-from genretrieval.errors import BundleIncompleteError, InvalidInputError, UnavailableError
+from genretrieval.errors import BundleError, BundleIncompleteError, InvalidInputError, UnavailableError
 from genretrieval.retrieval import Retriever
+from genretrieval_serving.admin.resources import Scope
+from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.app import Server, Settings, run_forever, serve
 from genretrieval_serving.client import Client
 
@@ -53,6 +56,9 @@ def health_of(running: Any) -> int:
     [
         ({"host": "0.0.0.0"}, "no authentication"),
         ({"host": "shop.example"}, "no authentication"),
+        ({"host": "0.0.0.0", "admin_port": 0}, "no API key"),
+        ({"host": "0.0.0.0", "admin_port": 0, "insecure": True}, "does not allow this"),
+        ({"auth": True}, "admin store"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_batch": 33}, "at most 32"),
         ({"max_batch": 8, "max_queue": 4}, "max_queue"),
@@ -68,6 +74,8 @@ def test_settings_that_cannot_be_meant_are_refused(settings, message) -> None:
 def test_loopback_needs_no_permission(host) -> None:
     assert Settings(host=host).host == host
     assert Settings(host="0.0.0.0", insecure=True).insecure
+    assert Settings(host=host, admin_port=0).admin_port == 0
+    assert Settings(host="0.0.0.0", admin_port=0, auth=True).auth
 
 
 def test_probes_answer_while_the_model_loads(start) -> None:
@@ -142,17 +150,25 @@ def test_a_bundle_that_cannot_be_served_ends_serve(tmp_path, backend) -> None:
         run_forever(lambda: Server(open_retriever, Settings(http_port=0, grpc_port=0)))
 
 
-@pytest.mark.parametrize("taken", ["http_port", "grpc_port"])
-def test_a_taken_port_is_named(start, taken) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
+@pytest.mark.parametrize("taken", ["http_port", "grpc_port", "admin_port"])
+def test_a_taken_port_is_named(start, taken, tmp_path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, closing(SqlStore.open(f"sqlite:///{tmp_path}/db")) as store:
         port = other.getsockname()[1]
-        with pytest.raises(InvalidInputError, match=f"port {port}.*another port"), start(**{taken: port}):
+        with pytest.raises(InvalidInputError, match=f"port {port}.*another port"), start(store=store, **{taken: port}):
             pass
 
 
-def test_serve_refuses_other_hosts_before_it_reads_anything() -> None:
+def test_serve_refuses_other_hosts_before_it_reads_anything(tmp_path) -> None:
     with pytest.raises(InvalidInputError, match="insecure"):
         serve(Path("no-such-bundle"), host="0.0.0.0")
+    url = f"sqlite:///{tmp_path}/admin.db"
+    with pytest.raises(InvalidInputError, match="keys create"):
+        serve(Path("no-such-bundle"), host="0.0.0.0", admin_store=url, insecure=True)
+    with closing(SqlStore.open(url)) as store:
+        store.create_key("ann", [Scope.ADMIN_WRITE])
+    # With a key in its store it may listen, and gets as far as the bundle.
+    with pytest.raises(BundleError):
+        serve(Path("no-such-bundle"), host="0.0.0.0", http_port=0, grpc_port=0, admin_port=0, admin_store=url)
 
 
 @pytest.mark.parametrize(

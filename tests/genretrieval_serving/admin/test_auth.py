@@ -1,0 +1,415 @@
+"""Who may do what: every operation by every kind of key, on every port; and how long a revoked key still works."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from genretrieval.errors import (
+    InvalidInputError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
+from genretrieval_serving.admin.auth import AWAY_SECONDS, CACHE_SECONDS, Authenticator
+from genretrieval_serving.admin.client import AdminClient
+from genretrieval_serving.admin.resources import Kind, Scope
+from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.client import Client
+
+OPEN, RETRIEVE, READ, WRITE = "open", "retrieve", "admin.read", "admin.write"
+
+# What each operation needs. An operation that is not here fails `test_every_operation_is_in_the_table`.
+COLLECTION = {
+    "GET /v1/{kind}": READ,
+    "POST /v1/{kind}": WRITE,
+    "GET /v1/{kind}/{id}": READ,
+    "PATCH /v1/{kind}/{id}": WRITE,
+    "DELETE /v1/{kind}/{id}": WRITE,
+    "POST /v1/{kind}/{id}:undelete": WRITE,
+    "POST /v1/{kind}:batch": WRITE,
+    "POST /v1/{kind}:import": WRITE,
+    "GET /v1/{kind}:export": READ,
+    "POST /v1/{kind}:test": READ,
+}
+NEEDS = {
+    "rest": {
+        "POST /v1/retrieve": RETRIEVE,
+        "POST /v1/retrieve:batch": RETRIEVE,
+        "GET /v1/info": RETRIEVE,
+        "GET /livez": OPEN,
+        "GET /readyz": OPEN,
+        "GET /metrics": OPEN,
+        "GET /openapi.json": OPEN,
+    },
+    "admin": {
+        **{
+            operation.replace("{kind}", kind): scope
+            for kind in ("keywords", "rules", "synonyms")
+            for operation, scope in COLLECTION.items()
+        },
+        "POST /v1/keywords/{id}:bind": WRITE,
+        "POST /v1/keywords/{id}:unbind": WRITE,
+        "GET /v1/slots": READ,
+        "GET /v1/auditEvents": READ,
+        "GET /v1/revision": READ,
+        "POST /v1/snapshots": READ,
+        "GET /openapi.json": OPEN,
+    },
+    "grpc": {
+        "genretrieval.v1.RetrievalService/Retrieve": RETRIEVE,
+        "genretrieval.v1.RetrievalService/BatchRetrieve": RETRIEVE,
+        "genretrieval.v1.RetrievalService/GetInfo": RETRIEVE,
+        "grpc.health.v1.Health/Check": OPEN,
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": OPEN,
+    },
+}
+# What each caller is let into; any other operation answers with the second code.
+CALLERS: dict[str, tuple[set[str], int]] = {
+    "without a key": ({OPEN}, 401),
+    "with an unknown key": ({OPEN}, 401),
+    "with a revoked key": ({OPEN}, 401),
+    "with an expired key": ({OPEN}, 401),
+    "retrieve": ({OPEN, RETRIEVE}, 403),
+    "admin.read": ({OPEN, READ}, 403),
+    "admin.write": ({OPEN, READ, WRITE}, 403),
+    "retrieve and admin.read": ({OPEN, RETRIEVE, READ}, 403),
+}
+
+
+@dataclass
+class World:
+    """A server that needs keys, and a key of every kind."""
+
+    running: Any
+    store: SqlStore
+    keys: dict[str, str | None]
+
+
+@pytest.fixture(scope="module")
+def world(keyword_bundle: Any, serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    now = datetime.now(UTC)
+    past = SqlStore.open(f"sqlite:///{tmp_path_factory.mktemp('auth')}/admin.db", clock=lambda: now - timedelta(1))
+    keys: dict[str, str | None] = {"without a key": None, "with an unknown key": "grk_0123456789ab_nothing"}
+    id_, revoked = past.create_key("revoked", [Scope.RETRIEVE, Scope.ADMIN_WRITE])
+    past.revoke_key(id_)
+    _, expired = past.create_key("expired", [Scope.RETRIEVE, Scope.ADMIN_WRITE], now - timedelta(hours=1))
+    keys |= {"with a revoked key": revoked, "with an expired key": expired}
+    for name in ("retrieve", "admin.read", "admin.write", "retrieve and admin.read"):
+        _, keys[name] = past.create_key(name, map(Scope, name.split(" and ")))
+    past.close()
+    store = SqlStore.open(str(past._engine.url))
+    with serving(keyword_bundle, store=store) as running:
+        yield World(running, store, keys)
+    store.close()
+
+
+def routes_of(app: Any) -> set[str]:
+    """Every operation that an application answers, described or not."""
+    found, left = set(), list(app.routes)
+    while left:
+        route = left.pop()
+        if inner := getattr(route, "original_router", None):
+            left += inner.routes
+        else:
+            methods = set(route.methods) - ({"HEAD"} if "GET" in route.methods else set())
+            found |= {f"{method} {route.path.replace(':resource}', '}')}" for method in methods}
+    return found
+
+
+def test_every_operation_is_in_the_table(world) -> None:
+    rest, admin = (http.app for http in world.running.server._http)
+    assert routes_of(rest) == set(NEEDS["rest"])
+    assert routes_of(admin) == set(NEEDS["admin"])
+    served = {"genretrieval.v1.RetrievalService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    with grpc.insecure_channel(world.running.grpc_address) as channel:
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        (answer,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10)
+    assert {service.name for service in answer.list_services_response.service} == served
+    assert {name.partition("/")[0] for name in NEEDS["grpc"]} == served
+    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["RetrievalService"].methods}
+    assert methods == {"Retrieve", "BatchRetrieve", "GetInfo"}
+
+
+HTTP_CELLS = [
+    (transport, operation, caller)
+    for transport in ("rest", "admin")
+    for operation in NEEDS[transport]
+    for caller in CALLERS
+]
+
+
+@pytest.mark.parametrize(("transport", "operation", "caller"), HTTP_CELLS)
+def test_http(world, http, transport, operation, caller) -> None:
+    allowed, refusal = CALLERS[caller]
+    method, path = operation.split(" ")
+    url = (world.running.http if transport == "rest" else world.running.admin) + path.replace("{id}", "nobody")
+    secret = world.keys[caller]
+    headers = {} if secret is None else {"Authorization": f"Bearer {secret}"}
+    # A body that nobody can read: who calls is looked at first.
+    answer = http.request(method, url, headers={"Content-Type": "application/json", **headers}, content=b"{")
+    if NEEDS[transport][operation] in allowed:
+        assert answer.status_code not in (401, 403)
+        return
+    assert answer.status_code == refusal
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["reason"] == {401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED"}[refusal]
+    assert answer.headers.get("www-authenticate") == ("Bearer" if refusal == 401 else None)
+    assert secret is None or secret not in answer.text
+
+
+GRPC_CELLS = [(method, caller) for method in NEEDS["grpc"] for caller in CALLERS]
+
+
+@pytest.mark.parametrize(("method", "caller"), GRPC_CELLS)
+def test_grpc(world, channel, method, caller) -> None:
+    allowed, refusal = CALLERS[caller]
+    secret = world.keys[caller]
+    metadata = () if secret is None else (("authorization", f"Bearer {secret}"),)
+    code = grpc_code(channel, method, metadata)
+    if NEEDS["grpc"][method] in allowed:
+        # An empty batch is refused for what it is.
+        assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT)
+    else:
+        expected = {401: grpc.StatusCode.UNAUTHENTICATED, 403: grpc.StatusCode.PERMISSION_DENIED}
+        assert code is expected[refusal]
+
+
+def grpc_code(channel: grpc.Channel, method: str, metadata: Any) -> grpc.StatusCode:
+    if method == "grpc.health.v1.Health/Check":
+        call = health_pb2_grpc.HealthStub(channel).Check
+        message = health_pb2.HealthCheckRequest()
+    elif method.startswith("grpc.reflection"):
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        list(reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), metadata=metadata, timeout=10))
+        return grpc.StatusCode.OK
+    else:
+        call, message = channel.unary_unary(f"/{method}"), b""
+    try:
+        call(message, metadata=metadata, timeout=10)
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code
+    return grpc.StatusCode.OK
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=10) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def channel(world: World) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(world.running.grpc_address) as channel:
+        yield channel
+
+
+def test_clients_send_their_key_and_get_the_servers_errors(world) -> None:
+    running, keys = world.running, world.keys
+    for url in (running.http, running.grpc):
+        with Client(url, api_key=keys["retrieve"]) as client:
+            assert client.retrieve(top_k=1).items
+        with Client(url) as client, pytest.raises(UnauthenticatedError, match="needs an API key"):
+            client.info()
+        with Client(url, api_key=keys["admin.write"]) as client, pytest.raises(PermissionDeniedError, match="retrieve"):
+            client.info()
+        with pytest.raises(InvalidInputError, match="copy it again"):
+            Client(url, api_key="grk_1_2\n")
+    with AdminClient(running.admin, api_key=keys["admin.read"]) as admin:
+        assert list(admin.pages(Kind.RULES)) == []
+        with pytest.raises(PermissionDeniedError, match=r"lacks the scope admin\.write"):
+            admin.delete(Kind.RULES, "x")
+    with AdminClient(running.admin) as admin, pytest.raises(UnauthenticatedError):
+        admin.revision()
+
+
+def test_the_audit_names_who_holds_the_key(world) -> None:
+    with AdminClient(world.running.admin, api_key=world.keys["admin.write"]) as admin:
+        admin.create(Kind.KEYWORDS, {"text": "Labubu"})
+        event = next(admin.audit("keywords/labubu"))
+    assert (event.principal, event.action) == ("admin.write", "create")
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Basic {key}", "{key}", "Bearer {key} {key}", "Bearer \xff"])
+def test_what_is_no_bearer_token_is_no_key(world, http, header) -> None:
+    value = header.replace("{key}", str(world.keys["retrieve"])).encode("latin-1")
+    assert http.get(f"{world.running.http}/v1/info", headers={b"Authorization": value}).status_code == 401
+
+
+def test_the_name_of_the_scheme_has_no_case(world, http) -> None:
+    headers = {"Authorization": f"bearer {world.keys['retrieve']}"}
+    assert http.get(f"{world.running.http}/v1/info", headers=headers).status_code == 200
+
+
+def test_a_store_without_keys_leaves_its_server_open_until_the_first(
+    keyword_bundle, serving, tmp_path, monkeypatch
+) -> None:
+    with store_in(tmp_path) as store, serving(keyword_bundle, store=store) as running:
+        monkeypatch.setattr(running.server.auth, "_clock", iter(range(0, 10**9, 10**6)).__next__)
+        with AdminClient(running.admin) as admin, Client(running.http) as client:
+            admin.create(Kind.KEYWORDS, {"text": "Labubu"})
+            assert next(admin.audit()).principal == "anonymous"
+            id_, secret = store.create_key("ann", [Scope.RETRIEVE])
+            for call in (client.info, admin.revision):
+                with pytest.raises(UnauthenticatedError):
+                    call()
+            store.revoke_key(id_)
+            with Client(running.http, api_key=secret) as revoked, pytest.raises(UnauthenticatedError, match="revoked"):
+                revoked.info()
+            with pytest.raises(UnauthenticatedError):
+                client.info()
+
+
+def test_keys_may_be_required_before_there_is_one(keyword_bundle, serving, tmp_path) -> None:
+    with store_in(tmp_path) as store, serving(keyword_bundle, store=store, auth=True) as running:
+        with Client(running.grpc) as client, pytest.raises(UnauthenticatedError):
+            client.info()
+        assert httpx.get(f"{running.http}/readyz").status_code == 200
+
+
+def test_no_secret_is_logged(keyword_bundle, serving, tmp_path, capfd) -> None:
+    with store_in(tmp_path) as store:
+        _, secret = store.create_key("ann", [Scope.RETRIEVE])
+        with serving(keyword_bundle, store=store, quiet=False) as running:
+            for url in (running.http, running.grpc):
+                with Client(url, api_key=secret) as client:
+                    client.info()
+            with AdminClient(running.admin, api_key=secret) as admin, pytest.raises(PermissionDeniedError):
+                admin.revision()
+            with Client(running.http, api_key=secret[:-1]) as client, pytest.raises(UnauthenticatedError):
+                client.info()
+        written = "".join(capfd.readouterr())
+    assert "getInfo" in written
+    assert "revision.get" in written
+    assert secret.rpartition("_")[2][:8] not in written
+    assert "Bearer" not in written
+
+
+@contextmanager
+def store_in(folder: Path) -> Iterator[SqlStore]:
+    store = SqlStore.open(f"sqlite:///{folder}/admin.db")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@dataclass
+class FakeKeys:
+    """Knows one key, and counts how often it is asked."""
+
+    failure: Exception | None = None
+    scopes: frozenset[Scope] = frozenset({Scope.RETRIEVE})
+    asked: int = 0
+    gate: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def verify_key(self, secret: str) -> tuple[str, frozenset[Scope]]:
+        self.asked += 1
+        assert self.gate.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        if secret != "grk_1":
+            raise UnauthenticatedError("not known")
+        return "ann", self.scopes
+
+    def list_keys(self) -> list[object]:
+        return [object()]
+
+
+@pytest.fixture
+def keys() -> FakeKeys:
+    return FakeKeys()
+
+
+@dataclass
+class Ticks:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_store_is_asked_once_a_while(keys) -> None:
+    ticks = Ticks()
+
+    async def calls() -> None:
+        auth = Authenticator(keys, clock=ticks)
+        for _ in range(3):
+            assert (await auth.allow("Bearer grk_1", Scope.RETRIEVE)).name == "ann"
+        with pytest.raises(UnauthenticatedError):
+            await auth.allow("Bearer grk_2", Scope.RETRIEVE)
+        with pytest.raises(UnauthenticatedError):
+            await auth.allow("Bearer grk_2", Scope.RETRIEVE)
+        assert keys.asked == 2
+        keys.failure = UnauthenticatedError("revoked")
+        ticks.now = CACHE_SECONDS - 0.001
+        await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+        ticks.now = CACHE_SECONDS
+        with pytest.raises(UnauthenticatedError, match="revoked"):
+            await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+
+    asyncio.run(calls())
+
+
+def test_calls_that_come_together_ask_once_and_survive_the_first_giving_up(keys) -> None:
+    async def calls() -> None:
+        auth = Authenticator(keys)
+        keys.gate.clear()
+        first, *others = [asyncio.create_task(auth.allow("Bearer grk_1", Scope.RETRIEVE)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        first.cancel()
+        keys.gate.set()
+        assert [who.name for who in await asyncio.gather(*others)] == ["ann"] * 4
+        assert keys.asked == 1
+
+    asyncio.run(calls())
+
+
+def test_a_store_that_is_away_stops_nobody_it_knew(keys) -> None:
+    ticks = Ticks()
+
+    async def calls() -> None:
+        auth = Authenticator(keys, clock=ticks)
+        await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+        keys.failure = UnavailableError("away")
+        ticks.now = CACHE_SECONDS
+        await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+        await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+        assert keys.asked == 2
+        with pytest.raises(UnavailableError, match="away"):
+            await auth.allow("Bearer grk_2", Scope.RETRIEVE)
+        ticks.now = AWAY_SECONDS
+        with pytest.raises(UnavailableError, match="away"):
+            await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+
+    asyncio.run(calls())
+
+
+def test_no_more_keys_are_remembered_than_fit(keys, monkeypatch) -> None:
+    monkeypatch.setattr("genretrieval_serving.admin.auth.MAX_CACHED", 3)
+
+    async def calls() -> None:
+        auth = Authenticator(keys)
+        for i in range(2, 12):
+            with pytest.raises(UnauthenticatedError):
+                await auth.allow(f"Bearer grk_{i}", Scope.RETRIEVE)
+        assert len(auth._known) == 3
+
+    asyncio.run(calls())
