@@ -34,7 +34,7 @@ def main(folder: Path) -> str:
     )
     with running_server(folder, [str(Path(sys.executable).parent / "genretrieval")]) as server:
         answers = {}
-        for address in (http, grpc):
+        for address in (server.http, server.grpc):
             with Client(address) as client:
                 answers[address] = [item.item_id for item in client.retrieve(request).items]
     by_http, by_grpc = answers.values()

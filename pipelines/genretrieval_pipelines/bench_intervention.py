@@ -94,7 +94,7 @@ class InterventionConfig:
         DataError: a setting is out of range.
     """
 
-    n_words: int = 600
+    n_words: int = 650
     min_items: int = 5
     max_share: float = 0.005
     n_untouched: int = 200
@@ -146,7 +146,10 @@ def hold_out(items: pl.DataFrame, config: InterventionConfig) -> HeldOut:
         )
     drawn = np.random.default_rng(config.seed).permutation(len(fitting))[: config.n_words]
     words = [fitting[i] for i in sorted(drawn.tolist())]
-    return HeldOut(words, _rows_with(items, words))
+    of_word = dict(zip(words, _rows_with(items, words), strict=True))
+    # With the longer words that hold it, a word may name more than was counted.
+    words = [word for word in words if len(of_word[word]) <= most]
+    return HeldOut(words, [of_word[word] for word in words])
 
 
 def _rows_with(items: pl.DataFrame, words: Sequence[str]) -> list[Rows]:
