@@ -18,6 +18,10 @@ from genretrieval.request import RetrievedItem, RetrieveRequest, RetrieveRespons
 from genretrieval_serving import wire
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
+from genretrieval_serving.admin.replica import STALE_SECONDS, Replica
+from genretrieval_serving.admin.resources import Kind, RuleFields, SynonymsFields
+from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.admin.store import Call, Create
 from genretrieval_serving.client import Client
 from genretrieval_serving.messages import MAX_BODY_BYTES
 
@@ -326,8 +330,94 @@ def test_a_poisoned_request_fails_alone(start, backend, http) -> None:
     assert backend.batches == [1, 3, 1, 1, 1]
 
 
+@pytest.fixture
+def store(tmp_path: Any) -> Iterator[SqlStore]:
+    store = SqlStore.open(f"sqlite:///{tmp_path}/admin.db")
+    yield store
+    store.close()
+
+
+def pin(item: str) -> Create:
+    effect = {"kind": "pin", "items": [{"item_id": item, "position": 1}]}
+    return Create(Kind.RULES, item, RuleFields(condition={"scenarios": ["home"]}, effect=effect))
+
+
+def test_both_transports_show_what_operators_changed(start, store) -> None:
+    sofa = SynonymsFields(kind="two_way", terms=["sofa", "couch"])
+    (_, rule) = store.apply(Call("ann"), [Create(Kind.SYNONYMS, "sofa", sofa), pin("item-9")])
+    home = RetrieveRequest(query="sofa", scenario="home")
+    with start(store=store) as running, Client(running.grpc) as by_grpc, Client(running.http) as by_rest:
+        response = by_grpc.retrieve(home)
+        assert untimed(by_rest.retrieve(home)) == untimed(response)
+        assert response.items[0].item_id == "item-9"
+        assert [item.touched_by for item in response.items] == [["rules/item-9"]] + [[]] * 9
+        assert response.applied == ["rules/item-9", "synonyms/sofa"]
+        assert response.revision == rule.revision
+        # Nobody tells the server of this one, so a reader asks for it.
+        (rule,) = store.apply(Call("ann"), [pin("item-14")])
+        newer = home.model_copy(update={"min_revision": rule.revision})
+        for client in (by_grpc, by_rest):
+            (response,) = client.batch_retrieve([newer])
+            assert response.applied == ["rules/item-14", "rules/item-9", "synonyms/sofa"]
+            assert response.revision == rule.revision
+        # Whoever matches nothing gets what the model alone would give.
+        plain = RetrieveRequest(history=[{"item_id": "item-4"}])
+        (direct,) = running.retriever.retrieve([plain])
+        assert by_grpc.retrieve(plain).items == by_rest.retrieve(plain).items == direct.items
+
+
+def test_a_request_keeps_the_admin_state_that_it_began_with(start, backend, store) -> None:
+    store.apply(Call("ann"), [pin("item-9")])
+    home = RetrieveRequest(scenario="home")
+    with start(store=store) as running, ThreadPoolExecutor(2) as pool, Client(running.grpc) as client:
+        backend.gate.clear()
+        first = pool.submit(client.retrieve, home)
+        assert backend.entered.acquire(timeout=10)
+        waiting = pool.submit(client.retrieve, home)
+        wait_for(running, "genretrieval_queue_depth", 1)
+        store.apply(Call("ann"), [pin("item-14")])
+        wait_for(running, "genretrieval_admin_revision", 2)
+        backend.gate.set()
+        for begun in (first, waiting):
+            assert (begun.result(10).revision, begun.result(10).applied) == (1, ["rules/item-9"])
+        assert client.retrieve(home).applied == ["rules/item-14", "rules/item-9"]
+
+
+def test_a_revision_that_is_not_there_yet_is_an_error_of_its_own(start, store, http) -> None:
+    with start(store=store) as running:
+        for url in (running.grpc, running.http):
+            with Client(url) as client, pytest.raises(errors.StaleReplicaError, match="this replica has 0"):
+                client.retrieve(min_revision=5)
+        answer = http.post(f"{running.http}/v1/retrieve", json={"min_revision": 5})
+        assert (answer.status_code, answer.json()["reason"]) == (409, "STALE_REPLICA")
+        with grpc.insecure_channel(running.grpc_address) as channel:
+            stub = stubs.RetrievalServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as failed:
+                stub.Retrieve(pb.RetrieveRequest(min_revision=5), timeout=10)
+            assert failed.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        text = http.get(f"{running.http}/metrics").text
+        assert 'genretrieval_rejected_total{reason="STALE_REPLICA"} 4.0' in text
+
+
+def test_without_admin_state_there_is_no_revision_to_wait_for(client) -> None:
+    assert client.retrieve(min_revision=0).revision == 0
+    with pytest.raises(errors.StaleReplicaError, match="has no admin state"):
+        client.retrieve(min_revision=1)
+
+
+def test_a_response_says_that_the_admin_state_may_be_old(start, store, monkeypatch) -> None:
+    store.apply(Call("ann"), [pin("item-9")])
+    with start(store=store) as running, Client(running.grpc) as by_grpc, Client(running.http) as by_rest:
+        monkeypatch.setattr(Replica, "lag", STALE_SECONDS + 1)
+        for client in (by_grpc, by_rest):
+            response = client.retrieve(scenario="home")
+            assert response.degraded == ["admin_state_stale"]
+            assert response.items[0].item_id == "item-9"
+
+
 def test_wire_keeps_every_field(example) -> None:
-    assert wire.request_from_proto(wire.request_to_proto(example)) == example
+    for request in (example, example.model_copy(update={"min_revision": 2**40, "bindings": "off"})):
+        assert wire.request_from_proto(wire.request_to_proto(request)) == request
     assert wire.request_from_proto(pb.RetrieveRequest()) == RetrieveRequest()
     assert set(pb.RetrieveRequest.DESCRIPTOR.fields_by_name) == set(RetrieveRequest.model_fields)
     assert set(pb.RetrieveResponse.DESCRIPTOR.fields_by_name) == set(RetrieveResponse.model_fields)
@@ -335,7 +425,8 @@ def test_wire_keeps_every_field(example) -> None:
     written = RetrievedItem(item_id="a", score=-1.5, semantic_id=[1, 2], level_scores=[-0.5, -1.0])
     # Added by the dense head, whose score may be 0 and is then given all the same.
     added = RetrievedItem(item_id="b", score=-2.0, semantic_id=[0, 1], level_scores=[], dense_score=0.0)
-    response = RetrieveResponse(items=[written, added], bundle_version="v")
+    bound = added.model_copy(update={"keyword_path": ["shoe", "", "red"], "touched_by": ["keywords/new", "rules/r"]})
+    response = RetrieveResponse(items=[written, added, bound], bundle_version="v", revision=2**40, applied=["rules/r"])
     assert wire.response_from_proto(wire.response_to_proto(response)) == response
 
 
