@@ -35,21 +35,20 @@ class Addresses:
 
 
 @contextmanager
-def running_server(bundle: Path, command: Sequence[str], *options: str) -> Iterator[Addresses]:
+def running_server(bundle: Path, command: Sequence[str], *options: str, log: Path | None = None) -> Iterator[Addresses]:
     """A server on free ports.
-
-    Its log goes to ``server.log`` beside the bundle.
 
     Args:
         bundle: what it serves.
         command: how to call the command line.
         options: further ones of `genretrieval serve`.
+        log: where its log goes; by default ``server.log`` beside the bundle.
 
     Raises:
         UnavailableError: it ended before it was ready.
     """
     arguments = [*command, "serve", "--bundle", str(bundle), "--http-port", "0", "--grpc-port", "0", *options]
-    log = bundle.with_name("server.log")
+    log = log or bundle.with_name("server.log")
     with log.open("wb") as output:
         process = subprocess.Popen(arguments, stdout=output)  # noqa: S603
     try:
