@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -497,6 +497,78 @@ def bench_fusion(
     with _extra("train"):
         from genretrieval_pipelines.bench_fusion import bench_fusion as bench
     _report_figures(bench(data, work), json_file)
+
+
+@bench_app.command("intervention")
+def bench_intervention(
+    data: Data,
+    work: Annotated[Path, typer.Option(help="Models and intermediate results, found again on the next run.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe whose tokenizer is keyword_aligned; path, or the name of a shipped one.")
+    ] = "keyword_aligned",
+    words: Annotated[int | None, typer.Option(help="Words held out, at most; 650 by default.")] = None,
+    most_items: Annotated[
+        float | None, typer.Option(help="Most items of a word, as a share of the catalogue; 0.005 by default.")
+    ] = None,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Words that training never saw, bound while the model is served: how many are found, beside closed codebooks."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_intervention import InterventionConfig
+        from genretrieval_pipelines.bench_intervention import bench_intervention as bench
+        from genretrieval_pipelines.recipe import load_recipe
+        from genretrieval_pipelines.run import set_threads
+    with _extra("serve"):
+        from genretrieval_serving.live_server import BoundServer, bound_server
+    set_threads(threads)
+    given = {"n_words": words, "max_share": most_items}
+
+    def serve_live(bundle: Path) -> AbstractContextManager[BoundServer]:
+        for old in work.glob("admin.db*"):
+            old.unlink()
+        return bound_server(bundle, [sys.executable, "-m", "genretrieval.cli"], f"sqlite:///{work / 'admin.db'}")
+
+    figures = bench(
+        load_recipe(_recipe_file(recipe)),
+        data,
+        work,
+        open_backend=_open_backend,
+        serve_live=serve_live,
+        console=Console(stderr=True),
+        config=InterventionConfig(**{name: value for name, value in given.items() if value is not None}),
+    )
+    _report_figures(figures, json_file)
+
+
+@bench_app.command("bind")
+def bench_bind(
+    folder: Annotated[Path, typer.Option(help="Where the random bundle goes; a million items take 60 MB.")],
+    store: Annotated[
+        str | None, typer.Option(help="URL of an empty admin store; by default a SQLite file in FOLDER.")
+    ] = None,
+    items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 1_000_000,
+    replicas: Annotated[int, typer.Option(help="Servers on the store.")] = 4,
+    bindings: Annotated[int, typer.Option(help="Words that are bound, one after another.")] = 200,
+    quick: Annotated[bool, typer.Option(help="Few items and words; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """How long after a word is bound it is retrieved, on the same server and on all, under reads and without NOTIFY."""
+    with _extra("train"):
+        from genretrieval_pipelines.random_bundle import write_random_bundle
+    with _extra("serve"):
+        from genretrieval_serving.bench_bind import BindConfig
+        from genretrieval_serving.bench_bind import bench_bind as bench
+    items, replicas, bindings = (10_000, 2, 10) if quick else (items, replicas, bindings)
+    bundle = folder / f"random-{items}"
+    if not bundle.exists():
+        write_random_bundle(bundle, items)
+    if store is None:
+        for old in folder.glob("bind.db*"):
+            old.unlink()
+        store = f"sqlite:///{(folder / 'bind.db').resolve()}"
+    command = [sys.executable, "-m", "genretrieval.cli"]
+    _report_figures(bench(bundle, command, store, Console(stderr=True), BindConfig(replicas, bindings)), json_file)
 
 
 @app.command()
