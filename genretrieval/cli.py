@@ -522,7 +522,7 @@ def bench_intervention(
     with _extra("serve"):
         from genretrieval_serving.live_server import BoundServer, bound_server
     set_threads(threads)
-    given = {"n_words": words, "max_share": most_items}
+    given: dict[str, Any] = {"n_words": words, "max_share": most_items}
 
     def serve_live(bundle: Path) -> AbstractContextManager[BoundServer]:
         for old in work.glob("admin.db*"):
