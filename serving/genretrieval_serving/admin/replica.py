@@ -108,18 +108,23 @@ class Replica:
         """
         for thread in self._threads:
             thread.start()
-        await self._reached(0)
-        problems = self.snapshot.problems()
-        if problems and not allow_unbound:
-            await self.stop()
-            raise BundleError(cannot_hold(problems))
+        try:
+            await self._reached(0)
+            problems = self.snapshot.problems()
+            if problems and not allow_unbound:
+                raise BundleError(cannot_hold(problems))
+        except BaseException:
+            self._end()
+            raise
 
     async def stop(self) -> None:
-        """End all threads; the snapshot stays as it is."""
+        """Stop following; the snapshot stays as it is, and the store is not read any more."""
+        self._end()
+        await asyncio.to_thread(self._threads[0].join)
+
+    def _end(self) -> None:
         self._stopping.set()
         self._hint.set()
-        for thread in self._threads[:1]:
-            await asyncio.to_thread(thread.join)
 
     async def wait_for(self, revision: int, within: float | None = None) -> None:
         """Wait until the snapshot is at `revision` or later.
@@ -247,5 +252,7 @@ def _postgresql(url: str) -> str:
     """A URL of SQLAlchemy as libpq reads it."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "postgresql":
-        raise InvalidInputError(f"{parsed} sends no notifications, only PostgreSQL does; leave `listen` out")
+        raise InvalidInputError(
+            f"{parsed.render_as_string()} sends no notifications, only PostgreSQL does; leave `listen` out"
+        )
     return parsed.set(drivername="postgresql").render_as_string(hide_password=False)

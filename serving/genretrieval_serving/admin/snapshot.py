@@ -62,6 +62,11 @@ def _marked(text: str) -> str:
     return with_edges(normalise(text))
 
 
+def _folded(text: str) -> str:
+    """`text` without the difference of case and width alone."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
 def _regex(pattern: str) -> SchemaValidator:
     """Rust's engine, whose time is linear in the text, by way of pydantic, which compiles a pattern once.
 
@@ -70,9 +75,7 @@ def _regex(pattern: str) -> SchemaValidator:
     Raises:
         SchemaError: the pattern does not compile.
     """
-    folded = _UNESCAPED.sub(
-        lambda part: part[0] if part[0][0] == "\\" else unicodedata.normalize("NFKC", part[0].casefold()), pattern
-    )
+    folded = _UNESCAPED.sub(lambda part: part[0] if part[0][0] == "\\" else _folded(part[0]), pattern)
     return SchemaValidator(core_schema.str_schema(pattern=folded, regex_engine="rust-regex"))
 
 
@@ -241,6 +244,10 @@ class _Rule:
     def precedence(self) -> tuple[int, str]:
         return -self.rule.priority, self.rule.id
 
+    def finds(self, texts: Iterable[str]) -> bool:
+        """Whether its regex is found in one of the texts."""
+        return self.regex is not None and any(map(self.regex.isinstance_python, texts))
+
     def holds(self, scenario: str | None, now: datetime) -> bool:
         """Whether all holds but the condition on the query."""
         scenarios = self.rule.condition.scenarios
@@ -340,8 +347,11 @@ class AdminSnapshot:
                 continue
             if problems := self.items.problems(resource):
                 broken[name] = "; ".join(problems)
-            else:
+                continue
+            try:
                 compiled[name] = _compile(name, resource, self.items)
+            except Exception as error:  # noqa: BLE001 - no resource may keep the others from being applied
+                broken[name] = f"{type(error).__name__}: {error}"
         return AdminSnapshot(self.items, changes.revision, resources, compiled, broken)
 
     def on(self, catalogue: Catalogue, reserved_slots: Sequence[int]) -> AdminSnapshot:
@@ -381,10 +391,9 @@ class AdminSnapshot:
             request: as it came; its query and scenario decide.
             now: bindings and rules outside of their time do not count.
         """
-        normalised = normalise(request.query or "")
-        query = with_edges(normalised)
+        query = _marked(request.query or "")
         words = self._query_words.found(query) if query else set()
-        rules = self._rules(normalised, query, words, request.scenario, now)
+        rules = self._rules(request, query, words, now)
         synonyms, added = self._synonyms(words)
         bound = self._keywords("\n".join([query, *added]), now) if query else []
         if not rules and not synonyms and not bound:
@@ -403,14 +412,18 @@ class AdminSnapshot:
             revision=self.revision,
         )
 
-    def _rules(self, normalised: str, query: str, words: set[str], scenario: str | None, now: datetime) -> list[_Rule]:
+    def _rules(self, request: RetrieveRequest, query: str, words: set[str], now: datetime) -> list[_Rule]:
         """Rules that match, those that prevail first."""
         matched = list(self._always)
         if query:
             matched += self._exact.get(query, ())
             matched += chain.from_iterable(self._contained.get(text, ()) for text in words)
-            matched += (rule for rule in self._regexes if rule.regex and rule.regex.isinstance_python(normalised))
-        return sorted((rule for rule in matched if rule.holds(scenario, now)), key=lambda rule: rule.precedence)
+        if query and self._regexes:
+            # A regex may be meant for what people type or for what that is normalised to: "shoes" is "shoe".
+            typed = " ".join(_folded(request.query or "").split())
+            texts = {typed, normalise(typed)}
+            matched += (rule for rule in self._regexes if rule.finds(texts))
+        return sorted((r for r in matched if r.holds(request.scenario, now)), key=lambda rule: rule.precedence)
 
     def _synonyms(self, words: set[str]) -> tuple[list[_Synonyms], dict[str, str]]:
         """Synonym sets that match, and the terms that they add, by marked text."""

@@ -69,6 +69,17 @@ CONDITIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[dict[str,
         [RED, {"query": "hat 42"}],
         [{"query": "a red hat"}, {"query": "42 hats"}, {}],
     ),
+    # What people type, or what that is normalised to.
+    "regex_typed": (
+        {"condition": {"query": {"match": "regex", "text": r"\bCrème S?HOES$"}}},
+        [{"query": "crème hoes"}, {"query": "ＣＲÈＭＥ  shoes"}],
+        [{"query": "creme shoe"}, {"query": "shoes"}],
+    ),
+    "regex_normalised": (
+        {"condition": {"query": {"match": "regex", "text": r"^creme shoe$"}}},
+        [{"query": "Crème shoes"}, {"query": "creme shoe"}],
+        [{"query": "creme"}],
+    ),
     "scenario": (
         {"condition": {"scenarios": ["home", "cart"]}},
         [{"scenario": "cart"}, RED | {"scenario": "home"}],
