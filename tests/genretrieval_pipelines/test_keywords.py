@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from genretrieval.errors import DataError
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
-from genretrieval_pipelines.embed.keywords import enhance, mine_keywords, mined_columns
+from genretrieval_pipelines.embed.keywords import enhance, item_fields, mine_keywords, mined_columns
 from genretrieval_pipelines.embed.linear import Matrix
 
 CATALOGUE = pl.DataFrame(
@@ -89,6 +89,26 @@ def test_phrases_do_not_reach_across_punctuation() -> None:
         "soft matte finish",
         "long wear",
     }
+
+
+def test_han_words_end_where_the_characters_beside_them_change() -> None:
+    titles = ["显瘦连衣裙", "连衣裙加厚", "宽松连衣裙", "红色连衣裙", "加厚外套", "宽松加厚"]
+    found = mined(pl.DataFrame({"title": titles}))
+    # 连衣 always goes on with 裙; 红色 is known, and what holds it would hide it; 显瘦 stands in one title.
+    assert found == {"红色": "Color", "连衣裙": "Modifier", "加厚": "Modifier", "宽松": "Modifier"}
+
+
+def test_a_brand_in_two_scripts_is_two_words() -> None:
+    items = pl.DataFrame({"title": ["a", "b"], "brand": ["香奈儿/Chanel", "其他/other"]})
+    assert mined(items) == {"香奈儿": "Brand", "chanel": "Brand"}
+
+
+def test_fields_begin_with_what_says_most_surely_what_an_item_is() -> None:
+    fields = item_fields(CATALOGUE.select("item_id", "title", "brand", "categories"))
+    assert fields[0][:3] == ("Rosa", "Lipsticks & Balms", "Rosa Creamy Lipstick XK-200, 3.4 Oz, Red")
+    assert fields[0][3].endswith("Rosa. Beauty Lipsticks & Balms")
+    assert fields[5] == (" ", "Garden", "", "Garden")
+    assert item_fields(pl.DataFrame({"item_id": ["a"], "title": ["Hat"]})) == [("Hat", "Hat")]
 
 
 def test_weight_is_the_share_of_items() -> None:

@@ -46,7 +46,7 @@ def recipe(**tokenizer: object) -> Recipe:
     return Recipe.model_validate(
         {
             "embedding": [{"name": "collaborative", "dim": 8}, {"name": "hashing", "dim": 16}],
-            "tokenizer": {**SMALL, **tokenizer},
+            "tokenizer": tokenizer if tokenizer.get("method") == "keyword_aligned" else {**SMALL, **tokenizer},
         }
     )
 
@@ -73,8 +73,10 @@ def shop(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
         {"method": "rq_vae", "codebook_sizes": [8, 8], "epochs": 2, "contrast": {}, "repulsion": {"kind": "hamming"}},
         {"method": "rq_vae", "codebook_sizes": [8, 8], "epochs": 2, "repulsion": {"kind": "adaptive"}},
         {"method": "rk_fsq", "codebook_sizes": [8], "n_bits": 3, "steps": 5},
+        {"method": "keyword_aligned"},
+        {"method": "keyword_aligned", "content_sizes": [8]},
     ],
-    ids=["plain", "balanced", "per_parent", "rq_opq", "quasid", "adaptive", "rk_fsq"],
+    ids=["plain", "balanced", "per_parent", "rq_opq", "quasid", "adaptive", "rk_fsq", "words", "words_and_content"],
 )
 def test_every_method_gives_every_item_an_id_of_its_own(
     shop: Shop, tmp_path: Path, tokenizer: dict[str, object]
@@ -171,15 +173,57 @@ class TestFolder:
         assert self.name(one, **CONTRAST) != self.name(other, **CONTRAST)
         assert self.name(one) == self.name(other)
 
+    def test_words_depend_on_the_dictionary_and_the_texts(self, shop: Shop, tmp_path: Path) -> None:
+        mined = self.name(shop, method="keyword_aligned")
+        KeywordDictionary((Keyword("glass", AttributeType.MATERIAL),)).save(tmp_path / "keywords.parquet")
+        assert self.name(replace(shop, data=tmp_path), method="keyword_aligned") != mined
+        described = shop.items.with_columns(description=pl.lit("glass"))
+        assert self.name(replace(shop, items=described), method="keyword_aligned") != mined
+
     def test_queries_depend_on_the_dictionary(self, shop: Shop, tmp_path: Path) -> None:
         mined = self.name(shop, method="rq_opq")
         KeywordDictionary((Keyword("glass", AttributeType.MATERIAL),)).save(tmp_path / "keywords.parquet")
         assert self.name(replace(shop, data=tmp_path), method="rq_opq") != mined
 
 
+class TestWords:
+    """Codes that come from words, in all that comes after fitting."""
+
+    WANTED = recipe(method="keyword_aligned", content_sizes=[8])
+
+    def test_the_shop_may_give_its_words(self, shop: Shop, tmp_path: Path) -> None:
+        mined = tokenize(self.WANTED, shop, tmp_path)
+        brand = shop.items["brand"][0]
+        KeywordDictionary((Keyword(brand, AttributeType.BRAND),)).save(tmp_path / "keywords.parquet")
+        given = tokenize(self.WANTED, replace(shop, data=tmp_path), tmp_path)
+        assert mined.keywords is not None
+        assert given.keywords is not None
+        assert len(mined.keywords.dictionary) > 20
+        assert [keyword.text for keyword in given.keywords.dictionary.keywords] == [brand]
+        assert given.keywords.encode(f"{brand.upper()}s")[0] > 0
+        assert "level 0 is of" in mined.report
+
+    def test_a_query_shares_the_slots_of_its_words(self, shop: Shop, tmp_path: Path) -> None:
+        fit_and_publish(self.WANTED, shop, tmp_path / "ids", tmp_path)
+        [(codes, items)] = query_ids(tmp_path / "ids", [shop.items["title"][7]])
+        published, keywords = open_published(tmp_path / "ids"), tokenize(self.WANTED, shop, tmp_path).keywords
+        assert keywords is not None
+        words = np.array(codes[: keywords.n_groups])
+        shared = ((published.ids.codes[:, : len(words)] == words) & (words > 0)).sum(axis=1)
+        assert shop.items["item_id"].index_of(items[0]) == shared.argmax()
+        assert shared.max() == (words > 0).sum()
+        assert query_ids(tmp_path / "ids", ["zzz"])[0][1] == []
+
+    def test_shards_hold_no_words(self, tmp_path: Path) -> None:
+        (tmp_path / "shards").mkdir()
+        pl.DataFrame({"item_id": ["a"], "embedding": [[0.0, 1.0]]}).write_parquet(tmp_path / "shards" / "0.parquet")
+        with pytest.raises(DataError, match="shards hold vectors alone"):
+            encode_stream(tmp_path / "shards", tmp_path / "ids", self.WANTED, console=QUIET)
+
+
 class TestPublishing:
-    @pytest.fixture
-    def published(self, data: Path, tmp_path: Path) -> Path:
+    @pytest.fixture(params=[{}, {"method": "keyword_aligned", "content_sizes": [8]}], ids=["vectors", "words"])
+    def published(self, data: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         """A shop of its first 100 items, published."""
         old = tmp_path / "old"
         old.mkdir()
@@ -189,7 +233,8 @@ class TestPublishing:
         interactions = pl.read_parquet(data / "interactions.parquet").filter(pl.col("item_id").is_in(known))
         interactions.write_parquet(old / "interactions.parquet")
         (tmp_path / "work").mkdir()
-        fit_and_publish(recipe(), open_shop(old, tmp_path / "work"), tmp_path / "published", tmp_path / "work")
+        wanted = recipe(**request.param)
+        fit_and_publish(wanted, open_shop(old, tmp_path / "work"), tmp_path / "published", tmp_path / "work")
         return tmp_path / "published"
 
     def test_new_items_are_appended_and_no_id_moves(self, published: Path, shop: Shop) -> None:
