@@ -135,9 +135,8 @@ def postgres() -> Iterator[Engine]:
     server = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    engine = sa.create_engine(url.set(database=name), isolation_level="AUTOCOMMIT")
-    yield engine
-    engine.dispose()
+    # Without a pool: some tests end every connection to the database.
+    yield sa.create_engine(url.set(database=name), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with server.connect() as connection:
         connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
     server.dispose()
