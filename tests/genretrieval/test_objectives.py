@@ -162,7 +162,6 @@ def test_the_dense_loss_runs_over_the_items_of_training(trained: list[int], expe
     codes = NextItemObjective(index)(ByHand(), made)
     for weight in (1.0, 0.25):
         both = NextItemObjective(index, rows, dense_weight=weight)(ByHandDense(), made)
-        # Its products are in bfloat16.
         assert float((both - codes).detach()) == pytest.approx(weight * expected, rel=1e-2)
 
 
@@ -194,5 +193,4 @@ def test_the_full_softmax_has_the_gradients_of_cross_entropy() -> None:
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-2)
     gradients = zip(*(torch.autograd.grad(2 * loss, (hidden, vectors)) for loss in (ours, theirs)), strict=True)
     for one, other in gradients:
-        # Its products are in bfloat16.
         assert (one - other).norm() < 0.01 * other.norm()
