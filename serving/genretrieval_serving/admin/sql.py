@@ -14,6 +14,7 @@ import hmac
 import json
 import secrets
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,6 +67,7 @@ MAX_ACTIVE_KEYS = 2
 
 _IDEMPOTENCY_TTL = timedelta(days=1)
 _LOCK_SECONDS = 10
+_TURN_SECONDS = 30
 _TRIES = 4
 # An entry of a PostgreSQL index holds 2,704 bytes; 200 characters can normalise to more.
 _MAX_INDEXED = 2000
@@ -226,6 +228,9 @@ class SqlStore:
         self._notify = notify and self._is_postgresql
         self._preferred: Mapping[AttributeType, int] = {}
         self._writing = engine.execution_options(sqlite_begin="IMMEDIATE")
+        # Threads wait here rather than for the database's lock: that would take a connection each from the readers, and
+        # SQLite lets those who wait in no order, some of them never.
+        self._turn = threading.Lock()
         # Reads of one statement need no transaction in PostgreSQL, reads of several need one snapshot. In SQLite every
         # transaction is a snapshot.
         self._reading, self._snapshot = engine, engine
@@ -328,12 +333,13 @@ class SqlStore:
         """Audit events, newest first, and where the next page begins.
 
         Raises:
-            RequestError: the token is not one that this listing returned.
+            RequestError: the token is not one that this listing returned, or the name cannot be one.
         """
         assert size > 0, size
         listing = "audit" if name is None else f"audit of {name}"
         query = sa.select(_audit_events).order_by(_audit_events.c.seq.desc()).limit(size + 1)
         if name is not None:
+            _check_indexed("the name", name)
             query = query.where(_audit_events.c.name == name)
         if token:
             key = _key_of(token, listing)
@@ -523,7 +529,12 @@ class SqlStore:
                     connection.execute(sa.select(sa.func.pg_notify(CHANNEL, str(change.revision))))
             return answer
 
-        return self._transact(self._writing, transaction)
+        if not self._turn.acquire(timeout=_TURN_SECONDS):
+            raise UnavailableError("too many changes wait for the admin database; try again")
+        try:
+            return self._transact(self._writing, transaction)
+        finally:
+            self._turn.release()
 
     def _transact(self, engine: Engine, work: Callable[[Connection], _T]) -> _T:
         """Run `work` in a transaction, again where the database asks for it, with errors of ours."""
@@ -563,9 +574,7 @@ class SqlStore:
         scripts = ScriptDirectory.from_config(config)
         known = {script.revision for script in scripts.walk_revisions()}
 
-        def work(connection: Connection) -> None:
-            if self._is_postgresql:  # servers that start together
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
+        def is_current(connection: Connection) -> bool:
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None and current not in known:
                 raise InvalidInputError(
@@ -573,11 +582,17 @@ class SqlStore:
                     "here: they are those of a newer genretrieval, or of another program. Update genretrieval, "
                     "or give it a database of its own"
                 )
-            if current != scripts.get_current_head():
+            return current == scripts.get_current_head()
+
+        def upgrade(connection: Connection) -> None:
+            if self._is_postgresql:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
+            if not is_current(connection):  # servers start together, and one was first
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
 
-        self._transact(self._writing, work)
+        if not self._transact(self._reading, is_current):
+            self._transact(self._writing, upgrade)
 
 
 class _Change:

@@ -514,6 +514,8 @@ class TestPages:
         assert [event.action for event in first + second] == ["delete", "create"]
         assert end == ""
         assert store.audit(size=1, name="rules/none") == ([], "")
+        with pytest.raises(RequestError, match="the name"):
+            store.audit(size=1, name="rules/a\0")
 
 
 class TestKeys:
@@ -623,6 +625,30 @@ class TestDatabase:
         one(store, Create(Kind.RULES, "a", RULE))
         one(store, Update(Kind.RULES, "a", change))
         one(impatient, Create(Kind.RULES, "b", RULE))
+
+    def test_writers_that_wait_take_nothing_from_readers(
+        self, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one(store, Create(Kind.RULES, "a", RULE))
+        begun, go_on = threading.Event(), threading.Event()
+
+        def change(_: Resource) -> Fields:
+            begun.set()
+            assert go_on.wait(60)
+            return RULE
+
+        with ThreadPoolExecutor(30) as pool:
+            slow = pool.submit(one, store, Update(Kind.RULES, "a", change))
+            assert begun.wait(60)
+            others = [pool.submit(one, store, Create(Kind.RULES, f"b{i}", RULE)) for i in range(25)]
+            assert store.revision() == 1
+            with monkeypatch.context() as patch:
+                patch.setattr(sql, "_TURN_SECONDS", 0.01)
+                with pytest.raises(UnavailableError, match="too many changes wait"):
+                    one(store, Create(Kind.RULES, "c", RULE))
+            go_on.set()
+            assert {other.result().revision for other in others} == set(range(3, 28))
+            assert slow.result().revision == 2
 
     def test_a_database_that_asks_for_repetition(self, store: SqlStore) -> None:
         class Busy(sqlite3.OperationalError):
