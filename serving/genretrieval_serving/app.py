@@ -214,6 +214,8 @@ class Server:
     async def load(self) -> None:
         """Load and warm the model, then become ready."""
         retriever = await asyncio.to_thread(self._open_retriever)
+        if self._store is not None:
+            self._replica = await self._follow(self._store, retriever)
         engine = Engine(
             retriever,
             self.service.metrics,
@@ -221,8 +223,7 @@ class Server:
             max_batch=self.settings.max_batch,
         )
         await engine.start()
-        if self._store is not None:
-            self._replica = await self._follow(self._store, retriever)
+        if self._replica is not None:
             self._live.open(engine, self._replica)
         self.service.open(engine, self._replica)
         await grpc_server.set_health(self._health, serving=True)

@@ -220,12 +220,12 @@ def start_server(
     try:
         server = wait_for(create())
         wait_for(server.listen())
-        if load:
-            wait_for(server.load())
-            backend.batches.clear()
-            while backend.entered.acquire(blocking=False):
-                pass
         try:
+            if load:
+                wait_for(server.load())
+                backend.batches.clear()
+                while backend.entered.acquire(blocking=False):
+                    pass
             yield Running(server, retriever, backend, loop)
         finally:
             backend.gate.set()

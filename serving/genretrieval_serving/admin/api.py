@@ -41,8 +41,8 @@ from genretrieval_serving.admin.messages import (
     Revision,
     Slots,
     Snapshot,
-    Tested,
     Trial,
+    TrialResult,
     UndeleteOperation,
     UpdateOperation,
     fields_of,
@@ -109,7 +109,7 @@ class Serving(Protocol):
         """Bring a change of the store into force here."""
         ...
 
-    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> Tested:
+    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
         """What a request returns without a resource and with it."""
         ...
 
@@ -313,7 +313,7 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         return Response(content, media_type=_MEDIA[format])
 
     @reads.post(f"{all_}:test", operation_id=f"{kind}.test")
-    async def test(trial: Trial[New], request: Request) -> Tested:  # type: ignore[valid-type]
+    async def test(trial: Trial[New], request: Request) -> TrialResult:  # type: ignore[valid-type]
         """What a request returns without a resource and with it; nothing is stored."""
         serving: Serving = request.app.state.serving
         now = datetime.now(UTC)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from genretrieval.errors import DeadlineError, OverloadedError, UnavailableError
 from genretrieval.request import RetrieveRequest
-from genretrieval_serving.admin.messages import MAX_PAGE, NEW, STORED, AuditPage, Imported, Slots, Snapshot, Tested
+from genretrieval_serving.admin.messages import MAX_PAGE, NEW, STORED, AuditPage, Imported, Slots, Snapshot, TrialResult
 from genretrieval_serving.admin.resources import AuditEvent, Binding, Keyword, Kind, Resource
 from genretrieval_serving.client import ATTEMPTS, answered, bearer
 
@@ -95,10 +95,10 @@ class AdminClient:
         """All that are not deleted, as a file for `import_`."""
         return self._call("GET", f"/v1/{kind}:export", params={"format": file_format}).content
 
-    def test(self, kind: Kind, resource: BaseModel | Mapping[str, Any], request: RetrieveRequest) -> Tested:
+    def test(self, kind: Kind, resource: BaseModel | Mapping[str, Any], request: RetrieveRequest) -> TrialResult:
         """What a request returns without a resource and with it; nothing is stored."""
         body = {"resource": _json(resource), "request": request.model_dump(mode="json")}
-        return Tested.model_validate_json(self._call("POST", f"/v1/{kind}:test", json=body).content)
+        return TrialResult.model_validate_json(self._call("POST", f"/v1/{kind}:test", json=body).content)
 
     def slots(self) -> Slots:
         """How many keywords can still be bound."""

@@ -11,7 +11,7 @@ from genretrieval.errors import SlotsExhaustedError, UnavailableError
 from genretrieval.keywords import AttributeType
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
-from genretrieval_serving.admin.messages import Tested
+from genretrieval_serving.admin.messages import TrialResult
 from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.resources import Fields, Keyword, Kind, Resource, SlotRef
 from genretrieval_serving.admin.store import Changes
@@ -43,7 +43,7 @@ class Live:
         if self._open is not None:
             self._open[1].refresh()
 
-    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> Tested:
+    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
         """What a request returns without `resource`, and with it in place of the one that has its id.
 
         Raises:
@@ -65,7 +65,7 @@ class Live:
         without, with_ = await asyncio.to_thread(lambda: (edits_with(absent), edits_with(resource)))
         before = await engine.submit(request, edits=without)
         after = await engine.submit(request, edits=with_)
-        return Tested(before=before, after=after, missing_ids=snapshot.missing(resource))
+        return TrialResult(before=before, after=after, missing_ids=snapshot.missing(resource))
 
     async def _slot_for(self, keyword: Keyword, engine: Engine, replica: Replica) -> SlotRef:
         """The slot that a keyword holds, or the one that it would get."""

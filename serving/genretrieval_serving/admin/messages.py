@@ -204,7 +204,7 @@ class Trial(_Message, Generic[R]):
     request: RetrieveRequest
 
 
-class Tested(_Message):
+class TrialResult(_Message):
     """The answer to one request without the resource, and with it."""
 
     before: RetrieveResponse
