@@ -74,7 +74,7 @@ class Replica:
         self._clock = clock
         self._began = time.monotonic()
         self._read_at: float | None = None
-        self._slots_at: float | None = None
+        self._counted: tuple[AdminSnapshot, float] | None = None
         self._failing = False
         # One reads at a time, so that an older state never follows a newer one.
         self._reading = threading.Lock()
@@ -185,13 +185,18 @@ class Replica:
         self._metrics.admin_skipped.set(len(snapshot.broken))
         for name, why in snapshot.broken.items() - before.broken.items():
             log.warning("admin_resource_skipped", name=name, why=why)
-        # A slot also becomes free by the passing of time, which moves no revision.
-        if snapshot is not before or self._slots_at is None or begun - self._slots_at > STALE_SECONDS:
-            self._slots_at = begun
-            self._count_slots(snapshot)
 
-    def _count_slots(self, snapshot: AdminSnapshot) -> None:
-        free, bound = len(self.store.free_slots()), snapshot.held_slots
+    def _count_slots(self) -> None:
+        """Count after a change, and now and then: a slot also becomes free by the passing of time."""
+        snapshot, now = self.snapshot, time.monotonic()
+        if self._counted is not None and self._counted[0] is snapshot and now - self._counted[1] < STALE_SECONDS:
+            return
+        try:
+            free = len(self.store.free_slots())
+        except Exception:  # noqa: BLE001 - a store that cannot be read is logged where changes are read
+            return
+        self._counted = snapshot, now
+        bound = snapshot.held_slots
         for state, n in (("free", free), ("bound", bound)):
             self._metrics.keyword_slots.labels(state).set(n)
         reserved = sum(snapshot.items.reserved_slots)
@@ -201,6 +206,7 @@ class Replica:
         while not self._stopping.is_set():
             self._hint.clear()
             self.refresh()
+            self._count_slots()
             self._hint.wait(POLL_SECONDS * random.uniform(1 - JITTER, 1 + JITTER))
 
     def _prepare(self) -> None:

@@ -101,10 +101,33 @@ def test_it_asks_for_changes_only_where_the_revision_moved(make, store, stored) 
     replica = make()
     store.put(stored("rules/r", effect=BLOCK))
     assert replica.refresh() == 1
-    assert store.asked == ["revision", "changes", "free_slots"]
+    assert store.asked == ["revision", "changes"]
     store.asked.clear()
     assert replica.refresh() == 1
     assert store.asked == ["revision"]
+
+
+def test_slots_are_counted_after_a_change_and_as_time_goes_by(make, store, stored, metrics, elapsed) -> None:
+    replica = make()
+    binding = {"items": {"item_ids": ["item-1"]}}
+    # A bound keyword whose time is over holds its slot.
+    expired = binding | {"valid_until": "2020-01-01T00:00:00Z"}
+    store.put(stored("keywords/old", text="old", slot={"level": 0, "code": 7}, binding=expired))
+    for seconds, counts in [(0, 1), (1, 1), (STALE_SECONDS + 1, 2)]:
+        elapsed[0] = seconds
+        replica.refresh()
+        replica._count_slots()
+        assert store.asked.count("free_slots") == counts
+    states = {state: value(metrics, "keyword_slots", state=state) for state in ("free", "bound", "quarantined")}
+    assert states == {"free": 1, "bound": 1, "quarantined": 0}
+    store.put(stored("keywords/old", text="old"))
+    replica.refresh()
+    store.failure = ConnectionError("reset")
+    replica._count_slots()
+    assert value(metrics, "keyword_slots", state="bound") == 1
+    store.failure = None
+    replica._count_slots()
+    assert value(metrics, "keyword_slots", state="bound") == 0
 
 
 def test_pauses_are_jittered(make, monkeypatch) -> None:
