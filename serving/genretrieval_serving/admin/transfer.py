@@ -45,7 +45,7 @@ def write(kind: Kind, resources: Iterable[Resource], file_format: FileFormat) ->
     if file_format is FileFormat.JSONL:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, _columns(kind), lineterminator="\n")
+    writer = csv.DictWriter(file, _columns(kind))
     writer.writeheader()
     writer.writerows({column: _cell(column, value) for column, value in row.items()} for row in rows)
     return file.getvalue()
