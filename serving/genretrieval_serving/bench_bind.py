@@ -111,11 +111,12 @@ def _replica(
 ) -> Iterator[tuple[Client, AdminClient]]:
     options = ["--quiet", "--threads", "1", "--admin-store", store, "--admin-port", "0"]
     options += [] if config.notify else ["--no-admin-notify"]
-    with (
-        running_server(bundle, command, *options, log=bundle.with_name(f"replica-{number}.log")) as server,
-        Client(server.grpc) as client,
-    ):
+    log = bundle.with_name(f"replica-{number}.log")
+    with running_server(bundle, command, *options, log=log) as server, Client(server.grpc) as client:
         assert server.admin is not None
+        # Texts for selectors are prepared in the background, once after a start.
+        while b"admin_text_prepared" not in log.read_bytes():
+            time.sleep(0.5)
         with AdminClient(server.admin) as admin:
             yield client, admin
 

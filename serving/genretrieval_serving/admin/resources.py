@@ -92,10 +92,10 @@ class KeywordFields(_Resource):
 
 
 class QueryMatch(_Resource):
-    """Which queries; both sides are normalised first."""
+    """Which queries; case, width and accents never count."""
 
     match: Literal["exact", "contains", "regex"] = Field(
-        description="`contains` finds whole words; `regex` is searched for, in linear time."
+        description="`contains` finds whole words; `regex` is sought in linear time, as typed and as normalised."
     )
     text: str = Field(min_length=1, max_length=MAX_REGEX)
 
