@@ -16,6 +16,7 @@ from rich.console import Console
 from genretrieval.errors import DataError
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval_pipelines import tokenize as tokenize_module
+from genretrieval_pipelines.draft import draft_bundle, request_features
 from genretrieval_pipelines.embed import EmbeddingPart, FittedEmbedding, item_texts
 from genretrieval_pipelines.recipe import Recipe
 from genretrieval_pipelines.shop import Shop, open_shop
@@ -213,6 +214,15 @@ class TestWords:
         assert shop.items["item_id"].index_of(items[0]) == shared.argmax()
         assert shared.max() == (words > 0).sum()
         assert query_ids(tmp_path / "ids", ["zzz"])[0][1] == []
+
+    def test_its_bundle_says_which_slots_are_reserved(self, shop: Shop, tmp_path: Path) -> None:
+        tokenized = tokenize(self.WANTED, shop, tmp_path)
+        features = request_features(self.WANTED, shop, tokenized.keywords)
+        manifest = draft_bundle(self.WANTED, shop, tokenized.ids, features).manifest
+        n_groups = len(features.query_codes("hat"))
+        assert manifest.reserved_slots == (*[10] * n_groups, 0, 0)  # none of content, none of the dedup level
+        limits = np.subtract(manifest.codebook_sizes, manifest.reserved_slots)
+        assert (tokenized.ids.codes < limits).all()
 
     def test_shards_hold_no_words(self, tmp_path: Path) -> None:
         (tmp_path / "shards").mkdir()

@@ -12,7 +12,7 @@ of the two stays,
 
 OneRetrieval takes the same measure of whether a type occurs at all; the two are equal where a type has a single word.
 But types that nearly all items have, as product and brand, then lose nothing by merging: on Beauty its knee leaves 57 %
-of the items with a path that another item has, with words it is 13 %. The pair that loses least is merged, again and
+of the items with a path that another item has, with words it is 14 %. The pair that loses least is merged, again and
 again, and the knee (the largest second difference of what merging costs) says where to stop.
 """
 
