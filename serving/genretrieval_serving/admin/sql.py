@@ -14,10 +14,10 @@ import hmac
 import json
 import secrets
 import sqlite3
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -228,9 +228,9 @@ class SqlStore:
         self._notify = notify and self._is_postgresql
         self._preferred: Mapping[AttributeType, int] = {}
         self._writing = engine.execution_options(sqlite_begin="IMMEDIATE")
-        # Threads wait here rather than for the database's lock: that would take a connection each from the readers, and
-        # SQLite lets those who wait in no order, some of them never.
-        self._turn = threading.Lock()
+        # One thread writes, what others ask of it in their order. Would each wait for the lock of the database by
+        # itself, it would keep a connection from readers, and SQLite lets some wait for ever.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="admin-writer")
         # Reads of one statement need no transaction in PostgreSQL, reads of several need one snapshot. In SQLite every
         # transaction is a snapshot.
         self._reading, self._snapshot = engine, engine
@@ -270,7 +270,8 @@ class SqlStore:
         return store
 
     def close(self) -> None:
-        """Give back the connections."""
+        """Give back the connections; changes that wait are made first."""
+        self._writer.shutdown()
         self._engine.dispose()
 
     def apply(self, call: Call, operations: Sequence[Operation]) -> list[Resource]:
@@ -529,12 +530,11 @@ class SqlStore:
                     connection.execute(sa.select(sa.func.pg_notify(CHANNEL, str(change.revision))))
             return answer
 
-        if not self._turn.acquire(timeout=_TURN_SECONDS):
+        turn = self._writer.submit(self._transact, self._writing, transaction)
+        wait([turn], timeout=_TURN_SECONDS)
+        if turn.cancel():  # it had not begun
             raise UnavailableError("too many changes wait for the admin database; try again")
-        try:
-            return self._transact(self._writing, transaction)
-        finally:
-            self._turn.release()
+        return turn.result()
 
     def _transact(self, engine: Engine, work: Callable[[Connection], _T]) -> _T:
         """Run `work` in a transaction, again where the database asks for it, with errors of ours."""
@@ -832,10 +832,10 @@ class _Pool:
         waiting = [slot.retired_at + self._quarantine for slot in self._in_quarantine() if slot.retired_at]
         counts = self.counts()
         bound = f"{counts.bound} {'is' if counts.bound == 1 else 'are'} bound"
-        wait = f", the next free at {min(waiting).isoformat()}" if waiting else ""
+        next_free = f", the next free at {min(waiting).isoformat()}" if waiting else ""
         remedy = "unbind a keyword, wait for the quarantine to end, or serve a bundle with more reserved slots"
         return SlotsExhaustedError(
-            f"keywords/{keyword_id}: no reserved slot is free ({bound}, {counts.quarantined} in quarantine{wait}); "
+            f"keywords/{keyword_id}: no reserved slot is free ({bound}, {counts.quarantined} in quarantine{next_free}); "
             f"{remedy}"
         )
 
