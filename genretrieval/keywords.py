@@ -116,7 +116,7 @@ _UNITS = {
 _CANONICAL = tuple(_UNITS)
 _NUMBER = r"\d+(?:[.,/]\d+)*"
 _UNIT = re.compile(
-    rf"(?<!{_LETTER})(?<![.,-])({_NUMBER}(?: ?x ?{_NUMBER})*)[ -]?"
+    rf"(?<!{_LETTER})(?<![.,-])({_NUMBER}(?: ?x ?{_NUMBER}){{0,3}})[ -]?"  # a bound of sides is one of time
     rf"(?:{'|'.join(f'({spellings})' for spellings in _UNITS.values())})(?!{_LETTER})"
 )
 
