@@ -55,25 +55,31 @@ class Candidates:
             np.concatenate([self.level_scores, other.level_scores]),
         )
 
-    def lifted(self, members: NDArray[np.bool_], to: float) -> Candidates:
-        """These with the best of `members` raised to `to`, and the others of them by as much; none is lowered.
 
-        Args:
-            members: bool ``[n]``, the items that a keyword stands for.
-            to: log-probability with which the search wrote the keyword's leaf.
-        """
-        if not members.any():
-            return self
-        lift = max(0.0, to - float(self.logp[members].max()))
-        return Candidates(self.rows, np.where(members, self.logp + lift, self.logp), self.beams, self.level_scores)
+def in_order(scores: NDArray[np.float64]) -> list[int]:
+    """Positions by falling score, equal ones as they stand."""
+    order: list[int] = np.argsort(-scores, kind="stable").tolist()
+    return order
 
 
-def in_order(scores: NDArray[np.float64], first: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-    """Positions by falling score, equal ones as they stand; those that `first` marks before all others."""
-    by_score = np.argsort(-scores, kind="stable")
-    if first is None:
-        return by_score
-    return np.concatenate([by_score[first[by_score]], by_score[~first[by_score]]])
+def with_blocks(order: list[int], blocks: Sequence[tuple[int, NDArray[np.bool_]]]) -> list[int]:
+    """`order` with the members of each block moved up to a place, one after another as they stood.
+
+    Args:
+        order: positions, best first.
+        blocks: a place, and bool ``[n]``, the positions that are its members. One that stands before the place already
+            stays; one of several blocks goes to the first place.
+    """
+    moved: dict[int, int] = {}
+    for place, members in sorted(blocks, key=lambda block: block[0]):
+        late = [position for position in order[place:] if members[position]]
+        moved = dict.fromkeys(late, place) | moved
+    if not moved:
+        return order
+    result = [position for position in order if position not in moved]
+    for place in sorted(set(moved.values()), reverse=True):
+        result[place:place] = [position for position in order if moved.get(position) == place]
+    return result
 
 
 def with_pins(order: Sequence[int], rows: NDArray[np.int64], pins: Sequence[Pin], top_k: int) -> list[int]:

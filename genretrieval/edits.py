@@ -5,7 +5,8 @@ is defined here and in `genretrieval.retrieval`. In this order, so that a later 
 
 1. the request's own filters and exclusions, then blocked items: what they leave out is never returned;
 2. pinned items stand at exactly their positions, as far as the result is that long;
-3. items of a bound keyword come before all others;
+3. items of a bound keyword come before all others; or, if the request asks for that, from the place on at which the
+   search wrote the keyword's leaf;
 4. within the bound items, and within the others, by score plus the sum of the item's boosts.
 """
 

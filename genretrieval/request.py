@@ -28,7 +28,7 @@ class HistoryEvent(_Message):
 
     item_id: Id
     event: str = Field(default="", max_length=64, description="Behaviour, e.g. click or purchase.")
-    timestamp: int | None = Field(default=None, ge=0, le=MAX_TIMESTAMP, description="Unix seconds.")
+    timestamp: int | None = Field(default=None, ge=0, le=MAX_TIMESTAMP, strict=True, description="Unix seconds.")
 
 
 class Filters(_Message):
@@ -38,9 +38,9 @@ class Filters(_Message):
         default_factory=dict,
         description="Attribute to accepted values, any of which will do; `category` looks into `categories`.",
     )
-    min_price: float | None = Field(default=None, allow_inf_nan=False)
-    max_price: float | None = Field(default=None, allow_inf_nan=False)
-    in_stock: bool | None = Field(default=None, description="True: only items in stock.")
+    min_price: float | None = Field(default=None, allow_inf_nan=False, strict=True)
+    max_price: float | None = Field(default=None, allow_inf_nan=False, strict=True)
+    in_stock: bool | None = Field(default=None, strict=True, description="True: only items in stock.")
 
 
 class RetrieveRequest(_Message):
@@ -60,11 +60,12 @@ class RetrieveRequest(_Message):
     filters: Filters | None = None
     exclude_item_ids: list[Id] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     exclude_history: Literal["off", "purchased", "all"] = "off"
-    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K)
+    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, strict=True)
     beam_width: int | None = Field(
         default=None,
         ge=1,
         le=MAX_BEAM_WIDTH,
+        strict=True,
         description="Default: the bundle's; never below top_k. Wider finds more.",
     )
     bindings: Literal["first", "routed", "off"] = Field(
@@ -76,6 +77,7 @@ class RetrieveRequest(_Message):
         default=None,
         ge=0,
         le=2**63 - 1,
+        strict=True,
         description="Of the admin state, as a change of it returned: the answer waits for it within the deadline.",
     )
 

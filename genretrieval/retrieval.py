@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from genretrieval.candidates import Candidates, batches, in_order, with_pins
+from genretrieval.candidates import Candidates, batches, in_order, with_blocks, with_pins
 from genretrieval.catalogue import graph_inputs, reserved_paths
 from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
 from genretrieval.histories import NO_TIME
@@ -327,19 +327,17 @@ class Retriever:
         """
         allowed = self._allowed(ask, known, matching)
         candidates = self._candidates(found, allowed)
-        first = None
         if second is not None:
             inside = np.zeros_like(allowed)
             inside[ask.within] = True
             candidates = candidates.joined(self._candidates(second, allowed & inside))
-            candidates = self._lifted(candidates, ask.bound, found)
-            first = inside[candidates.rows] if ask.request.bindings == "first" else None
         pins = [pin for pin in ask.edits.pins if allowed[pin.row]]
         if pins:
             unwritten = np.setdiff1d(np.asarray([pin.row for pin in pins], np.int64), candidates.rows)
             candidates = candidates.with_unwritten(unwritten, float(found.scores.min(where=_real(found), initial=0.0)))
         scores, dense = self._scores(candidates, found, ask.edits)
-        best = with_pins(in_order(scores, first).tolist(), candidates.rows, pins, ask.request.top_k)
+        order = with_blocks(in_order(scores), self._blocks(ask, candidates, found))
+        best = with_pins(order, candidates.rows, pins, ask.request.top_k)
         return [
             self._item(ask, candidates, i, float(scores[i]), None if dense is None else float(dense[i])) for i in best
         ]
@@ -363,15 +361,23 @@ class Retriever:
         further = self.dense.candidates[beside[self.dense.candidates]]
         return candidates.with_unwritten(further, float(found.scores[beams[-1]]))
 
-    def _lifted(self, candidates: Candidates, keywords: Sequence[BoundKeyword], found: Leaves) -> Candidates:
-        """Candidates under a keyword leaf that the search wrote, with the probability of that leaf."""
-        written = {int(leaf): float(score) for leaf, score in zip(found.leaves[::-1], found.scores[::-1], strict=True)}
+    def _blocks(self, ask: _Asked, candidates: Candidates, found: Leaves) -> list[tuple[int, NDArray[np.bool_]]]:
+        """Where the items of each bound keyword go: to the front, or to the place at which the search wrote its leaf.
+
+        The leaf has no vector, so a dense head orders what stands within it and not where it stands.
+        """
+        keywords = [keyword for keyword in ask.bound if len(keyword.rows)]
+        if ask.request.bindings == "first":
+            return [(0, np.isin(candidates.rows, keyword.rows)) for keyword in keywords]
+        of_keywords = np.isin(found.leaves, self.catalogue.index.keyword_leaves)
+        blocks = []
         for keyword in keywords:
             for place in self._places([keyword]):
-                score = written.get(int(self.catalogue.index.keyword_leaves[place]), CLOSED_BELOW)
-                if score >= CLOSED_BELOW:
-                    candidates = candidates.lifted(np.isin(candidates.rows, keyword.rows), score)
-        return candidates
+                written = _real(found) & (found.leaves == self.catalogue.index.keyword_leaves[place])
+                if written.any():
+                    before = int((~of_keywords & (found.scores > found.scores[written].max())).sum())
+                    blocks.append((before, np.isin(candidates.rows, keyword.rows)))
+        return blocks
 
     def _scores(
         self, candidates: Candidates, found: Leaves, edits: Edits
