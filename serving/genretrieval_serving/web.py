@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
@@ -51,16 +52,13 @@ def guarded_router(scope: Scope, errors: Sequence[type[GenRetrievalError]]) -> A
     """A router whose operations need a key with `scope`, and which document `errors` and what every one can answer."""
     route = type(f"Needs{scope.name.title()}", (_Guarded,), {"scope": scope})
     statuses = sorted({kind.http_status for kind in errors} | {400, 401, 403, 413, 500})
-    return APIRouter(
-        route_class=route,
-        responses={
-            status: {
-                "description": HTTPStatus(status).phrase,
-                "content": {PROBLEM: {"schema": {"$ref": f"{_COMPONENT}Problem"}}},
-            }
-            for status in statuses
-        },
-    )
+    return APIRouter(route_class=route, responses=documented(*statuses))
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """How an operation describes that it can fail with these."""
+    content = {PROBLEM: {"schema": {"$ref": f"{_COMPONENT}Problem"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 def application(title: str, routers: Sequence[APIRouter], models: Sequence[type[BaseModel]] = ()) -> FastAPI:
@@ -79,9 +77,8 @@ def application(title: str, routers: Sequence[APIRouter], models: Sequence[type[
     app.add_exception_handler(RequestValidationError, _on_malformed)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_fault)
-    scopes = {
-        route.operation_id: route.scope for router in routers for route in router.routes if isinstance(route, _Guarded)
-    }
+    app.state.routes = [route for router in routers for route in router.routes]
+    scopes = {route.operation_id: route.scope for route in app.state.routes if isinstance(route, _Guarded)}
     describe = app.openapi
 
     def described() -> dict[str, Any]:
@@ -137,7 +134,11 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
     answer = _problem(Problem(title=status.phrase, status=status, detail=str(error.detail), reason=status.name))
-    answer.headers.update(error.headers or {})
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        # The framework knows one route's methods; several may share the path.
+        routes: list[Route] = request.app.state.routes
+        here = [route for route in routes if route.path_regex.match(request.url.path)]
+        answer.headers["Allow"] = ", ".join(sorted({method for route in here for method in route.methods or ()}))
     return answer
 
 

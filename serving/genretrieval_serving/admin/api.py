@@ -63,7 +63,7 @@ from genretrieval_serving.admin.resources import (
 from genretrieval_serving.admin.store import Call, Create, Delete, Operation, Store, Undelete, Update
 from genretrieval_serving.admin.transfer import FileFormat
 from genretrieval_serving.observability import Metrics
-from genretrieval_serving.web import application, guarded_router, open_application
+from genretrieval_serving.web import application, documented, guarded_router, open_application
 
 JSONL, CSV, MERGE_PATCH = "application/jsonl", "text/csv", "application/merge-patch+json"
 _MEDIA = {FileFormat.JSONL: JSONL, FileFormat.CSV: CSV}
@@ -330,6 +330,7 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         one,
         operation_id=f"{kind}.patch",
         response_model=Stored,
+        responses=documented(415),
         openapi_extra=_body(**{MERGE_PATCH: patch_schema, "application/json": patch_schema}),
     )
     def patch(id: ResourceId, patch: Patch, writer: Writer, etag: IfMatch) -> Any:
@@ -354,6 +355,7 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
     @writes.post(
         f"{all_}:import",
         operation_id=f"{kind}.import",
+        responses=documented(415),
         openapi_extra=_body(**{media: {"type": "string"} for media in _MEDIA.values()}),
     )
     def import_(content: Content, writer: Writer) -> Imported:

@@ -5,11 +5,21 @@ What a caller writes stands in `KeywordFields`, `RuleFields` and `SynonymsFields
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    model_validator,
+)
 
 from genretrieval.keywords import AttributeType
 from genretrieval.request import Filters, Id
@@ -21,6 +31,16 @@ MAX_REGEX = 256
 
 ResourceId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$")]
 Term = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+def _no_number(value: object) -> object:
+    """Of seconds or milliseconds nobody can tell which were meant."""
+    if isinstance(value, int | float) or (isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d.]+\s*", value)):
+        raise ValueError("give a time as 2026-01-31T12:00:00Z, not as a number")
+    return value
+
+
+Instant = Annotated[AwareDatetime, BeforeValidator(_no_number)]
 
 
 class Kind(StrEnum):
@@ -59,8 +79,8 @@ class Selector(_Resource):
 class _Window(_Resource):
     """When something is in force: from `valid_from`, before `valid_until`; None is without an end."""
 
-    valid_from: AwareDatetime | None = None
-    valid_until: AwareDatetime | None = None
+    valid_from: Instant | None = None
+    valid_until: Instant | None = None
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> Self:
@@ -113,7 +133,7 @@ class PinnedItem(_Resource):
     """An item at an exact place."""
 
     item_id: Id
-    position: int = Field(ge=1, le=500, description="Of the result; 1 is first.")
+    position: int = Field(ge=1, le=500, strict=True, description="Of the result; 1 is first.")
 
 
 class PinEffect(_Resource):
@@ -135,7 +155,9 @@ class BoostEffect(_Resource):
 
     kind: Literal["boost", "bury"]
     items: Selector
-    amount: float = Field(gt=0, le=MAX_BOOST, description="In log-probability: 0.7 is about a factor of two.")
+    amount: float = Field(
+        gt=0, le=MAX_BOOST, strict=True, description="In log-probability: 0.7 is about a factor of two."
+    )
 
 
 class BlockEffect(_Resource):
@@ -153,8 +175,8 @@ class RuleFields(_Window):
 
     condition: Condition = Condition()
     effect: Effect
-    priority: int = Field(default=0, ge=-1000, le=1000)
-    enabled: bool = True
+    priority: int = Field(default=0, ge=-1000, le=1000, strict=True)
+    enabled: StrictBool = True
     note: str = Field(default="", max_length=1000)
 
 
@@ -166,7 +188,7 @@ class SynonymsFields(_Resource):
 
     kind: Literal["one_way", "two_way"]
     terms: list[Term] = Field(min_length=2, max_length=50)
-    enabled: bool = True
+    enabled: StrictBool = True
     note: str = Field(default="", max_length=1000)
 
 
