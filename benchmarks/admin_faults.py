@@ -188,7 +188,7 @@ class WritingProcess:
         )
         self.answers: list[tuple[str, int, str]] = []
         self.answered = threading.Event()
-        self.reader = threading.Thread(target=self._read)
+        self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:
@@ -230,7 +230,7 @@ class Replica:
         self.view: dict[str, Resource] = {}
         self.problems: list[str] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -351,9 +351,12 @@ def race(url: str, writers: int, replicas: int, operations: int, n_slots: int) -
     """Writers in several processes, all at once; nobody dies, so every count must be exact."""
     prepare(url, n_slots)
     followers = [Replica(url) for _ in range(replicas)]
-    processes = [WritingProcess(url, f"race{i}", writers, operations) for i in range(replicas)]
-    for process in processes:
-        process.join()
+    with ExitStack() as stack:
+        processes = [WritingProcess(url, f"race{i}", writers, operations) for i in range(replicas)]
+        for process in processes:
+            stack.callback(process.kill)
+        for process in processes:
+            process.join()
     problems = [problem for follower in followers for problem in follower.end()]
     answers = [answer for process in processes for answer in process.answers]
     outcome = check(url, answers, n_slots)
@@ -377,16 +380,17 @@ def kill_round(
     prepare(url, n_slots)
     follower = Replica(url)
     process = WritingProcess(url, name, writers, operations=10**9)
-    assert process.answered.wait(PATIENCE_S), "the writers never began"
-    time.sleep(rng.uniform(0, 0.3))
-    if postgres is None:
+    try:
+        assert process.answered.wait(PATIENCE_S), "the writers never began"
+        time.sleep(rng.uniform(0, 0.3))
+        if postgres is not None:
+            postgres.crash(rng)
+            process.answered.clear()
+            assert process.answered.wait(PATIENCE_S), "the writers never went on"
+            time.sleep(rng.uniform(0, 0.1))
+            process.stop()
+    finally:
         process.kill()
-    else:
-        postgres.crash(rng)
-        process.answered.clear()
-        assert process.answered.wait(PATIENCE_S), "the writers never went on"
-        time.sleep(rng.uniform(0, 0.1))
-        process.stop()
     outcome = check(url, process.answers, n_slots)
     outcome.problems += follower.end()
     if postgres is not None:

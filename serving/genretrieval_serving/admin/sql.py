@@ -831,13 +831,11 @@ class _Pool:
     def _exhausted(self, keyword_id: str) -> SlotsExhaustedError:
         waiting = [slot.retired_at + self._quarantine for slot in self._in_quarantine() if slot.retired_at]
         counts = self.counts()
-        bound = f"{counts.bound} {'is' if counts.bound == 1 else 'are'} bound"
-        next_free = f", the next free at {min(waiting).isoformat()}" if waiting else ""
+        taken = f"{counts.bound} {'is' if counts.bound == 1 else 'are'} bound, {counts.quarantined} in quarantine"
+        if waiting:
+            taken += f", the next free at {min(waiting).isoformat()}"
         remedy = "unbind a keyword, wait for the quarantine to end, or serve a bundle with more reserved slots"
-        return SlotsExhaustedError(
-            f"keywords/{keyword_id}: no reserved slot is free ({bound}, {counts.quarantined} in quarantine{next_free}); "
-            f"{remedy}"
-        )
+        return SlotsExhaustedError(f"keywords/{keyword_id}: no reserved slot is free ({taken}); {remedy}")
 
     def _set(self, slot: _Slot, **values: Any) -> None:
         for name, value in values.items():
