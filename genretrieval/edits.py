@@ -26,12 +26,14 @@ class BoundKeyword:
 
     Attributes:
         name: as responses show it, e.g. ``keywords/labubu``.
+        text: the word; the search among its items reads the query without it, as it sets none of them apart.
         level: level of the reserved slot.
         slot: its code on that level.
         rows: int64, sorted item rows that it stands for; may be empty.
     """
 
     name: str
+    text: str
     level: int
     slot: int
     rows: Rows

@@ -166,6 +166,14 @@ def with_edges(normalised: str) -> str:
     return _WORD.sub(rf"{_EDGE}\g<0>{_EDGE}", normalised)
 
 
+def without_words(text: str, words: Iterable[str]) -> str:
+    """What is left of a text, normalised, when keywords are taken out wherever they stand."""
+    left = with_edges(normalise(text))
+    for word in sorted(words, key=len, reverse=True):
+        left = left.replace(with_edges(normalise(word)), " ")
+    return " ".join(left.split())
+
+
 @dataclass(frozen=True, slots=True)
 class KeywordDictionary:
     """Keywords, and the automaton that finds them.

@@ -17,6 +17,7 @@ from genretrieval.candidates import Candidates, batches, in_order, with_blocks, 
 from genretrieval.catalogue import graph_inputs, reserved_paths
 from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
 from genretrieval.histories import NO_TIME
+from genretrieval.keywords import without_words
 from genretrieval.masks import Mask, MaskRows, canonical_filters
 from genretrieval.request import RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.schemas import EXPOSURE
@@ -147,6 +148,11 @@ class _Asked:
         return self.edits.query if self.edits.query is not None else self.request.query
 
     @property
+    def rest(self) -> str:
+        """The query without its bound keywords, by which their items are ordered."""
+        return without_words(self.query or "", [keyword.text for keyword in self.bound])
+
+    @property
     def slots(self) -> dict[int, int]:
         """Level to the reserved slot that stands in the query there, of two keywords the first one's."""
         return {keyword.level: keyword.slot for keyword in reversed(self.bound)}
@@ -221,9 +227,12 @@ class Retriever:
         bound = [i for i, ask in enumerate(asked) if ask.n_searches > 1]
         masks = [Mask(ask.request.filters, tuple(self._places(ask.bound))) for ask in asked]
         masks += [Mask(asked[i].request.filters, within=asked[i].within) for i in bound]
+        tokens = [self.features.query_tokens(ask.query, ask.slots) for ask in asked]
+        tokens += [self.features.query_tokens(asked[i].rest) for i in bound]
         rows = [*range(len(asked)), *bound]
         with self.masks.hold(masks) as mask_rows:
-            inputs = self._graph_inputs([asked[i] for i in rows], [known[i] for i in rows], mask_rows, width)
+            of_rows = [asked[i].request for i in rows], [known[i] for i in rows]
+            inputs = self._graph_inputs(*of_rows, tokens, mask_rows, width)
             begun = time.perf_counter()
             found = self.backend.run(inputs)
             ended = time.perf_counter()
@@ -271,8 +280,9 @@ class Retriever:
 
     def _graph_inputs(
         self,
-        asked: Sequence[_Asked],
+        requests: Sequence[RetrieveRequest],
         known: Sequence[KnownEvents],
+        tokens: Sequence[NDArray[np.int64]],
         mask_rows: list[int],
         width: int,
     ) -> dict[str, NDArray[Any]]:
@@ -280,7 +290,7 @@ class Retriever:
         manifest = self.bundle.manifest
         read = [events.interactions[-manifest.max_history :] for events in known]
         past = [events.before(first, manifest.max_past) for events, first in zip(known, read, strict=True)]
-        query = _stack([self.features.query_tokens(ask.query, ask.slots) for ask in asked])
+        query = _stack(tokens)
         gaps = [self.features.gap_buckets(events.times[rows]) for events, rows in zip(known, read, strict=True)]
         made: dict[str, NDArray[Any]] = {
             **self._event_inputs("history", known, read),
@@ -288,8 +298,8 @@ class Retriever:
             **self._event_inputs("past", known, past),
             "query_tokens": query,
             "query_mask": query != 0,
-            "profile": np.stack([self.features.profile_ids(ask.request.profile) for ask in asked]),
-            "scenario": np.asarray([self.features.scenario_id(ask.request.scenario) for ask in asked], np.int64),
+            "profile": np.stack([self.features.profile_ids(request.profile) for request in requests]),
+            "scenario": np.asarray([self.features.scenario_id(request.scenario) for request in requests], np.int64),
             "beams": np.arange(width, dtype=np.int64),
             "mask_row": np.asarray(mask_rows, np.int64),
             **self._index_inputs,

@@ -260,7 +260,7 @@ def bench_intervention(
     hits["control.bound"] = _hits(filtered, held_out, shop, top_k)
 
     cases = _purchases(shop, held_out, recipe, config)
-    inside = {"kae.bound": np.zeros(len(cases)), "control.bound": np.zeros(len(cases))}
+    inside = {name: np.zeros(len(cases)) for name in ("kae.bound", "control.bound", "control.struck")}
     with serve_live(bundles["kae"]) as server:
         untouched = _untouched(shop, recipe, config)
         before = _ask(server.retrieve, untouched)
@@ -384,9 +384,12 @@ def _random(held_out: HeldOut, n_items: int, top_k: int) -> dict[str, NDArray[np
     }
 
 
-def _as_filter(rows: Rows) -> BoundKeyword:
-    """The items of a word as a filter: a bundle without slots ranks them first by its own scores."""
-    return BoundKeyword("control", -1, -1, rows)
+def _as_filter(rows: Rows, struck: str = "") -> BoundKeyword:
+    """The items of a word as a filter: a bundle without slots ranks them first by its own scores.
+
+    The model reads the query with the word, as it would behind a filter, or without what is `struck`.
+    """
+    return BoundKeyword("control", struck, -1, -1, rows)
 
 
 def _same(one: RetrieveResponse, other: RetrieveResponse) -> bool:
@@ -455,8 +458,14 @@ def _rank_purchases(
     for start in range(0, len(now), _BATCH):
         rows = now[start : start + _BATCH]
         asked = [cases[i].request for i in rows]
-        edits = [Edits(bound=(_as_filter(held_out.rows[cases[i].word]),)) for i in rows]
-        for name, answers in (("kae.bound", live(asked)), ("control.bound", control.retrieve(asked, edits))):
+        words = [cases[i].word for i in rows]
+        with_word = [Edits(bound=(_as_filter(held_out.rows[word]),)) for word in words]
+        without = [Edits(bound=(_as_filter(held_out.rows[word], held_out.words[word]),)) for word in words]
+        for name, answers in (
+            ("kae.bound", live(asked)),
+            ("control.bound", control.retrieve(asked, with_word)),
+            ("control.struck", control.retrieve(asked, without)),
+        ):
             for i, answer in zip(rows, answers, strict=True):
                 place = [p for p, item in enumerate(answer.items[:K]) if item.item_id == cases[i].item_id]
                 inside[name][i] = 1.0 / math.log2(place[0] + 2) if place else 0.0
@@ -477,8 +486,11 @@ def _figures(
     if n_cases:
         for name, values in inside.items():
             found[f"intervention.{name}.ndcg10_inside"] = mean_with_interval(values, seed=config.seed)
-        gain = inside["kae.bound"] - inside["control.bound"]
-        found["intervention.ndcg10_inside.gain"] = mean_with_interval(gain, seed=config.seed)
+        for name in ("control.bound", "control.struck"):
+            gain = inside["kae.bound"] - inside[name]
+            found[f"intervention.ndcg10_inside.over_{name.replace('.', '_')}"] = mean_with_interval(
+                gain, seed=config.seed
+            )
     found["intervention.untouched.equal"] = Figure(equal, "share of requests")
     found["intervention.words"] = Figure(len(held_out.words), "words")
     found["intervention.items_a_word"] = Figure(float(np.median([len(rows) for rows in held_out.rows])), "items")

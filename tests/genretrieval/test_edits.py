@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genretrieval.bundle import CATALOGUE, GRAPH, KEYWORDS, Manifest, load_bundle, write_bundle
 from genretrieval.candidates import batches, with_blocks, with_pins
 from genretrieval.edits import Boost, BoundKeyword, Edits, Pin
+from genretrieval.features import RequestFeatures
 from genretrieval.keyword_codebook import KeywordCodebook
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval.request import Filters, RetrieveRequest, RetrieveResponse
@@ -51,10 +53,12 @@ class ByTable:
 
     scores: tuple[float, ...] = LEAF_SCORES
     rows: list[int] = field(default_factory=list)
+    queries: list[list[int]] = field(default_factory=list)
 
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
         allowed = inputs["allowed_1"][inputs["mask_row"]]
         self.rows.append(len(allowed))
+        self.queries = [row[row != 0].tolist() for row in inputs["query_tokens"]] if "query_tokens" in inputs else []
         scores = np.where(allowed, np.asarray(self.scores, np.float32), np.float32(-2e9))
         leaves = np.argsort(-scores, axis=1, kind="stable")[:, : len(inputs["beams"])]
         found = np.take_along_axis(scores, leaves, axis=1)
@@ -91,7 +95,7 @@ def retriever(folder: Path) -> Retriever:
 
 
 def bound(*rows: int, slot: tuple[int, int] = FIRST_SLOT, name: str = "keywords/new") -> BoundKeyword:
-    return BoundKeyword(name, *slot, np.asarray(rows, np.int64))
+    return BoundKeyword(name, "new", *slot, np.asarray(rows, np.int64))
 
 
 def boost(amount: float, *rows: int, name: str = "rules/boost") -> Boost:
@@ -148,6 +152,24 @@ def test_two_keywords_of_one_query_both_come_first(retriever) -> None:
     assert [item.item_id for item in response.items] == ["b", "d", "a", "c", "e"]
     assert [item.touched_by for item in response.items] == [["keywords/other"], ["keywords/new"], [], [], []]
     assert response.items[0].level_scores == [-1.0, -1.0]
+
+
+def test_the_slot_stands_in_front_of_the_query_and_the_search_among_its_items_reads_what_is_left(folder) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "new": 2, "shoe": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend = ByTable()
+    retriever = Retriever(load_bundle(folder), backend)
+    retriever.features = RequestFeatures(query_tokenizer=tokenizer.to_str(), keywords=CODEBOOK)
+    names = (*retriever.bundle.manifest.graph_inputs, "query_tokens")
+    retriever.bundle = replace(
+        retriever.bundle, manifest=retriever.bundle.manifest.model_copy(update={"graph_inputs": names})
+    )
+    retriever.retrieve([RetrieveRequest(query="new shoe")], [Edits(bound=(bound(C, slot=SECOND_SLOT),))])
+    # Slots are numbered behind the four tokens: level 1 begins at 8, and code 3 of it is reserved; "shoe" has slot 1.
+    assert backend.queries == [[4 + 4 + 3, 4 + 1, 2, 3], [4 + 1, 3]]
+    retriever.retrieve([RetrieveRequest(query="new shoe")], [Edits(bound=(bound(C, slot=FIRST_SLOT),))])
+    # The place of "shoe" is taken.
+    assert backend.queries == [[4 + 3, 2, 3], [4 + 1, 3]]
 
 
 def test_an_empty_binding_changes_no_order(retriever) -> None:

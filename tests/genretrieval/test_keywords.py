@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genretrieval.errors import DataError
-from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary, normalise
+from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary, normalise, without_words
 
 
 def dictionary(*texts: str) -> KeywordDictionary:
@@ -227,3 +227,18 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
 
 def test_there_are_18_attribute_types() -> None:
     assert len(AttributeType) == 18
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "left"),
+    [
+        ("New Labubu  toys", ["labubu"], "new toy"),
+        ("labubu", ["labubu"], ""),
+        ("labubu and labubu-like", ["labubu"], "and - like"),
+        ("jason natural soap", ["jason", "jason natural"], "soap"),
+        ("红色拉布布玩具", ["拉布布"], "红色 玩具"),
+        ("a relabubu", ["labubu"], "a relabubu"),
+    ],
+)
+def test_keywords_are_taken_out_as_whole_words(text: str, words: list[str], left: str) -> None:
+    assert without_words(text, words) == left

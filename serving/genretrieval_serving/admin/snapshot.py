@@ -468,7 +468,7 @@ def _compile(name: str, resource: Resource, items: Items) -> _Compiled:
         assert resource.binding is not None
         assert resource.slot is not None
         rows = items.rows(resource.binding.items)
-        keyword = BoundKeyword(name, resource.slot.level, resource.slot.code, rows)
+        keyword = BoundKeyword(name, resource.text, resource.slot.level, resource.slot.code, rows)
         return _BoundKeyword(_marked(resource.text), resource.binding, keyword)
     if isinstance(resource, Synonyms):
         terms = {_marked(term): " ".join(term.split()) for term in resource.terms}
