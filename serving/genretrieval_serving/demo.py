@@ -14,7 +14,6 @@ from genretrieval_serving.admin.resources import Kind
 from genretrieval_serving.client import Client
 from genretrieval_serving.live_server import Addresses, running_server
 
-
 NEW_WORD = "glimmora"
 BOUND_ROWS = (3, 500, 1500)  # of the catalogue: items that nothing but the word joins
 
