@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from genretrieval.errors import GenRetrievalError
+from genretrieval.errors import GenRetrievalError, RequestError
 from genretrieval_serving.admin.auth import Authenticator
 from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.messages import MAX_BODY_BYTES, Problem, request_error
@@ -33,7 +33,10 @@ _COMPONENT = "#/components/schemas/"
 
 
 class _Guarded(APIRoute):
-    """A route that looks at the caller's key before it reads the body; `request.state.principal` is who calls."""
+    """A route that looks at the caller's key before it reads the body; `request.state.principal` is who calls.
+
+    It refuses parameters that it does not know: a dry run with a slip of the pen must not become the real thing.
+    """
 
     scope: ClassVar[Scope]
 
@@ -43,6 +46,12 @@ class _Guarded(APIRoute):
         async def guarded(request: Request) -> Response:
             auth: Authenticator = request.app.state.auth
             request.state.principal = await auth.allow(request.headers.get("authorization"), self.scope)
+            known: frozenset[str] = request.app.state.parameters[self.operation_id]
+            if unknown := sorted(set(request.query_params) - known):
+                raise RequestError(
+                    f"there is no parameter {', '.join(map(repr, unknown))}; "
+                    f"this operation takes {', '.join(sorted(known)) or 'none'}"
+                )
             return await handle(request)
 
         return guarded
@@ -106,6 +115,11 @@ def application(title: str, routers: Sequence[APIRouter], models: Sequence[type[
 def open_application(app: FastAPI, auth: Authenticator, metrics: Metrics, *, transport: str, quiet: bool) -> FastAPI:
     """Let `app` take calls, counted and logged as `transport`; `quiet` leaves out the log lines."""
     app.state.auth = auth
+    app.state.parameters = {
+        operation["operationId"]: frozenset(p["name"] for p in operation.get("parameters", ()) if p["in"] == "query")
+        for operations in app.openapi()["paths"].values()
+        for operation in operations.values()
+    }
     app.add_middleware(_Calls, metrics=metrics, transport=transport, quiet=quiet)
     return app
 

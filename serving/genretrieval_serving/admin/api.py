@@ -312,7 +312,7 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         content = transfer.write(kind, sorted(found, key=lambda r: r.id), format)
         return Response(content, media_type=_MEDIA[format])
 
-    @reads.post(f"{all_}:test", operation_id=f"{kind}.test")
+    @reads.post(f"{all_}:test", operation_id=f"{kind}.test", responses=documented(409, 429, 504))
     async def test(trial: Trial[New], request: Request) -> TrialResult:  # type: ignore[valid-type]
         """What a request returns without a resource and with it; nothing is stored."""
         serving: Serving = request.app.state.serving

@@ -405,6 +405,12 @@ def test_equal_rules_have_one_id(http) -> None:
     assert made(http, "rules", priority=1)["id"] != resource["id"]
 
 
+def test_a_slip_in_a_parameter_makes_nothing_real(http, kind) -> None:
+    answer = http.post(f"/v1/{kind}", json=EXAMPLES[kind], params={"validateonly": "true"})
+    problem(answer, RequestError, "'validateonly'", "validate_only")
+    assert http.get("/v1/revision").json() == {"revision": 0}
+
+
 def test_what_is_malformed_is_the_callers_fault(http, kind) -> None:
     for path in ("/v1/{}/UPPER", "/v1/{}/a%20b", "/v1/{}/" + "x" * 64):
         problem(http.get(path.format(kind)), RequestError, "id")
