@@ -81,7 +81,7 @@ def id_of(kind: Kind, new: NewResource) -> str:
     text = normalise(new.text if isinstance(new, NewKeyword) else " ".join(new.terms))
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     slug = "-".join(re.findall("[a-z0-9]+", plain))[:50].rstrip("-")
-    if slug.replace("-", " ") == text:
+    if slug and slug.replace("-", " ") == text:
         return slug
     # The letters lost something that tells it from another text.
     return f"{slug}-{_digest(text)}".lstrip("-")
