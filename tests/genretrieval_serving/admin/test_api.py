@@ -389,7 +389,19 @@ def test_a_trial_stores_nothing(http, live, kind) -> None:
 
 
 def test_an_id_is_made_from_the_text_and_tells_texts_apart() -> None:
-    texts = ["Labubu", "Pop Mart", "pop-mart", "pop.mart", "拉布布", "拉布", "x" * 190, "x" * 189, "\u0301", "1.7 l", "17 l"]
+    texts = [
+        "Labubu",
+        "Pop Mart",
+        "pop-mart",
+        "pop.mart",
+        "拉布布",
+        "拉布",
+        "x" * 190,
+        "x" * 189,
+        "\u0301",
+        "1.7 l",
+        "17 l",
+    ]
     ids_ = [id_of(Kind.KEYWORDS, NewKeyword(text=text)) for text in texts]
     assert ids_[:2] == ["labubu", "pop-mart"]
     assert len(set(ids_)) == len(texts)
