@@ -382,7 +382,7 @@ def kill_round(
     process = WritingProcess(url, name, writers, operations=10**9)
     try:
         assert process.answered.wait(PATIENCE_S), "the writers never began"
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 1))
         if postgres is not None:
             postgres.crash(rng)
             process.answered.clear()

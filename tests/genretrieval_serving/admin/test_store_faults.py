@@ -92,11 +92,11 @@ class TestItFindsWhatIsWrong:
         ("fault", "problem"),
         [
             (
-                "DELETE FROM audit_events WHERE seq = (SELECT max(seq) FROM audit_events)",
+                "DELETE FROM audit_events WHERE revision = (SELECT value FROM revision)",
                 "does not have revisions 1 to",
             ),
             ("UPDATE revision SET value = value + 1", "does not have revisions 1 to"),
-            ("UPDATE audit_events SET revision = revision + 1 WHERE seq = 5", "does not have revisions 1 to"),
+            ("UPDATE audit_events SET revision = revision + 1 WHERE revision = 5", "does not have revisions 1 to"),
             (
                 "UPDATE documents SET etag = 'x' WHERE id = 'counter'",
                 "does not lead to what is stored: keywords/counter",
