@@ -42,16 +42,13 @@ class Candidates:
         )
 
     def joined(self, other: Candidates) -> Candidates:
-        """These, then those of `other` that are not among them; what only a beam of `other` wrote is as it wrote it."""
-        written = other.beams >= 0
-        superseded = (self.beams < 0) & np.isin(self.rows, other.rows[written])
-        kept = Candidates(self.rows[~superseded], self.logp[~superseded], self.beams[~superseded], self.level_scores)
-        new = ~np.isin(other.rows, kept.rows)
+        """These, then those of `other` that are not among them."""
+        new = ~np.isin(other.rows, self.rows)
         beams = other.beams[new]
         return Candidates(
-            np.concatenate([kept.rows, other.rows[new]]),
-            np.concatenate([kept.logp, other.logp[new]]),
-            np.concatenate([kept.beams, np.where(beams < 0, beams, beams + len(self.level_scores))]),
+            np.concatenate([self.rows, other.rows[new]]),
+            np.concatenate([self.logp, other.logp[new]]),
+            np.concatenate([self.beams, np.where(beams < 0, beams, beams + len(self.level_scores))]),
             np.concatenate([self.level_scores, other.level_scores]),
         )
 

@@ -336,24 +336,32 @@ class Retriever:
             matching: bool ``[n_items]``, items that match its filters.
         """
         allowed = self._allowed(ask, known, matching)
-        candidates = self._candidates(found, allowed)
-        if second is not None:
+        candidates, dense = self._candidates(found, allowed)
+        blocks = self._blocks(ask, found)
+        if blocks and second is not None:
+            # What a keyword stands for is scored by the search among it alone, which reads the query without the word.
             inside = np.zeros_like(allowed)
-            inside[ask.within] = True
-            candidates = candidates.joined(self._candidates(second, allowed & inside))
+            inside[np.concatenate([rows for _, rows in blocks])] = True
+            bound, bound_dense = self._candidates(second, allowed & inside)
+            dense = np.concatenate([bound_dense, dense[~np.isin(candidates.rows, bound.rows)]])
+            candidates = bound.joined(candidates)
         pins = [pin for pin in ask.edits.pins if allowed[pin.row]]
         if pins:
             unwritten = np.setdiff1d(np.asarray([pin.row for pin in pins], np.int64), candidates.rows)
             candidates = candidates.with_unwritten(unwritten, float(found.scores.min(where=_real(found), initial=0.0)))
-        scores, dense = self._scores(candidates, found, ask.edits)
-        order = with_blocks(in_order(scores), self._blocks(ask, candidates, found))
+            dense = np.concatenate([dense, self._dense(unwritten, found)])
+        scores = candidates.logp + self.bundle.manifest.dense_weight * dense
+        for boost in ask.edits.boosts:
+            scores = scores + np.where(np.isin(candidates.rows, boost.rows), boost.amount, 0.0)
+        order = with_blocks(in_order(scores), [(place, np.isin(candidates.rows, rows)) for place, rows in blocks])
         best = with_pins(order, candidates.rows, pins, ask.request.top_k)
+        told = dense if self.dense is not None else None
         return [
-            self._item(ask, candidates, i, float(scores[i]), None if dense is None else float(dense[i])) for i in best
+            self._item(ask, candidates, i, float(scores[i]), None if told is None else float(told[i])) for i in best
         ]
 
-    def _candidates(self, found: Leaves, allowed: NDArray[np.bool_]) -> Candidates:
-        """Items of the found leaves, best leaf first, that are allowed.
+    def _candidates(self, found: Leaves, allowed: NDArray[np.bool_]) -> tuple[Candidates, NDArray[np.float32]]:
+        """Items of the found leaves, best leaf first, that are allowed, and what the dense head says of each.
 
         Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. A dense
         head's own candidates join them.
@@ -363,22 +371,34 @@ class Retriever:
         written = [(row, beam) for beam in beams.tolist() for row in self._leaf(int(found.leaves[beam]), allowed)]
         rows, of_beam = np.asarray(written, np.int64).reshape(-1, 2).T
         candidates = Candidates(rows, found.scores[of_beam], of_beam, found.level_scores)
-        if self.dense is None or not len(beams) or len(beams) < len(found.scores):
-            return candidates
-        # The search was cut off: what it did not reach is at best as probable as the last that it did.
-        beside = allowed.copy()
-        beside[rows] = False
-        further = self.dense.candidates[beside[self.dense.candidates]]
-        return candidates.with_unwritten(further, float(found.scores[beams[-1]]))
+        if self.dense is not None and len(beams) == len(found.scores):
+            # The search was cut off: what it did not reach is at best as probable as the last that it did.
+            beside = allowed.copy()
+            beside[rows] = False
+            further = self.dense.candidates[beside[self.dense.candidates]]
+            candidates = candidates.with_unwritten(further, float(found.scores[beams[-1]]))
+        return candidates, self._dense(candidates.rows, found)
 
-    def _blocks(self, ask: _Asked, candidates: Candidates, found: Leaves) -> list[tuple[int, NDArray[np.bool_]]]:
+    def _dense(self, rows: NDArray[np.int64], found: Leaves) -> NDArray[np.float32]:
+        """What the dense head says of items, float32 ``[len(rows)]``; zeros without one."""
+        if self.dense is None:
+            return np.zeros(len(rows), np.float32)
+        assert found.user is not None
+        # Without a copy of the vectors where most are compared.
+        few = len(rows) < len(self.dense.ranked) // 4
+        said: NDArray[np.float32] = (
+            self.dense.ranked[rows] @ found.user if few else (self.dense.ranked @ found.user)[rows]
+        )
+        return said
+
+    def _blocks(self, ask: _Asked, found: Leaves) -> list[tuple[int, NDArray[np.int64]]]:
         """Where the items of each bound keyword go: to the front, or to the place at which the search wrote its leaf.
 
         The leaf has no vector, so a dense head orders what stands within it and not where it stands.
         """
         keywords = [keyword for keyword in ask.bound if len(keyword.rows)]
         if ask.request.bindings == "first":
-            return [(0, np.isin(candidates.rows, keyword.rows)) for keyword in keywords]
+            return [(0, keyword.rows) for keyword in keywords]
         of_keywords = np.isin(found.leaves, self.catalogue.index.keyword_leaves)
         blocks = []
         for keyword in keywords:
@@ -386,25 +406,8 @@ class Retriever:
                 written = _real(found) & (found.leaves == self.catalogue.index.keyword_leaves[place])
                 if written.any():
                     before = int((~of_keywords & (found.scores > found.scores[written].max())).sum())
-                    blocks.append((before, np.isin(candidates.rows, keyword.rows)))
+                    blocks.append((before, keyword.rows))
         return blocks
-
-    def _scores(
-        self, candidates: Candidates, found: Leaves, edits: Edits
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
-        """What candidates are ordered by, and the dense head's share of it before its weight."""
-        rows = candidates.rows
-        scores: NDArray[Any] = candidates.logp
-        dense = None
-        if self.dense is not None:
-            assert found.user is not None
-            # Without a copy of the vectors where most are compared.
-            few = len(rows) < len(self.dense.ranked) // 4
-            dense = self.dense.ranked[rows] @ found.user if few else (self.dense.ranked @ found.user)[rows]
-            scores = scores + self.bundle.manifest.dense_weight * dense
-        for boost in edits.boosts:
-            scores = scores + np.where(np.isin(rows, boost.rows), boost.amount, 0.0)
-        return scores, dense
 
     def _allowed(self, ask: _Asked, known: KnownEvents, matching: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which items may be returned, bool ``[n_items]``: those that match, are not excluded and not blocked."""

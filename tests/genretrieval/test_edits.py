@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from genretrieval.bundle import CATALOGUE, GRAPH, KEYWORDS, Manifest, load_bundle, write_bundle
+from genretrieval.bundle import CATALOGUE, GRAPH, ITEM_VECTORS, KEYWORDS, Manifest, load_bundle, write_bundle
 from genretrieval.candidates import batches, with_blocks, with_pins
 from genretrieval.edits import Boost, BoundKeyword, Edits, Pin
 from genretrieval.features import RequestFeatures
@@ -170,6 +170,35 @@ def test_the_slot_stands_in_front_of_the_query_and_the_search_among_its_items_re
     retriever.retrieve([RetrieveRequest(query="new shoe")], [Edits(bound=(bound(C, slot=FIRST_SLOT),))])
     # The place of "shoe" is taken.
     assert backend.queries == [[4 + 3, 2, 3], [4 + 1, 3]]
+
+
+@dataclass
+class Twice:
+    """Two searches that disagree: the second, among what is bound, has scores and a user vector of its own."""
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        found = ByTable().run(inputs)
+        second = ByTable((-9.0, -2.5, -1.5, -9.0, -9.0, -9.0)).run(inputs)
+        users = np.asarray([[1.0, 0.0], [0.0, 1.0]], np.float32)[: len(found.leaves)]
+        if len(found.leaves) == 1:
+            return found._replace(user=users)
+        parts = zip(found[:3], second[:3], strict=True)
+        return Leaves(*(np.stack([one[0], other[1]]) for one, other in parts), users)
+
+
+def test_bound_items_are_scored_by_the_search_among_them(folder, tmp_path) -> None:
+    bundle = load_bundle(folder)
+    vectors = np.zeros((len(TABLE), 2, 2), np.float32)
+    vectors[:, 1] = [[1, 20], [2, 10], [3, 0], [4, 0], [5, 0]]
+    with write_bundle(tmp_path / "dense", bundle.manifest.model_copy(update={"dense_weight": 0.1})) as partial:
+        CODEBOOK.save(partial / KEYWORDS)
+        TABLE.write_parquet(partial / CATALOGUE)
+        np.save(partial / ITEM_VECTORS, vectors)
+        (partial / GRAPH).write_bytes(b"")
+    retriever = Retriever(load_bundle(tmp_path / "dense"), Twice())
+    scores = {item.item_id: item.score for item in ask(retriever, Edits(bound=(bound(A, B),))).items}
+    # A: -2.5 and 0.1 x 20 by the second search; C: -3 and 0.1 x 3 by the first.
+    assert scores == pytest.approx({"a": -0.5, "b": -0.5, "c": -2.7, "d": -3.6, "e": -3.5})
 
 
 def test_an_empty_binding_changes_no_order(retriever) -> None:
