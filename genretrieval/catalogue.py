@@ -67,9 +67,7 @@ class CatalogueIndex:
 
     def item_nodes(self) -> Nodes:
         """int64 ``[n_items, n_levels]``: the path of every item row, as node ids."""
-        leaves = np.empty(self.n_items, np.int64)
-        leaves[self.leaf_items] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts))
-        return self.paths(leaves)
+        return self.paths(self.item_leaves())
 
     def paths(self, leaves: Nodes) -> Nodes:
         """int64 ``[len(leaves), n_levels]``: the path to each leaf, as node ids."""
@@ -80,13 +78,24 @@ class CatalogueIndex:
             path[:, level - 1] = parents[level][path[:, level]]
         return path
 
+    def ancestors(self, leaves: Nodes) -> tuple[Nodes, ...]:
+        """Level l: int64, node ids on the way to each of `leaves`; quick for few of them, as `paths` is for all."""
+        levels = [np.asarray(leaves, np.int64)]
+        for starts in reversed(self.child_starts[1:]):
+            levels.append(np.searchsorted(starts, levels[-1], side="right") - 1)
+        return tuple(reversed(levels))
+
+    def item_leaves(self) -> Nodes:
+        """int64 ``[n_items]``: the leaf of every item row."""
+        leaves = np.empty(self.n_items, np.int64)
+        leaves[self.leaf_items] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts))
+        return leaves
+
     def leaf_codes(self, leaves: Nodes) -> NDArray[np.int32]:
         """int32 ``[len(leaves), n_levels]``: the semantic IDs of `leaves`."""
         codes = np.empty((len(leaves), self.n_levels), np.int32)
-        nodes = np.asarray(leaves, np.int64)
-        for level in range(self.n_levels - 1, -1, -1):
+        for level, nodes in enumerate(self.ancestors(leaves)):
             codes[:, level] = self.tokens[level][nodes]
-            nodes = np.searchsorted(self.child_starts[level], nodes, side="right") - 1
         return codes
 
     def items_of(self, leaf: int) -> NDArray[np.int32]:

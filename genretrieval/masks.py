@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from genretrieval.catalogue import Allowed
 from genretrieval.request import Filters
 from genretrieval.servable import Catalogue
 
@@ -66,6 +65,7 @@ class MaskRows:
             every = catalogue.index.allowed_nodes(catalogue.index.allowed_leaves(self.items[0]))
             for level, nodes in enumerate(every):
                 self.arrays[f"allowed_{level}"][0, : len(nodes)] = nodes
+        self._item_leaves = catalogue.index.item_leaves() if len(catalogue.index.keyword_leaves) else None
         self._free = list(range(n_rows - 1, 0, -1))
         # With each row its mask: the array that its key names by identity must not be freed before the key.
         self._rows: OrderedDict[tuple[str, tuple[int, ...], int], tuple[int, Mask]] = OrderedDict()
@@ -94,29 +94,41 @@ class MaskRows:
         key = mask.key
         with self._changed:
             if key not in self._rows:
-                matching, allowed = self._lift(mask)
+                # Whatever takes long or is refused comes before a row is taken.
+                filtered = None if mask.filters is None else self.catalogue.matching(mask.filters)
                 while (row := self._take_row()) is None:
                     self._changed.wait()
-                for level, nodes in enumerate(allowed):
-                    self.arrays[f"allowed_{level}"][row, : len(nodes)] = nodes
-                self.items[row] = matching
+                self._write(row, mask, filtered)
                 self._rows[key] = row, mask
             self._rows.move_to_end(key)
             row = self._rows[key][0]
             self._holders[row] += 1
             return row
 
-    def _lift(self, mask: Mask) -> tuple[NDArray[np.bool_], Allowed]:
-        """Items that a mask lets through, and the nodes of every level that lead to them or to an open keyword."""
-        index = self.catalogue.index
-        matching = self.items[0] if mask.filters is None else self.catalogue.matching(mask.filters)
-        if mask.within is not None:
-            inside = np.zeros_like(matching)
-            inside[mask.within] = True
-            matching = matching & inside
-        leaves = index.allowed_leaves(matching)
-        leaves[index.keyword_leaves[list(mask.open)]] = True
-        return matching, index.allowed_nodes(leaves)
+    def _write(self, row: int, mask: Mask, filtered: NDArray[np.bool_] | None) -> None:
+        """Fill a row: the items that a mask lets through, and the nodes of every level on the way to them.
+
+        A keyword's items and its leaf are few, so that without filters only the way to them is written.
+        """
+        index, items = self.catalogue.index, self.items[row]
+        nodes = [self.arrays[f"allowed_{level}"][row] for level in range(index.n_levels)]
+        if mask.within is None:
+            items[:] = True if filtered is None else filtered
+        else:
+            items[:] = False
+            items[mask.within] = True if filtered is None else filtered[mask.within]
+        if mask.within is not None and self._item_leaves is not None:
+            for of_level, way in zip(nodes, index.ancestors(self._item_leaves[np.flatnonzero(items)]), strict=True):
+                of_level[:] = False
+                of_level[way] = True
+        elif filtered is None and mask.within is None:
+            for level, of_level in enumerate(nodes):
+                of_level[:] = self.arrays[f"allowed_{level}"][0]
+        else:
+            for of_level, allowed in zip(nodes, index.allowed_nodes(index.allowed_leaves(items)), strict=True):
+                of_level[: len(allowed)] = allowed
+        for of_level, way in zip(nodes, index.ancestors(index.keyword_leaves[list(mask.open)]), strict=True):
+            of_level[way] = True
 
     def _take_row(self) -> int | None:
         """A row that nobody holds: a fresh one, else the least recently used."""

@@ -23,6 +23,8 @@ from genretrieval_serving.admin.resources import Kind
 from genretrieval_serving.client import Client
 from genretrieval_serving.live_server import running_server
 
+ASK_AGAIN_SECONDS = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class BindConfig:
@@ -59,7 +61,8 @@ def bench_bind(
     """Serve `bundle` by several replicas, bind words through the first one's admin API, and ask all of them.
 
     A word is visible on a replica when the first item of an answer to it is one that it was bound to; time runs from
-    the moment the change is sent. Every replica is asked again as soon as it has answered.
+    the moment the change is sent to the end of that answer. The replica that took the change is asked once it has
+    acknowledged it, the others every 20 ms: replicas of a bench share the cores that they are measured on.
 
     Args:
         bundle: with reserved slots.
@@ -89,12 +92,11 @@ def bench_bind(
             word = f"novelty{number}"
             bound = [ids[row] for row in rng.choice(len(ids), min(config.items, len(ids)), replace=False)]
             begun = time.perf_counter()
-            waiting = [pool.submit(_until_visible, client, word, set(bound), begun) for client in clients]
+            waiting = [pool.submit(_until_visible, client, word, set(bound), begun) for client in clients[1:]]
             admin.create(Kind.KEYWORDS, {"id": word, "text": word, "binding": {"items": {"item_ids": bound}}})
             sent.append(time.perf_counter() - begun)
-            seen = [wait.result() for wait in waiting]
-            same.append(seen[0])
-            everywhere.append(max(seen))
+            same.append(_until_visible(clients[0], word, set(bound), begun))
+            everywhere.append(max([same[-1], *(wait.result() for wait in waiting)]))
     return {
         **_quantiles("bind.acknowledged_ms", sent),
         **_quantiles("bind.visible_ms.same_replica", same),
@@ -128,6 +130,7 @@ def _until_visible(client: Client, word: str, bound: set[str], begun: float) -> 
         items = client.retrieve(request).items
         if items and items[0].item_id in bound:
             return time.perf_counter() - begun
+        time.sleep(ASK_AGAIN_SECONDS)
     raise UnavailableError(f"{word!r} was bound a minute ago and is not retrieved; see the logs of the replicas")
 
 

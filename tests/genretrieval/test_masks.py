@@ -1,0 +1,78 @@
+"""Rows of masks against the plain way: mark the leaves, lift them to every level."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genretrieval.catalogue import build_index, reserved_paths
+from genretrieval.masks import Mask, MaskRows
+from genretrieval.request import Filters
+from genretrieval.semantic_ids import SemanticIds
+from genretrieval.servable import Catalogue
+
+SIZES, RESERVED = (4, 4, 3), (1, 1, 0)
+
+
+def catalogue(codes: list[tuple[int, int, int]]) -> Catalogue:
+    ids = SemanticIds(np.asarray(codes, np.int32), SIZES)
+    names = [f"item-{row}" for row in range(len(codes))]
+    table = pl.DataFrame({"item_id": names, "price": [float(row) for row in range(len(codes))]})
+    index = build_index(ids, reserved=reserved_paths(SIZES, RESERVED))
+    return Catalogue(table, ids, index, {name: row for row, name in enumerate(names)}, names)
+
+
+items = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12)
+
+
+@given(items, st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_row_holds_what_its_mask_lets_through(codes, data) -> None:
+    made = catalogue(codes)
+    masks, n = MaskRows(made, n_rows=3), len(codes)
+    for _ in range(3):
+        low = data.draw(st.none() | st.integers(0, n))
+        within = data.draw(st.none() | st.lists(st.integers(0, n - 1), unique=True, max_size=n))
+        opened = tuple(data.draw(st.lists(st.integers(0, 1), unique=True)))
+        rows = None if within is None else np.asarray(sorted(within), np.int64)
+        mask = Mask(None if low is None else Filters(min_price=low), opened, rows)
+        matching = np.arange(n) >= (low or 0)
+        if within is not None:
+            matching &= np.isin(np.arange(n), within)
+        leaves = np.zeros(made.index.n_leaves, bool)
+        for leaf in range(made.index.n_leaves):
+            leaves[leaf] = bool(matching[made.index.items_of(leaf)].any())
+        leaves[made.index.keyword_leaves[list(opened)]] = True
+        with masks.hold([mask]) as (row,):
+            assert masks.items[row].tolist() == matching.tolist()
+            for level, allowed in enumerate(made.index.allowed_nodes(leaves)):
+                assert masks.arrays[f"allowed_{level}"][row, : len(allowed)].tolist() == allowed.tolist()
+
+
+@given(items)
+def test_ancestors_are_the_way_to_a_leaf(codes) -> None:
+    index = catalogue(codes).index
+    leaves = np.arange(index.n_leaves)
+    assert np.stack(index.ancestors(leaves), axis=1).tolist() == index.paths(leaves).tolist()
+    assert index.item_leaves().tolist() == index.item_nodes()[:, -1].tolist()
+
+
+def test_a_mask_is_found_again_by_its_array_and_not_by_an_equal_one() -> None:
+    masks = MaskRows(catalogue([(0, 0, 0), (1, 1, 0)]), n_rows=4)
+    rows = np.asarray([1])
+    with masks.hold([Mask(within=rows), Mask(within=rows), Mask(within=rows.copy())]) as (one, same, other):
+        assert one == same != other
+
+
+@pytest.mark.parametrize("opened", [(), (0,), (1,), (0, 1)])
+def test_row_zero_keeps_keyword_leaves_closed(opened: tuple[int, ...]) -> None:
+    made = catalogue([(0, 0, 0), (1, 1, 0)])
+    masks = MaskRows(made, n_rows=3)
+    with masks.hold([Mask(open=opened)]) as (row,):
+        last = masks.arrays["allowed_2"]
+        assert last[row][made.index.keyword_leaves].tolist() == [place in opened for place in (0, 1)]
+        assert not last[0][made.index.keyword_leaves].any()
+        assert (row == 0) == (not opened)
