@@ -360,6 +360,9 @@ def serve(
     admin_notify: Annotated[
         bool, typer.Option(help="Let PostgreSQL tell servers of changes; without, they are found a little later.")
     ] = True,
+    slot_quarantine: Annotated[
+        float, typer.Option(help="Seconds that a slot which a keyword gave up rests before another may have it.")
+    ] = 3600.0,
     allow_unbound: Annotated[
         bool, typer.Option(help="Leave out bindings and rules that cannot hold on the bundle instead of refusing it.")
     ] = False,
@@ -384,6 +387,7 @@ def serve(
         admin_port=admin_port,
         admin_store=admin_store,
         notify=admin_notify,
+        slot_quarantine=slot_quarantine,
         allow_unbound=allow_unbound,
     )
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import structlog
@@ -325,6 +326,7 @@ def serve(
     admin_port: int = 8082,
     admin_store: str | None = None,
     notify: bool = True,
+    slot_quarantine: float = 3600.0,
     allow_unbound: bool = False,
 ) -> None:
     """Serve a bundle until SIGTERM or SIGINT; returns when all accepted requests are answered.
@@ -347,6 +349,7 @@ def serve(
         admin_port: as `http_port`; not opened without `admin_store`.
         admin_store: where admin state and API keys are kept, see `SqlStore.open`; by default there is no admin API.
         notify: let PostgreSQL tell servers of changes, which they find a little later without.
+        slot_quarantine: seconds that a slot rests between two keywords, not negative.
         allow_unbound: leave out bindings and rules that cannot hold on the bundle, instead of refusing to serve it.
 
     Raises:
@@ -382,6 +385,9 @@ def serve(
         chosen = settings(admin=False, keys=auth)
         run_forever(lambda: Server(open_retriever, chosen))
         return
-    with closing(SqlStore.open(admin_store, notify=notify)) as store:
+    if slot_quarantine < 0:
+        raise InvalidInputError(f"slot_quarantine is {slot_quarantine:g} seconds; give 0 or more")
+    quarantine = timedelta(seconds=slot_quarantine)
+    with closing(SqlStore.open(admin_store, quarantine=quarantine, notify=notify)) as store:
         chosen = settings(admin=True, keys=auth or bool(store.list_keys()))
         run_forever(lambda: Server(open_retriever, chosen, store))
