@@ -169,8 +169,8 @@ def with_edges(normalised: str) -> str:
 def without_words(text: str, words: Iterable[str]) -> str:
     """What is left of a text, normalised, when keywords are taken out wherever they stand."""
     left = with_edges(normalise(text))
-    for word in sorted(words, key=len, reverse=True):
-        left = left.replace(with_edges(normalise(word)), " ")
+    for word in sorted(filter(None, map(normalise, words)), key=len, reverse=True):
+        left = left.replace(with_edges(word), " ")
     return " ".join(left.split())
 
 

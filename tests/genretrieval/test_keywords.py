@@ -238,6 +238,7 @@ def test_there_are_18_attribute_types() -> None:
         ("jason natural soap", ["jason", "jason natural"], "soap"),
         ("红色拉布布玩具", ["拉布布"], "红色 玩具"),
         ("a relabubu", ["labubu"], "a relabubu"),
+        ("red toy", [""], "red toy"),
     ],
 )
 def test_keywords_are_taken_out_as_whole_words(text: str, words: list[str], left: str) -> None:
