@@ -102,7 +102,7 @@ def make_requests() -> MakeRequests:
             "history_mask": np.arange(length) < rng.integers(0, length + 1, (n, 1)),
         }
         if config.query_vocab_size:
-            made["query_tokens"] = rng.integers(1, config.query_vocab_size, (n, n_query_tokens))
+            made["query_tokens"] = rng.integers(1, config.query_vocab_size + config.n_query_codes, (n, n_query_tokens))
             made["query_mask"] = np.arange(n_query_tokens) < rng.integers(0, n_query_tokens + 1, (n, 1))
         if config.n_profile_buckets:
             made["profile"] = rng.integers(0, config.n_profile_buckets, (n, 2))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from genretrieval_pipelines.queries import (
     made_queries,
     split_queries,
     train_query_tokenizer,
+    with_made_queries,
     with_query_pairs,
 )
 
@@ -195,3 +197,24 @@ def test_an_empty_corpus_makes_a_tokenizer_that_knows_no_word(corpus: list[str])
 
 def test_training_twice_gives_the_same_tokenizer() -> None:
     assert train_query_tokenizer(CORPUS, 400).to_str() == train_query_tokenizer(CORPUS, 400).to_str()
+
+
+def test_interactions_without_a_query_get_one_of_their_item(make_histories: Any) -> None:
+    histories = make_histories([[0, 1, 2], [2, 0]])
+    rows = histories.query_rows.copy()
+    rows[0] = 0
+    histories = replace(histories, queries=["typed"], query_rows=rows)
+    made = pl.DataFrame(
+        {"query": ["red shoe", "acme", "blue hat"], "item_row": [2, 2, 0]},
+        schema={"query": pl.String, "item_row": pl.Int32},
+    )
+    found = with_made_queries(histories, made, 1.0, seed=0)
+    said = [None if row == NO_QUERY else found.queries[row] for row in found.query_rows]
+    # What was typed stays; item 1 is called nothing; item 2 has two names.
+    assert said[0] == "typed"
+    assert said[1] is None
+    assert {said[2], said[3]} <= {"red shoe", "acme"}
+    assert said[4] == "blue hat"
+    again = with_made_queries(histories, made, 1.0, seed=0)
+    assert again.query_rows.tolist() == found.query_rows.tolist()
+    assert with_made_queries(histories, made, 0.0, seed=0).query_rows.tolist() == histories.query_rows.tolist()
