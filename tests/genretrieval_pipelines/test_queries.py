@@ -199,11 +199,14 @@ def test_training_twice_gives_the_same_tokenizer() -> None:
     assert train_query_tokenizer(CORPUS, 400).to_str() == train_query_tokenizer(CORPUS, 400).to_str()
 
 
-def test_interactions_without_a_query_get_one_of_their_item(make_histories: Any) -> None:
-    histories = make_histories([[0, 1, 2], [2, 0]])
-    rows = histories.query_rows.copy()
-    rows[0] = 0
-    histories = replace(histories, queries=["typed"], query_rows=rows)
+def test_interactions_without_a_query_get_one_of_their_item() -> None:
+    histories = replace(
+        no_histories(),
+        offsets=np.asarray([0, 3, 5]),
+        items=np.asarray([0, 1, 2, 2, 0], np.int32),
+        queries=["typed"],
+        query_rows=np.asarray([0, NO_QUERY, NO_QUERY, NO_QUERY, NO_QUERY], np.int32),
+    )
     made = pl.DataFrame(
         {"query": ["red shoe", "acme", "blue hat"], "item_row": [2, 2, 0]},
         schema={"query": pl.String, "item_row": pl.Int32},
