@@ -507,8 +507,8 @@ def _print(
     table = Table(title="held-out words found, share of words; 95 % bootstrap intervals over words")
     for column in ("", "IHR@10", "IHR@0.1 %", "NDCG@10 inside"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, metrics in hits.items():
-        cells = [_cell(metrics["ihr10"]), _cell(metrics["ihrK"])]
+    for name in dict.fromkeys([*hits, *inside]):
+        cells = [_cell(hits[name][metric]) if name in hits else "" for metric in ("ihr10", "ihrK")]
         table.add_row(name, *cells, _cell(inside[name]) if name in inside and len(inside[name]) else "")
     console.print(table)
 
