@@ -129,8 +129,8 @@ class RequestFeatures:
 
     @property
     def n_query_codes(self) -> int:
-        """Numbers of `query_tokens` behind those of the tokens."""
-        return sum(self.keywords.sizes) if self.keywords else 0
+        """Numbers of `query_tokens` behind those of the tokens; 0 without queries."""
+        return sum(self.keywords.sizes) if self.keywords and self._tokenizer else 0
 
     def query_codes(self, query: str | None) -> NDArray[np.int64]:
         """int64 ``[n_groups]``: the slots of a query, all empty without one; empty for a model without keywords."""

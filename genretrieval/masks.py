@@ -26,21 +26,23 @@ class Mask:
         filters: that items must satisfy.
         open: keyword leaves, by their place in `CatalogueIndex.keyword_leaves`; the others are closed.
         within: int64, the only item rows that may be written; None for all.
+        without: int64, item rows that may not be written; None for none. They would use up the beams of the others.
     """
 
     filters: Filters | None = None
     open: tuple[int, ...] = ()
     within: NDArray[np.int64] | None = None
+    without: NDArray[np.int64] | None = None
 
     @property
     def everything(self) -> bool:
         """Whether it is the mask of row 0."""
-        return self.filters is None and not self.open and self.within is None
+        return self.filters is None and not self.open and self.within is None and self.without is None
 
     @property
-    def key(self) -> tuple[str, tuple[int, ...], int]:
-        """Equal for equal masks, as long as `within` lives: an array is told by its identity."""
-        return canonical_filters(self.filters) if self.filters else "", self.open, id(self.within)
+    def key(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Equal for equal masks, as long as its arrays live: they are told by their identity."""
+        return canonical_filters(self.filters) if self.filters else "", self.open, id(self.within), id(self.without)
 
 
 def canonical_filters(filters: Filters) -> str:
@@ -67,8 +69,8 @@ class MaskRows:
                 self.arrays[f"allowed_{level}"][0, : len(nodes)] = nodes
         self._item_leaves = catalogue.index.item_leaves() if len(catalogue.index.keyword_leaves) else None
         self._free = list(range(n_rows - 1, 0, -1))
-        # With each row its mask: the array that its key names by identity must not be freed before the key.
-        self._rows: OrderedDict[tuple[str, tuple[int, ...], int], tuple[int, Mask]] = OrderedDict()
+        # With each row its mask: an array that its key names by identity must not be freed before the key.
+        self._rows: OrderedDict[tuple[str, tuple[int, ...], int, int], tuple[int, Mask]] = OrderedDict()
         self._holders = [0] * n_rows
         self._changed = threading.Condition()
         # Batches take their rows one after another, so that no two half-served ones wait for each other.
@@ -117,11 +119,13 @@ class MaskRows:
         else:
             items[:] = False
             items[mask.within] = True if filtered is None else filtered[mask.within]
+        if mask.without is not None:
+            items[mask.without] = False
         if mask.within is not None and self._item_leaves is not None:
             for of_level, way in zip(nodes, index.ancestors(self._item_leaves[np.flatnonzero(items)]), strict=True):
                 of_level[:] = False
                 of_level[way] = True
-        elif filtered is None and mask.within is None:
+        elif filtered is None and mask.within is None and mask.without is None:
             for level, of_level in enumerate(nodes):
                 of_level[:] = self.arrays[f"allowed_{level}"][0]
         else:

@@ -136,8 +136,8 @@ class _Asked:
     @classmethod
     def of(cls, request: RetrieveRequest, edits: Edits) -> _Asked:
         """Put the two together."""
-        bound = () if request.bindings == "off" else edits.bound
-        sets = [keyword.rows for keyword in bound if len(keyword.rows)]
+        bound = () if request.bindings == "off" else tuple(k for k in edits.bound if len(k.rows))
+        sets = [keyword.rows for keyword in bound]
         # Of one keyword it is the very array, by whose identity its mask is found again.
         within = None if not sets else sets[0] if len(sets) == 1 else np.unique(np.concatenate(sets))
         return cls(request, edits, bound, within)
@@ -146,6 +146,11 @@ class _Asked:
     def query(self) -> str | None:
         """What the model reads."""
         return self.edits.query if self.edits.query is not None else self.request.query
+
+    @property
+    def blocked(self) -> NDArray[np.int64] | None:
+        """int64, item rows that are never returned; None for none."""
+        return self.edits.blocked if len(self.edits.blocked) else None
 
     @property
     def rest(self) -> str:
@@ -200,7 +205,8 @@ class Retriever:
         edits = edits or [NO_EDITS] * len(requests)
         asked = [_Asked.of(request, edit) for request, edit in zip(requests, edits, strict=True)]
         responses: dict[int, RetrieveResponse] = {}
-        widths = [self.beam_width(request) for request in requests]
+        # The leaf of a keyword takes a beam, and is no item.
+        widths = [max(self.beam_width(a.request), a.request.top_k + len(self._places(a.bound))) for a in asked]
         for width in sorted(set(widths)):
             same = [i for i, w in enumerate(widths) if w == width]
             for rows in batches(same, [asked[i].n_searches for i in same], self.masks.n_rows - 1):
@@ -225,8 +231,8 @@ class Retriever:
         started = time.perf_counter()
         known = [self._known(ask.request) for ask in asked]
         bound = [i for i, ask in enumerate(asked) if ask.n_searches > 1]
-        masks = [Mask(ask.request.filters, tuple(self._places(ask.bound))) for ask in asked]
-        masks += [Mask(asked[i].request.filters, within=asked[i].within) for i in bound]
+        masks = [Mask(ask.request.filters, tuple(self._places(ask.bound)), None, ask.blocked) for ask in asked]
+        masks += [Mask(asked[i].request.filters, (), asked[i].within, asked[i].blocked) for i in bound]
         tokens = [self.features.query_tokens(ask.query, ask.slots) for ask in asked]
         tokens += [self.features.query_tokens(asked[i].rest) for i in bound]
         rows = [*range(len(asked)), *bound]
@@ -333,7 +339,7 @@ class Retriever:
             known: its history.
             found: leaves of the search among all that the request may get.
             second: leaves of the search among what its keywords stand for.
-            matching: bool ``[n_items]``, items that match its filters.
+            matching: bool ``[n_items]``, items that match its filters and are not blocked.
         """
         allowed = self._allowed(ask, known, matching)
         candidates, dense = self._candidates(found, allowed)
@@ -396,12 +402,11 @@ class Retriever:
 
         The leaf has no vector, so a dense head orders what stands within it and not where it stands.
         """
-        keywords = [keyword for keyword in ask.bound if len(keyword.rows)]
         if ask.request.bindings == "first":
-            return [(0, keyword.rows) for keyword in keywords]
+            return [(0, keyword.rows) for keyword in ask.bound]
         of_keywords = np.isin(found.leaves, self.catalogue.index.keyword_leaves)
         blocks = []
-        for keyword in keywords:
+        for keyword in ask.bound:
             for place in self._places([keyword]):
                 written = _real(found) & (found.leaves == self.catalogue.index.keyword_leaves[place])
                 if written.any():
@@ -410,17 +415,16 @@ class Retriever:
         return blocks
 
     def _allowed(self, ask: _Asked, known: KnownEvents, matching: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which items may be returned, bool ``[n_items]``: those that match, are not excluded and not blocked."""
+        """Which items may be returned, bool ``[n_items]``: those that the mask lets through and nobody excluded."""
         request, rows = ask.request, self.catalogue.rows
         excluded = [rows[item] for item in request.exclude_item_ids if item in rows]
         if request.exclude_history != "off":
             gone = known.rows if request.exclude_history == "all" else known.rows[known.purchased]
             excluded += gone.tolist()
-        if not excluded and not len(ask.edits.blocked):
+        if not excluded:
             return matching
         allowed = matching.copy()
         allowed[excluded] = False
-        allowed[ask.edits.blocked] = False
         return allowed
 
     def _leaf(self, leaf: int, allowed: NDArray[np.bool_]) -> list[int]:

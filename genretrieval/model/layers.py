@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from genretrieval.model.moe import MixtureOfExperts
 
+# Added to the scores of keys that are masked. Finite also in bfloat16, where the least float32 becomes -inf: a query
+# without a word would then be attended to by weights of 0 / 0.
+HIDDEN = -1e30
 # What an expert without tokens gains in a step; scores lie in (0, 1).
 BALANCE_RATE = 1e-3
 
@@ -91,7 +94,7 @@ class Attention(nn.Module):
         return x_BSD.unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)
 
     def forward(self, x_BSD: Tensor, context_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
-        """Attend from `x` to `context`; `bias` is added to the scores and is -inf where a key is masked.
+        """Attend from `x` to `context`; `bias` is added to the scores and is `HIDDEN` where a key is masked.
 
         The products and the softmax are written out: on CPU the backward pass of the fused bf16 kernel is several
         times slower.
@@ -174,12 +177,11 @@ class Encoder(nn.Module):
         """
         positions = torch.arange(x_BSD.shape[1], device=x_BSD.device)
         bias_BHSS = self.bias(positions, positions)
-        hidden = torch.finfo(bias_BHSS.dtype).min
         if self.causal:
             # Padding stands on the right, so a real position never sees it.
-            bias_BHSS = bias_BHSS.masked_fill(positions[None, :] > positions[:, None], hidden)
+            bias_BHSS = bias_BHSS.masked_fill(positions[None, :] > positions[:, None], HIDDEN)
         else:
-            bias_BHSS = bias_BHSS.masked_fill(~mask_BS[:, None, None, :], hidden)
+            bias_BHSS = bias_BHSS.masked_fill(~mask_BS[:, None, None, :], HIDDEN)
         x_BSD = self.dropout(x_BSD)
         for layer in self.layers:
             x_BSD = layer(x_BSD, bias_BHSS)
@@ -313,9 +315,8 @@ class Decoder(nn.Module):
         n_levels = x_BTLD.shape[2]
         positions = torch.arange(n_levels, device=x_BTLD.device)
         bias = self.bias(positions, positions)
-        hidden = torch.finfo(bias.dtype).min
-        bias = bias.masked_fill(positions[None, :] > positions[:, None], hidden)
-        memory_bias = torch.where(memory_mask_BTS, 0.0, hidden).repeat_interleave(n_levels, 1)[:, None]
+        bias = bias.masked_fill(positions[None, :] > positions[:, None], HIDDEN)
+        memory_bias = torch.where(memory_mask_BTS, 0.0, HIDDEN).repeat_interleave(n_levels, 1)[:, None]
         x_BTLD = self.dropout(x_BTLD)
         for layer in self.layers:
             x_BTLD = layer(x_BTLD, bias, memory_BSD, memory_bias, queries, counted_BT)
@@ -339,8 +340,7 @@ def _cross(
     q_own = q.unflatten(2, (n_targets, n_levels)).transpose(1, 2)  # [B, T, H, L, E]
     k_own = attention.split(queries.place(attention.key(queries.states_NQD), shape))
     v_own = attention.split(queries.place(attention.value(queries.states_NQD), shape))
-    hidden = torch.finfo(torch.float32).min
-    own_bias = torch.where(queries.place(queries.mask_NQ, shape), 0.0, hidden)[:, :, None, None, :]
+    own_bias = torch.where(queries.place(queries.mask_NQ, shape), 0.0, HIDDEN)[:, :, None, None, :]
     own = q_own @ k_own.transpose(-1, -2) + own_bias.to(q.dtype)
     weights = torch.cat([scores, own.transpose(1, 2).flatten(2, 3)], -1).softmax(-1)
     own_weights = weights[..., n_memory:].unflatten(2, (n_targets, n_levels)).transpose(1, 2)

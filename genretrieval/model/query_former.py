@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from genretrieval.model.configuration import GeneratorConfig
-from genretrieval.model.layers import Attention, FeedForward, RMSNorm
+from genretrieval.model.layers import HIDDEN, Attention, FeedForward, RMSNorm
 
 N_AGES = 16
 # Finite in bfloat16 too: the queries of a behaviour that did not occur see nothing else.
-_HIDDEN = -1e30
 
 
 class QueryFormer(nn.Module):
@@ -74,7 +73,7 @@ class QueryFormer(nn.Module):
         back_BN = mask_BN.sum(1, keepdim=True) - torch.arange(mask_BN.shape[1], device=mask_BN.device)
         age_BN = self.age_of_N[back_BN.clamp(min=0, max=self.max_past)]
         bias_BHRN = self.ages(age_BN).permute(0, 2, 1)[:, :, None, :]
-        bias_BHRN = torch.where(reads_BRN[:, None], bias_BHRN, _HIDDEN)
+        bias_BHRN = torch.where(reads_BRN[:, None], bias_BHRN, HIDDEN)
         queries_BRD = self.query_norm(self.queries_RD).expand(x_BND.shape[0], -1, -1)
         tokens_BRD = self.dropout(self.attention(queries_BRD, self.events_norm(x_BND), bias_BHRN))
         tokens_BRD = tokens_BRD + self.dropout(self.feed_forward(self.feed_forward_norm(tokens_BRD)))

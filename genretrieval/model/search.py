@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from genretrieval.model.generator import Context, Generator, Request
-from genretrieval.model.layers import Decoder, DecoderLayer, Encoder, EncoderLayer, RelativeBias
+from genretrieval.model.layers import HIDDEN, Decoder, DecoderLayer, Encoder, EncoderLayer, RelativeBias
 from genretrieval.model.moe import FusedMixtureOfExperts, MixtureOfExperts
 
 Normalise = Literal["children", "vocabulary"]
 
 # Below every score that a real beam can reach; the host drops what ends under half of it.
 CLOSED = -2e9
-_HIDDEN = -1e30
 
 
 class IndexTensors(NamedTuple):
@@ -157,9 +156,9 @@ class FusedEncoder(nn.Module):
         bias = self.bias(positions, positions)
         if self.causal:
             # Padding stands on the right, so a real position never sees it.
-            bias = torch.where(positions[None, :] > positions[:, None], _HIDDEN, bias)
+            bias = torch.where(positions[None, :] > positions[:, None], HIDDEN, bias)
         else:
-            bias = bias + torch.where(mask_BS, 0.0, _HIDDEN)[:, None, None, :]
+            bias = bias + torch.where(mask_BS, 0.0, HIDDEN)[:, None, None, :]
         x_ND = x_BSD.flatten(0, 1)
         for layer in fused_layers(self):
             qkv_BSF = linear(norm(x_ND), layer.qkv).unflatten(0, (-1, n_positions))
@@ -226,7 +225,7 @@ class BeamSearch(nn.Module):
         n_rows, n_memory, width = memory_BSD.shape
         n_beams = beams_K.shape[0]
         memory = linear(memory_BSD, self.cross_kv).split(width, -1)
-        hidden_BQ1S = torch.where(mask_BS, 0.0, _HIDDEN)[:, None, None, :]
+        hidden_BQ1S = torch.where(mask_BS, 0.0, HIDDEN)[:, None, None, :]
         # Keys and values of the codes on each beam's path, layer by layer.
         paths: list[tuple[Tensor, Tensor]] = []
 
@@ -299,7 +298,7 @@ class BeamSearch(nn.Module):
             logp = logits.gather(-1, token + self.level_offsets[level])
         else:
             logits = linear(x_BQD, self.heads[level]).gather(-1, token)
-            logp = torch.where(exists, logits, _HIDDEN).log_softmax(-1)
+            logp = torch.where(exists, logits, HIDDEN).log_softmax(-1)
         allowed = index.allowed[level]
         row_start = index.mask_row_B * allowed.shape[1]
         return child, logp, exists & take(allowed.flatten(), child + row_start[:, None, None])

@@ -122,6 +122,9 @@ class NextItemObjective(nn.Module):
             # A keyword leaf has no vector.
             is_item = items_N < len(self.trained_bias_I)
             user_ND, items_N = user_ND[is_item], items_N[is_item]
+            if not len(items_N):
+                # Of nothing there is no mean; the parameters still take part, as data-parallel wrappers expect.
+                return loss + 0.0 * (user_ND.sum() + candidates.ranked.sum())
         dense = full_softmax_loss(user_ND, candidates.ranked, candidates.places(items_N), candidates.bias)
         return loss + self.dense_weight * dense
 

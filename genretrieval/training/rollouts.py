@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genretrieval.catalogue import CatalogueIndex, graph_inputs
+from genretrieval.catalogue import CatalogueIndex, graph_inputs, mask_inputs
 from genretrieval.model import Generator
 from genretrieval.model.generator import Context
 from genretrieval.model.search import CLOSED, BeamSearch, IndexTensors
@@ -58,7 +58,12 @@ class RolloutSearch(nn.Module):
         for name, array in graph_inputs(index).items():
             self.register_buffer(name, torch.from_numpy(array))
         self.register_buffer("codes_XL", torch.from_numpy(index.leaf_codes(np.arange(index.n_leaves))).long())
-        self.register_buffer("first_item_X", torch.from_numpy(index.leaf_items[index.leaf_starts[:-1]]).long())
+        # A keyword leaf has no item and stays closed.
+        first = index.leaf_items[np.minimum(index.leaf_starts[:-1], index.n_items - 1)]
+        self.register_buffer("first_item_X", torch.from_numpy(first).long())
+        every = index.allowed_nodes(index.allowed_leaves(np.ones(index.n_items, bool)))
+        for name, allowed in mask_inputs([every]).items():
+            self.register_buffer(name, torch.from_numpy(allowed))
 
     @torch.no_grad()
     def forward(self, model: Generator, context: Context) -> Rollouts:
@@ -73,14 +78,15 @@ class RolloutSearch(nn.Module):
             model.decoder, model.context.codes.weight, model.head.weight, c.codebook_sizes, c.level_offsets
         )
         device = context.memory_BSD.device
-        tokens, starts, slots = (
-            [self.get_buffer(f"{kind}_{level}") for level in self.levels] for kind in ("token", "child_start", "slot")
+        tokens, starts, slots, allowed = (
+            [self.get_buffer(f"{kind}_{level}") for level in self.levels]
+            for kind in ("token", "child_start", "slot", "allowed")
         )
         index = IndexTensors(
             tokens,
             starts,
             slots,
-            [torch.ones(1, len(level_tokens), dtype=torch.bool, device=device) for level_tokens in tokens],
+            allowed,
             torch.zeros(len(context.memory_BSD), dtype=torch.long, device=device),
         )
         # What is drawn must not depend on the rounding of bf16.

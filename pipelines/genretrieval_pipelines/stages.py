@@ -125,9 +125,10 @@ def training_set(
             " one of them, with generator.scenario true, or leave it out"
         )
     pairs = shop.pairs.filter(pl.col("split") == "train").select("query", "item_row")
+    held_out = shop.pairs.filter(pl.col("split") != "train")
+    named = made_queries(shop.items).join(held_out.select("query"), on="query", how="anti", maintain_order="left")
     if objective == "alignment":
-        held_out = shop.pairs.filter(pl.col("split") != "train")
-        pairs = made_queries(shop.items).join(held_out.select("query"), on="query", how="anti", maintain_order="left")
+        pairs = named
     elif objective == "cooccurrence":
         pairs = pl.concat([pairs, searched(shop.histories)]).unique(maintain_order=True)
     if not features.query_tokenizer:
@@ -135,7 +136,7 @@ def training_set(
     n_users = shop.histories.n_users
     histories = shop.histories
     if made and features.query_tokenizer:
-        histories = with_made_queries(histories, made_queries(shop.items), made, recipe.training.seed)
+        histories = with_made_queries(histories, named, made, recipe.training.seed)
     histories = with_query_pairs(histories, pairs)
     ends = np.concatenate([LeaveOneOut(shop.histories).train_ends(), histories.offsets[n_users + 1 :]])
     windows = cut_windows(histories.offsets, ends, recipe.generator.max_history)

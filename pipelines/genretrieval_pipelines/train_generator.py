@@ -202,6 +202,7 @@ def inputs_key(inputs: StageInputs, config: GeneratorConfig) -> str:
         config.to_dict(),
         features.query_tokenizer,
         features.profile_features,
+        *([] if features.keywords is None else [features.keywords, features.keywords.slots.tobytes()]),
         ids.codes.tobytes(),
         b"" if content is None else np.ascontiguousarray(content).data,
         histories.items.data,

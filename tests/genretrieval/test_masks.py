@@ -38,8 +38,11 @@ def test_a_row_holds_what_its_mask_lets_through(codes, data) -> None:
         within = data.draw(st.none() | st.lists(st.integers(0, n - 1), unique=True, max_size=n))
         opened = tuple(data.draw(st.lists(st.integers(0, 1), unique=True)))
         rows = None if within is None else np.asarray(sorted(within), np.int64)
-        mask = Mask(None if low is None else Filters(min_price=low), opened, rows)
+        without = data.draw(st.none() | st.lists(st.integers(0, n - 1), unique=True, min_size=1))
+        blocked = None if without is None else np.asarray(sorted(without), np.int64)
+        mask = Mask(None if low is None else Filters(min_price=low), opened, rows, blocked)
         matching = np.arange(n) >= (low or 0)
+        matching &= ~np.isin(np.arange(n), without or [])
         if within is not None:
             matching &= np.isin(np.arange(n), within)
         leaves = np.zeros(made.index.n_leaves, bool)

@@ -101,7 +101,7 @@ def test_scores_of_a_chain_without_exposure() -> None:
     asked, items = requests([[0, 1]]), torch.tensor([[2, 3]])
     scores = ranker.score(asked, items)
     assert scores.relevance_BK.tolist() == [[0, 0]]
-    assert torch.equal(scores.probabilities_BKM, ranker(asked, items).sigmoid())
+    torch.testing.assert_close(scores.probabilities_BKM, ranker(asked, items).sigmoid())
 
 
 def test_a_batch_scores_as_its_requests_do_alone() -> None:

@@ -10,6 +10,7 @@ from genretrieval.catalogue import build_index, reserved_paths
 from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.training.objectives import NextItemObjective
+from genretrieval.training.rollouts import RolloutSearch
 from genretrieval.training.self_routing import SelfRouting
 
 # Two keyword levels of four codes, the last one reserved, and a level that tells collisions apart.
@@ -151,3 +152,34 @@ def test_it_learns_to_write_the_slot_that_it_reads(dense: bool) -> None:
         logits = objective.existing_logits(model, states, asked["target_items"][:, 1])
         right = torch.stack([z.argmax(-1) == codes[:, level] for level, z in enumerate(logits)])
     assert right.float().mean() > 0.95
+
+
+def test_a_batch_of_nothing_but_slots_has_a_finite_loss_and_finite_gradients() -> None:
+    torch.manual_seed(0)
+    model = Generator(config(n_items=N, content_dim=3))
+    assert model.dense is not None
+    model.dense.set_content(torch.eye(N)[:, :3])
+    only_asked = batch(4)
+    only_asked["learn"][:, 0] = False
+    loss = model(objective=NextItemObjective(INDEX, routing=routing(0.999999)), batch=only_asked)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_rollouts_write_items_and_no_reserved_slot() -> None:
+    torch.manual_seed(0)
+    model = Generator(config()).eval()
+    request = {name: tensor[:, :1] if name.startswith("history") else tensor for name, tensor in batch(3).items()}
+    context = model.context(request | {"query_tokens": request["query_tokens"], "query_mask": request["query_mask"]})
+    found = RolloutSearch(INDEX, 6)(model, context)
+    assert found.mask_NG.sum(1).tolist() == [N] * 3
+    assert set(found.items_NG[found.mask_NG].tolist()) == set(range(N))
+
+
+def test_a_query_without_words_is_finite_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = Generator(config()).eval()
+    tokens, mask = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model.context.query(tokens, mask)).all()
