@@ -24,7 +24,13 @@ log = structlog.get_logger(__name__)
 CACHE_SECONDS = 3.0
 # A store that is away does not stop retrieval: keys it knew before are taken for so long.
 AWAY_SECONDS = 3600.0
+# So long a call waits for a silent store about a key that it knew before.
+PATIENCE_SECONDS = 0.5
 MAX_CACHED = 10_000
+# Refusals are kept apart: whoever tries many keys pushes out no good one.
+MAX_REFUSED = 1_000
+# Questions to the store at once: fewer than the threads that there are on a machine of one CPU, five.
+MAX_ASKING = 4
 _INCLUDES = {Scope.ADMIN_WRITE: frozenset({Scope.ADMIN_READ})}
 
 
@@ -81,6 +87,8 @@ class Authenticator:
         """
         self._keys, self._clock = keys, clock
         self._known: dict[bytes, _Known] = {}
+        self._refused: dict[bytes, _Known] = {}
+        self._may_ask = asyncio.Semaphore(MAX_ASKING)
         self._asking: dict[bytes, asyncio.Task[_Known]] = {}
         self._required = always or (keys is not None and bool(keys.list_keys()))
         self._look_again = clock() + CACHE_SECONDS
@@ -133,27 +141,52 @@ class Authenticator:
 
     async def _look_up(self, keys: KeyStore, secret: str) -> _Known:
         digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
-        known = self._known.get(digest)
-        if known is None or self._clock() >= known.asked_at + CACHE_SECONDS:
-            # One question for all calls that wait for its answer, whichever of them goes away meanwhile.
-            task = self._asking.get(digest)
-            if task is None:
-                task = self._asking[digest] = asyncio.create_task(self._ask(keys, secret, known))
-                task.add_done_callback(lambda _: self._asking.pop(digest))
-            known = await asyncio.shield(task)
-            while len(self._known) >= MAX_CACHED:
-                self._known.pop(next(iter(self._known)))
-            self._known[digest] = known
+        known = self._known.get(digest) or self._refused.get(digest)
+        if known is not None and self._clock() < known.asked_at + CACHE_SECONDS:
+            return known
+        # One question for all calls that wait for its answer, whichever of them goes away meanwhile.
+        task = self._asking.get(digest)
+        if task is None:
+            task = self._asking[digest] = asyncio.create_task(self._ask(keys, secret, known))
+            task.add_done_callback(lambda done: self._answered(digest, done))
+        if known is None or not self._outlasts(known):
+            return await asyncio.shield(task)
+        await asyncio.wait((task,), timeout=PATIENCE_SECONDS)
+        if task.done():
+            return task.result()
+        known = replace(known, asked_at=self._clock())
+        self._remember(digest, known)
         return known
 
     async def _ask(self, keys: KeyStore, secret: str, before: _Known | None) -> _Known:
-        now = self._clock()
-        try:
-            name, scopes = await asyncio.to_thread(keys.verify_key, secret)
-        except UnauthenticatedError as error:
-            return _Known(None, str(error), now, now)
-        except UnavailableError:
-            if before is None or before.principal is None or now >= before.said_at + AWAY_SECONDS:
-                raise
-            return replace(before, asked_at=now)
-        return _Known(Principal(name, scopes), "", now, now)
+        async with self._may_ask:
+            now = self._clock()
+            try:
+                name, scopes = await asyncio.to_thread(keys.verify_key, secret)
+            except UnauthenticatedError as error:
+                return _Known(None, str(error), now, now)
+            except UnavailableError:
+                if before is None or not self._outlasts(before):
+                    raise
+                # Not `now`: a store that fails slowly would be waited for by every call.
+                return replace(before, asked_at=self._clock())
+            return _Known(Principal(name, scopes), "", now, now)
+
+    def _outlasts(self, known: _Known) -> bool:
+        """Whether a key is taken although the store is away."""
+        return known.principal is not None and self._clock() < known.said_at + AWAY_SECONDS
+
+    def _answered(self, digest: bytes, task: asyncio.Task[_Known]) -> None:
+        """Keep an answer, also one that nobody waits for any more."""
+        del self._asking[digest]
+        if not task.cancelled() and task.exception() is None:
+            self._remember(digest, task.result())
+
+    def _remember(self, digest: bytes, known: _Known) -> None:
+        """Keep what is known of a key, as the last one to be forgotten of its cache."""
+        for cache in (self._known, self._refused):
+            cache.pop(digest, None)
+        cache, most = (self._refused, MAX_REFUSED) if known.principal is None else (self._known, MAX_CACHED)
+        while len(cache) >= most:
+            cache.pop(next(iter(cache)))
+        cache[digest] = known

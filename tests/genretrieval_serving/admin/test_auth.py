@@ -24,7 +24,7 @@ from genretrieval.errors import (
     UnavailableError,
 )
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
-from genretrieval_serving.admin.auth import AWAY_SECONDS, CACHE_SECONDS, Authenticator
+from genretrieval_serving.admin.auth import AWAY_SECONDS, CACHE_SECONDS, MAX_ASKING, Authenticator
 from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.resources import Kind, Scope
 from genretrieval_serving.admin.sql import SqlStore
@@ -402,14 +402,63 @@ def test_a_store_that_is_away_stops_nobody_it_knew(keys) -> None:
     asyncio.run(calls())
 
 
-def test_no_more_keys_are_remembered_than_fit(keys, monkeypatch) -> None:
-    monkeypatch.setattr("genretrieval_serving.admin.auth.MAX_CACHED", 3)
+def test_a_silent_store_holds_up_nobody_it_knew_for_long(keys, monkeypatch) -> None:
+    monkeypatch.setattr("genretrieval_serving.admin.auth.PATIENCE_SECONDS", 0.01)
+    ticks = Ticks()
+
+    async def calls() -> None:
+        auth = Authenticator(keys, clock=ticks)
+        await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+        keys.gate.clear()
+        ticks.now = CACHE_SECONDS
+        try:
+            async with asyncio.timeout(5):
+                assert (await auth.allow("Bearer grk_1", Scope.RETRIEVE)).name == "ann"
+            # The next one does not wait at all; what the store says late counts.
+            monkeypatch.setattr("genretrieval_serving.admin.auth.PATIENCE_SECONDS", 60)
+            async with asyncio.timeout(5):
+                await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+            assert keys.asked == 2
+            keys.failure = UnauthenticatedError("revoked")
+        finally:
+            keys.gate.set()
+        await asyncio.gather(*auth._asking.values())
+        with pytest.raises(UnauthenticatedError, match="revoked"):
+            await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+
+    asyncio.run(calls())
+
+
+def test_refusals_push_out_no_good_key_and_take_few_threads(keys, monkeypatch) -> None:
+    monkeypatch.setattr("genretrieval_serving.admin.auth.MAX_REFUSED", 3)
 
     async def calls() -> None:
         auth = Authenticator(keys)
-        for i in range(2, 12):
-            with pytest.raises(UnauthenticatedError):
-                await auth.allow(f"Bearer grk_{i}", Scope.RETRIEVE)
-        assert len(auth._known) == 3
+        await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+        keys.gate.clear()
+        asking = [asyncio.create_task(auth.allow(f"Bearer grk_{i}", Scope.RETRIEVE)) for i in range(2, 22)]
+        await asyncio.sleep(0.05)
+        assert keys.asked == 1 + MAX_ASKING
+        keys.gate.set()
+        outcomes = await asyncio.gather(*asking, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {UnauthenticatedError}
+        assert (len(auth._known), len(auth._refused)) == (1, 3)
+
+    asyncio.run(calls())
+
+
+def test_no_more_keys_are_remembered_than_fit_and_the_oldest_goes(keys, monkeypatch) -> None:
+    monkeypatch.setattr("genretrieval_serving.admin.auth.MAX_CACHED", 3)
+    monkeypatch.setattr(keys, "verify_key", lambda secret: (secret, keys.scopes))
+    ticks = Ticks()
+
+    async def calls() -> None:
+        auth = Authenticator(keys, clock=ticks)
+        for i in range(3):
+            await auth.allow(f"Bearer grk_{i}", Scope.RETRIEVE)
+        ticks.now = CACHE_SECONDS
+        for i in (0, 3):
+            await auth.allow(f"Bearer grk_{i}", Scope.RETRIEVE)
+        assert [known.principal.name for known in auth._known.values()] == ["grk_2", "grk_0", "grk_3"]
 
     asyncio.run(calls())
