@@ -167,11 +167,22 @@ def with_edges(normalised: str) -> str:
 
 
 def without_words(text: str, words: Iterable[str]) -> str:
-    """What is left of a text, normalised, when keywords are taken out wherever they stand."""
+    """What is left of a text when keywords are taken out wherever they stand.
+
+    Words apart from them are left as they were typed, which is the form that a model was trained on; where that cannot
+    be told, as in scripts without spaces, all is normalised.
+    """
     left = with_edges(normalise(text))
     for word in sorted(filter(None, map(normalise, words)), key=len, reverse=True):
         left = left.replace(with_edges(word), " ")
-    return " ".join(left.split())
+    still = left.split()
+    typed: list[str] = []
+    for part in text.split():
+        said = normalise(part).split()
+        if said and still[: len(said)] == said:
+            typed.append(part)
+            still = still[len(said) :]
+    return " ".join(left.split() if still else typed)
 
 
 @dataclass(frozen=True, slots=True)

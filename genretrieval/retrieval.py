@@ -163,7 +163,7 @@ class _Asked:
         return {keyword.level: keyword.slot for keyword in reversed(self.bound)}
 
     def touched(self, row: int) -> list[str]:
-        """Names of the bindings and rules that brought or moved an item."""
+        """Names of the bindings and rules that stand for an item, or move it."""
         sets = [(keyword.name, keyword.rows) for keyword in self.bound]
         sets += [(boost.name, boost.rows) for boost in self.edits.boosts]
         names = [name for name, rows in sets if np.isin(row, rows)]
@@ -343,7 +343,7 @@ class Retriever:
         """
         allowed = self._allowed(ask, known, matching)
         candidates, dense = self._candidates(found, allowed)
-        blocks = self._blocks(ask, found)
+        blocks = self._blocks(ask, found, candidates)
         if blocks and second is not None:
             # What a keyword stands for is scored by the search among it alone, which reads the query without the word.
             inside = np.zeros_like(allowed)
@@ -397,20 +397,20 @@ class Retriever:
         )
         return said
 
-    def _blocks(self, ask: _Asked, found: Leaves) -> list[tuple[int, NDArray[np.int64]]]:
+    def _blocks(self, ask: _Asked, found: Leaves, candidates: Candidates) -> list[tuple[int, NDArray[np.int64]]]:
         """Where the items of each bound keyword go: to the front, or to the place at which the search wrote its leaf.
 
         The leaf has no vector, so a dense head orders what stands within it and not where it stands.
         """
         if ask.request.bindings == "first":
             return [(0, keyword.rows) for keyword in ask.bound]
-        of_keywords = np.isin(found.leaves, self.catalogue.index.keyword_leaves)
+        logp = candidates.logp[candidates.beams >= 0]
         blocks = []
         for keyword in ask.bound:
             for place in self._places([keyword]):
                 written = _real(found) & (found.leaves == self.catalogue.index.keyword_leaves[place])
                 if written.any():
-                    before = int((~of_keywords & (found.scores > found.scores[written].max())).sum())
+                    before = int((logp > found.scores[written].max()).sum())
                     blocks.append((before, keyword.rows))
         return blocks
 

@@ -232,13 +232,14 @@ def test_there_are_18_attribute_types() -> None:
 @pytest.mark.parametrize(
     ("text", "words", "left"),
     [
-        ("New Labubu  toys", ["labubu"], "new toy"),
+        ("New Labubu  toys", ["labubu"], "New toys"),
         ("labubu", ["labubu"], ""),
         ("labubu and labubu-like", ["labubu"], "and - like"),
         ("jason natural soap", ["jason", "jason natural"], "soap"),
         ("红色拉布布玩具", ["拉布布"], "红色 玩具"),
         ("a relabubu", ["labubu"], "a relabubu"),
-        ("red toy", [""], "red toy"),
+        ("Red Toys", [""], "Red Toys"),
+        ("Jason Natural women's soaps", ["jason natural"], "women's soaps"),
     ],
 )
 def test_keywords_are_taken_out_as_whole_words(text: str, words: list[str], left: str) -> None:

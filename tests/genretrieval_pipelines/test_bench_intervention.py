@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from genretrieval.bundle import load_bundle
+from genretrieval.bundle import GRAPH, load_bundle
 from genretrieval.catalogue import reserved_paths
 from genretrieval.edits import BoundKeyword, Edits
 from genretrieval.errors import DataError
@@ -63,7 +63,7 @@ def test_words_of_few_items_are_held_out_with_every_item_that_says_them() -> Non
 def test_struck_words_are_in_no_text_and_no_query_and_all_items_stay(tmp_path: Path) -> None:
     source = tmp_path / "logs"
     source.mkdir()
-    ITEMS.write_parquet(source / "items.parquet")
+    ITEMS.with_columns(pl.col("brand").cast(pl.Categorical)).write_parquet(source / "items.parquet")
     queries = ["a lumo lamp", "LUMO", None, "chair"]
     pl.DataFrame(
         {
@@ -74,7 +74,9 @@ def test_struck_words_are_in_no_text_and_no_query_and_all_items_stay(tmp_path: P
             "query": queries,
         }
     ).write_parquet(source / "interactions.parquet")
+    pl.DataFrame({"query_id": ["1", "2"], "query": ["lumo", "Lumo chair"]}).write_parquet(source / "queries.parquet")
     strike(source, tmp_path / "struck", ["lumo"])
+    assert pl.read_parquet(tmp_path / "struck" / "queries.parquet")["query"].to_list() == ["item", "chair"]
     items = pl.read_parquet(tmp_path / "struck" / "items.parquet")
     assert items["item_id"].to_list() == ITEMS["item_id"].to_list()
     assert items["title"][0] == "lamp 0"
@@ -128,7 +130,7 @@ def test_the_whole_bench_on_a_tiny_shop(tmp_path: Path, monkeypatch: pytest.Monk
 
     @contextmanager
     def serve(bundle: Path) -> Iterator[InProcess]:
-        servers.append(InProcess(Retriever(load_bundle(bundle), open_graph(bundle / "retriever.onnx"))))
+        servers.append(InProcess(Retriever(load_bundle(bundle), open_graph(bundle / GRAPH))))
         yield servers[-1]
 
     figures = bench_intervention(
