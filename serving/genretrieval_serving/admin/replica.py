@@ -17,7 +17,7 @@ from genretrieval.errors import BundleError, InvalidInputError, StaleReplicaErro
 from genretrieval.request import RetrieveRequest
 from genretrieval.servable import Catalogue
 from genretrieval_serving.admin.snapshot import AdminSnapshot
-from genretrieval_serving.admin.sql import CHANNEL
+from genretrieval_serving.admin.sql import CHANNEL, shown
 from genretrieval_serving.admin.store import Store
 from genretrieval_serving.observability import Metrics
 
@@ -258,7 +258,5 @@ def _postgresql(url: str) -> str:
     """A URL of SQLAlchemy as libpq reads it."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "postgresql":
-        raise InvalidInputError(
-            f"{parsed.render_as_string()} sends no notifications, only PostgreSQL does; leave `listen` out"
-        )
+        raise InvalidInputError(f"{shown(parsed)} sends no notifications, only PostgreSQL does; leave `listen` out")
     return parsed.set(drivername="postgresql").render_as_string(hide_password=False)

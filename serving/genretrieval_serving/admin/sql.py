@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import sqlalchemy as sa
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -61,6 +62,8 @@ from genretrieval_serving.admin.resources import (
     SynonymsFields,
 )
 from genretrieval_serving.admin.store import Call, Changes, Create, Delete, Operation, Page, Undelete
+
+log = structlog.get_logger(__name__)
 
 CHANNEL = "genretrieval_revision"
 MAX_ACTIVE_KEYS = 2
@@ -552,19 +555,20 @@ class SqlStore:
         raise AssertionError("unreachable")
 
     def _translated(self, error: exc.DBAPIError) -> Exception:
-        reason = " ".join(str(error.orig).split())
+        # Callers without a key see some of these errors, and the driver's text names hosts, users and values.
+        log.warning("admin_store_failed", database=shown(self._engine.url), error=" ".join(str(error.orig).split()))
         if isinstance(error, exc.IntegrityError):
-            return AlreadyExistsError(f"somebody else made the same at the same time ({reason}); read it, then decide")
+            return AlreadyExistsError("somebody else made the same at the same time; read it, then decide")
         if isinstance(error, exc.DataError):
-            return RequestError(f"the admin database cannot store a value ({reason}); change it")
+            return RequestError("the admin store cannot hold a value; change it")
         if isinstance(error, exc.ProgrammingError | exc.NotSupportedError):
             return GenRetrievalError(
-                f"the admin database {self._engine.url.render_as_string()} refused a statement ({reason}); was it "
-                "changed by hand, or is it of another version?"
+                "the admin store refused a statement; was it changed by hand, or is it of another version? The log of "
+                "this program says more"
             )
         return UnavailableError(
-            f"the admin database {self._engine.url.render_as_string()} cannot be used ({reason}); check that it runs "
-            "and may be written, then try again: a change that carries an idempotency key is never made twice"
+            "the admin store cannot be reached; check that it runs and may be written (the log of this program says "
+            "more), then try again: a change that carries an idempotency key is never made twice"
         )
 
     def _migrate(self) -> None:
@@ -578,7 +582,7 @@ class SqlStore:
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None and current not in known:
                 raise InvalidInputError(
-                    f"the tables in {self._engine.url.render_as_string()} have version {current}, which is not known "
+                    f"the tables in {shown(self._engine.url)} have version {current}, which is not known "
                     "here: they are those of a newer genretrieval, or of another program. Update genretrieval, "
                     "or give it a database of its own"
                 )
@@ -850,14 +854,19 @@ def _row_of(slot: _Slot) -> sa.ColumnElement[bool]:
 def _checked(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except exc.ArgumentError as error:
-        raise InvalidInputError(f"the URL of the admin database cannot be read ({error}); {_URLS}") from error
+    except (exc.ArgumentError, ValueError):  # ValueError: of a port; either shows the URL, password included
+        raise InvalidInputError(f"the URL of the admin database cannot be read; {_URLS}") from None
     if parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
         return parsed
     # Other programs write the same URL with another driver, or with the old name of the scheme.
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         return parsed.set(drivername="postgresql+psycopg")
-    raise InvalidInputError(f"the admin database cannot be {parsed.render_as_string()!r}; {_URLS}")
+    raise InvalidInputError(f"the admin database cannot be {shown(parsed)!r}; {_URLS}")
+
+
+def shown(url: URL) -> str:
+    """A URL as messages may have it: its user, password and query are secrets or may hold some."""
+    return url.set(username=None, password=None, query={}).render_as_string()
 
 
 _URLS = "give sqlite:///path/to/file or postgresql://user:password@host/database"

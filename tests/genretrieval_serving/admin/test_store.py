@@ -17,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from structlog.testing import capture_logs
 
 from genretrieval.errors import (
     AlreadyExistsError,
@@ -606,7 +607,7 @@ class TestDatabase:
     def test_a_table_that_is_gone(self, store: SqlStore) -> None:
         with store._engine.begin() as connection:
             connection.exec_driver_sql("DROP TABLE audit_events")
-        with pytest.raises(GenRetrievalError, match="audit_events"):
+        with pytest.raises(GenRetrievalError, match="the admin store"):
             one(store, Create(Kind.RULES, "a", RULE))
         assert store.revision() == 0
 
@@ -687,8 +688,10 @@ class TestDatabase:
             (sa.exc.DataError, RequestError),
             (sa.exc.InterfaceError, UnavailableError),
         ]:
-            with pytest.raises(ours, match="the reason"):
+            with capture_logs() as logs, pytest.raises(ours) as raised:
                 one(store, Update(Kind.RULES, "a", fail(error)))
+            assert "the reason" not in str(raised.value)
+            assert [log["error"] for log in logs] == ["the reason"]
 
     def test_connections_that_broke_are_replaced(self, store: SqlStore) -> None:
         one(store, Create(Kind.RULES, "a", RULE))
@@ -709,18 +712,30 @@ class TestOpening:
             SqlStore.open(url)
 
     def test_a_server_that_is_away(self) -> None:
-        with pytest.raises(UnavailableError, match=r"postgresql.*check that it runs") as raised:
-            SqlStore.open("postgresql://ann:hunter2@127.0.0.1:1/x")
-        assert "hunter2" not in str(raised.value)
+        url = "postgresql://ann:hunter2@127.0.0.1:1/x?application_name=hunter3"
+        with capture_logs() as logs, pytest.raises(UnavailableError) as raised:
+            SqlStore.open(url)
+        message = str(raised.value)
+        assert "cannot be reached; check that it runs" in message
+        assert not any(secret in message for secret in ("127.0.0.1", "ann:", "hunter", "refused"))
+        (logged,) = logs
+        assert logged["database"] == "postgresql+psycopg://127.0.0.1:1/x"
+        assert "hunter" not in str(logged)
+
+    @pytest.mark.parametrize("url", ["mysql://ann:hunter2@h/x?password=hunter3", "postgresql://ann:hunter2@h:port/x"])
+    def test_no_message_shows_a_secret(self, url: str) -> None:
+        with pytest.raises(InvalidInputError, match="sqlite:///path") as raised:
+            SqlStore.open(url)
+        assert "hunter" not in str(raised.value)
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(UnavailableError, match="unable to open"):
+        with pytest.raises(UnavailableError, match="cannot be reached"):
             SqlStore.open(f"sqlite:///{tmp_path}/none/admin.db")
 
     def test_a_file_that_is_no_database(self, tmp_path: Path) -> None:
         path = tmp_path / "admin.db"
         path.write_text("a letter\n" * 1000)
-        with pytest.raises(GenRetrievalError, match="not a database"):
+        with pytest.raises(GenRetrievalError, match="cannot be reached"):
             SqlStore.open(f"sqlite:///{path}")
 
     def test_a_driver_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
