@@ -17,12 +17,13 @@ from genretrieval_serving.service import RetrievalService, State
 from genretrieval_serving.web import application, guarded_router, open_application
 
 
-def _service(request: Request) -> RetrievalService:
+# Coroutines: the framework runs plain functions in threads, all of which may wait for the admin store.
+async def _service(request: Request) -> RetrievalService:
     service: RetrievalService = request.app.state.service
     return service
 
 
-def _within(
+async def _within(
     x_request_timeout: Annotated[
         str | None, Header(description="Seconds until the answer is of no more use.", examples=["0.25"])
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import grpc
 import httpx
 import pytest
@@ -148,6 +150,19 @@ def test_a_bundle_that_cannot_be_served_ends_serve(tmp_path, backend) -> None:
 
     with pytest.raises(BundleIncompleteError, match="never finished"):
         run_forever(lambda: Server(open_retriever, Settings(http_port=0, grpc_port=0)))
+
+
+def test_probes_answer_while_all_threads_wait(start) -> None:
+    async def take_all_threads() -> None:
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        for _ in range(int(limiter.available_tokens)):
+            await limiter.acquire_on_behalf_of(object())
+
+    with start() as running:
+        asyncio.run_coroutine_threadsafe(take_all_threads(), running.loop).result(10)
+        for path in ("livez", "readyz", "v1/info"):
+            assert httpx.get(f"{running.http}/{path}", headers={"X-Request-Timeout": "5"}, timeout=5).is_success
+        assert httpx.post(f"{running.http}/v1/retrieve", json={"top_k": 1}, timeout=5).is_success
 
 
 @pytest.mark.parametrize("taken", ["http_port", "grpc_port", "admin_port"])

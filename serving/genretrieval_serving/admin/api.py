@@ -129,7 +129,7 @@ class _IdConvertor(Convertor[str]):
 register_url_convertor("resource", _IdConvertor())
 
 
-def _store(request: Request) -> AdminStore:
+async def _store(request: Request) -> AdminStore:
     store: AdminStore = request.app.state.store
     return store
 
@@ -159,7 +159,7 @@ async def _call(
     )
 
 
-def _if_match(
+async def _if_match(
     if_match: Annotated[
         str | None, Header(description="The etag that the resource must still have; `*` or none for any.")
     ] = None,
