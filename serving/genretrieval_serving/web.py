@@ -35,7 +35,8 @@ _COMPONENT = "#/components/schemas/"
 class _Guarded(APIRoute):
     """A route that looks at the caller's key before it reads the body; `request.state.principal` is who calls.
 
-    It refuses parameters that it does not know: a dry run with a slip of the pen must not become the real thing.
+    It refuses parameters that it does not know, and those that come twice: a dry run with a slip of the pen must not
+    become the real thing.
     """
 
     scope: ClassVar[Scope]
@@ -52,6 +53,9 @@ class _Guarded(APIRoute):
                     f"there is no parameter {', '.join(map(repr, unknown))}; "
                     f"this operation takes {', '.join(sorted(known)) or 'none'}"
                 )
+            names = [name for name, _ in request.query_params.multi_items()]
+            if len(names) > len(set(names)):
+                raise RequestError("a parameter is there more than once; give each one once")
             return await handle(request)
 
         return guarded

@@ -865,8 +865,8 @@ def _checked(url: str) -> URL:
 
 
 def shown(url: URL) -> str:
-    """A URL as messages may have it: its user, password and query are secrets or may hold some."""
-    return url.set(username=None, password=None, query={}).render_as_string()
+    """A URL as messages may have it: without its password, and without its query, which may hold another one."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
 
 _URLS = "give sqlite:///path/to/file or postgresql://user:password@host/database"
@@ -956,7 +956,7 @@ def _token(listing: str, key: str) -> str:
 def _key_of(token: str, listing: str) -> str:
     try:
         made_for, key = json.loads(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError, TypeError):  # TypeError: JSON of another shape
+    except (binascii.Error, ValueError, TypeError, RecursionError):  # TypeError: JSON of another shape
         raise _bad_token() from None
     if made_for != listing or not isinstance(key, str) or "\0" in key:
         raise _bad_token()

@@ -86,9 +86,9 @@ def _json_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
 def _csv_rows(kind: Kind, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     columns = _columns(kind)
-    if unknown := [column for column in reader.fieldnames or () if column not in columns]:
-        raise RequestError(f"line 1: no column {', '.join(map(repr, unknown))}; {kind} have {', '.join(columns)}")
     try:
+        if unknown := [column for column in reader.fieldnames or () if column not in columns]:
+            raise RequestError(f"line 1: no column {', '.join(map(repr, unknown))}; {kind} have {', '.join(columns)}")
         for cells in reader:
             if None in cells:
                 raise RequestError(f"line {reader.line_num}: more cells than the header has columns")

@@ -420,6 +420,8 @@ def test_equal_rules_have_one_id(http) -> None:
 def test_a_slip_in_a_parameter_makes_nothing_real(http, kind) -> None:
     answer = http.post(f"/v1/{kind}", json=EXAMPLES[kind], params={"validateonly": "true"})
     problem(answer, RequestError, "'validateonly'", "validate_only")
+    answer = http.post(f"/v1/{kind}?validate_only=true&validate_only=false", json=EXAMPLES[kind])
+    problem(answer, RequestError, "more than once")
     assert http.get("/v1/revision").json() == {"revision": 0}
 
 

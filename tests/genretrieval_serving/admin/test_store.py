@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sqlite3
 import sys
 import threading
@@ -496,6 +497,7 @@ class TestPages:
     @pytest.mark.parametrize(
         "token",
         ["x", "é", "AAAA", "bnVsbA", "W10", "e30", "WyJhIl0", "!", " ", "a\0", sql._token("audit", "-1"),
+         base64.urlsafe_b64encode(b"[" * 99_999).decode(),
          sql._token("audit", "9" * 30), sql._token("audit", "²"), sql._token("rules, without deleted", "a\0")],
     )  # fmt: skip
     def test_malformed_tokens(self, store: SqlStore, token: str) -> None:
@@ -719,7 +721,7 @@ class TestOpening:
         assert "cannot be reached; check that it runs" in message
         assert not any(secret in message for secret in ("127.0.0.1", "ann:", "hunter", "refused"))
         (logged,) = logs
-        assert logged["database"] == "postgresql+psycopg://127.0.0.1:1/x"
+        assert logged["database"] == "postgresql+psycopg://ann:***@127.0.0.1:1/x"
         assert "hunter" not in str(logged)
 
     @pytest.mark.parametrize("url", ["mysql://ann:hunter2@h/x?password=hunter3", "postgresql://ann:hunter2@h:port/x"])

@@ -171,6 +171,7 @@ def test_a_negative_number_is_escaped_too() -> None:
         ("csv", b"text,binding\na,{", "line 2, column binding: no JSON"),
         ("csv", b'text,binding\na,"{""items"": {}}"', "line 2: binding.items"),
         ("csv", b'text\n"a', "unexpected end of data"),
+        ("csv", b'"text', "unexpected end of data"),
         ("csv", b"text,type\na,Colour", "line 2: type"),
     ],
 )
