@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 import time
@@ -30,6 +31,8 @@ JITTER = 0.2
 STALE_SECONDS = 10.0
 # Most that a request waits for its `min_revision`: twice the longest pause, should a poll be missed.
 WAIT_SECONDS = 0.5
+# Readers that wait have the store read at most so often.
+HINT_SECONDS = 0.05
 ADMIN_STATE_STALE = "admin_state_stale"
 
 
@@ -236,11 +239,14 @@ class Replica:
         with self._guard:
             if self.ready and self.snapshot.revision >= revision:
                 return
-            self._waiting[arrived] = revision, asyncio.get_running_loop()
-        self._hint.set()
+            loop = asyncio.get_running_loop()
+            self._waiting[arrived] = revision, loop
+            age = math.inf if self._read_at is None else time.monotonic() - self._read_at
+        hint = loop.call_later(max(0.0, HINT_SECONDS - age), self._hint.set)
         try:
             await arrived.wait()
         finally:
+            hint.cancel()
             with self._guard:
                 del self._waiting[arrived]
 

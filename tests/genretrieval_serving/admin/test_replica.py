@@ -208,6 +208,26 @@ def test_a_reader_that_waits_has_the_store_read_at_once(make, store, stored, mon
     while_following(replica, do)
 
 
+def test_readers_that_wait_have_the_store_read_only_so_often(make, store, monkeypatch) -> None:
+    monkeypatch.setattr(replica_module, "POLL_SECONDS", 60.0)
+    replica = make()
+
+    async def do() -> None:
+        store.asked.clear()
+        begun = time.monotonic()
+        for _ in range(30):
+            with pytest.raises(StaleReplicaError):
+                await replica.wait_for(99, 0.005)
+        # One that waits for less than that has nothing read; one that goes on has.
+        assert store.asked.count("revision") <= (time.monotonic() - begun) / replica_module.HINT_SECONDS + 1
+        store.asked.clear()
+        with pytest.raises(StaleReplicaError):
+            await replica.wait_for(99, 0.2)
+        assert "revision" in store.asked
+
+    while_following(replica, do)
+
+
 def test_a_reader_that_would_wait_too_long_is_told_what_there_is(make, store, stored) -> None:
     replica = make()
     store.put(stored("rules/a", effect=BLOCK))
