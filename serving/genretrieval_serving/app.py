@@ -234,11 +234,18 @@ class Server:
         log.info("ready", **addresses, bundle_version=retriever.bundle.manifest.version, auth=self.auth.required)
 
     async def _follow(self, store: SqlStore, retriever: Retriever) -> Replica:
-        """Tell the store which slots the bundle has, then take over what is bound."""
-        await asyncio.to_thread(store.sync_slots, reserved_slots(retriever), preferred_levels(retriever))
+        """Take over what is bound, then tell the store which slots the bundle has.
+
+        In this order, so that a server that is refused leaves the slots as those that run have them.
+        """
         slots = retriever.bundle.manifest.reserved_slots
         replica = Replica(store, retriever.catalogue, slots, self.service.metrics, listen=self.settings.listen)
         await replica.start(allow_unbound=self.settings.allow_unbound)
+        try:
+            await asyncio.to_thread(store.sync_slots, reserved_slots(retriever), preferred_levels(retriever))
+        except BaseException:
+            await replica.stop()
+            raise
         return replica
 
     async def stop(self) -> None:

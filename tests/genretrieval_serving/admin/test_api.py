@@ -575,8 +575,11 @@ def test_a_bundle_that_cannot_hold_the_state_is_refused(bundle, keyword_bundle, 
     with closing(SqlStore.open(f"sqlite:///{tmp_path}/admin.db")) as store:
         with serving(keyword_bundle, store=store) as running, AdminClient(running.admin) as admin:
             admin.create(Kind.KEYWORDS, {"text": "Labubu", "binding": ITEMS})
+        free = store.free_slots()
         with pytest.raises(BundleError, match="keywords/labubu"), serving(bundle, store=store):
             pass
+        # Those that serve the old bundle go on binding.
+        assert store.free_slots() == free != []
         with serving(bundle, store=store, allow_unbound=True) as running, Client(running.http) as client:
             assert client.retrieve(query="labubu").applied == []
 
