@@ -67,6 +67,7 @@ from genretrieval_serving.web import application, documented, guarded_router, op
 
 JSONL, CSV, MERGE_PATCH = "application/jsonl", "text/csv", "application/merge-patch+json"
 _MEDIA = {FileFormat.JSONL: JSONL, FileFormat.CSV: CSV}
+MAX_IMPORTED = 10_000
 _READ_ERRORS = (NotFoundError, UnavailableError)
 _WRITE_ERRORS = (*_READ_ERRORS, ConflictError, EtagMismatchError, IdempotencyKeyReusedError)
 
@@ -361,6 +362,8 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
     def import_(content: Content, writer: Writer) -> Imported:
         """Create or overwrite what the file has, all or nothing; what it does not have stays as it is."""
         rows = transfer.read(kind, *content)
+        if len(rows) > MAX_IMPORTED:
+            raise RequestError(f"the file has {len(rows)} resources, more than {MAX_IMPORTED}; split larger files")
         if twice := [id_ for id_, n in Counter(id_of(kind, row) for row in rows).items() if n > 1]:
             raise RequestError(
                 f"{', '.join(twice)}: more than once in the file; give each an id of its own, or drop it"

@@ -286,3 +286,14 @@ def test_an_import_is_all_or_nothing(shops) -> None:
         answer = http.post("/v1/keywords:import", content="\n".join(map(json.dumps, rows)), headers=headers)
         assert answer.status_code == status, answer.text
     assert http.get("/v1/revision").json() == {"revision": 1}
+
+
+def test_an_import_may_have_only_so_many_rows(shops, monkeypatch) -> None:
+    http, _ = shops
+    monkeypatch.setattr("genretrieval_serving.admin.api.MAX_IMPORTED", 2)
+    headers = {"Content-Type": "application/jsonl"}
+    rows = [json.dumps({"text": f"word {i}"}) for i in range(3)]
+    refused = http.post("/v1/keywords:import", content="\n".join(rows), headers=headers)
+    assert refused.status_code == 400
+    assert "split larger files" in refused.json()["detail"]
+    assert http.post("/v1/keywords:import", content="\n".join(rows[:2]), headers=headers).json()["created"] == 2
