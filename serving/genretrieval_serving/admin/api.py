@@ -216,6 +216,9 @@ class _Writer:
     def update(self, kind: Kind, id_: str, change: Callable[[Resource], Fields], etag: str | None = None) -> Operation:
         return Update(kind, id_, lambda before: self._checked(change(before)), etag)
 
+    def undeletion(self, kind: Kind, id_: str, etag: str | None = None) -> Operation:
+        return Undelete(kind, id_, etag, lambda before: self._checked(fields_of(kind, before)))
+
     def patch(self, kind: Kind, id_: str, patch: dict[str, Any], etag: str | None) -> Operation:
         return self.update(kind, id_, lambda before: patched(kind, before, patch), etag)
 
@@ -233,7 +236,7 @@ class _Writer:
             case DeleteOperation():
                 return Delete(kind, operation.id, operation.etag)
             case UndeleteOperation():
-                return Undelete(kind, operation.id)
+                return self.undeletion(kind, operation.id, operation.etag)
             case _:
                 return self.creation(kind, operation.resource)
 
@@ -242,8 +245,11 @@ class _Writer:
         if old is None:
             return [self.creation(kind, new)]
         fields = fields_of(kind, new)
+        if fields_of(kind, old) == fields:
+            return [self.undeletion(kind, old.id)] if old.deleted_at else []
+        # What comes back is overwritten at once, so that it need not hold.
         back: list[Operation] = [Undelete(kind, old.id)] if old.deleted_at else []
-        return back if fields_of(kind, old) == fields else [*back, self.update(kind, old.id, lambda _: fields)]
+        return [*back, self.update(kind, old.id, lambda _: fields)]
 
     def one(self, operation: Operation) -> Resource:
         """Do one operation; the resource as it is then, its etag in a header."""
@@ -344,9 +350,9 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         return writer.one(Delete(kind, id, etag))
 
     @writes.post(f"{one}:undelete", operation_id=f"{kind}.undelete", response_model=Stored)
-    def undelete(id: ResourceId, writer: Writer) -> Any:
+    def undelete(id: ResourceId, writer: Writer, etag: IfMatch) -> Any:
         """Bring a deleted resource back as it was."""
-        return writer.one(Undelete(kind, id))
+        return writer.one(writer.undeletion(kind, id, etag))
 
     @writes.post(f"{all_}:batch", operation_id=f"{kind}.batch", response_model=Changed[Stored])  # type: ignore[valid-type]
     def batch(batch: Batch[New], writer: Writer) -> Any:  # type: ignore[valid-type]

@@ -169,6 +169,7 @@ class UndeleteOperation(_Message):
 
     action: Literal["undelete"]
     id: ResourceId
+    etag: str | None = None
 
 
 class Batch(_Message, Generic[R]):

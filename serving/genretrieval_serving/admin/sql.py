@@ -677,14 +677,17 @@ class _Change:
         if isinstance(operation, Undelete):
             if before.deleted_at is None:
                 raise AlreadyExistsError(f"{kind.value}/{id_} is not deleted; there is nothing to undelete")
-            return self._save("undelete", kind, id_, before, before)
-        if before.deleted_at is not None:
+        elif before.deleted_at is not None:
             raise NotFoundError(f"{kind.value}/{id_} was deleted at {before.deleted_at.isoformat()}; undelete it first")
         if operation.etag is not None and operation.etag != before.etag:
             raise EtagMismatchError(
                 f"{kind.value}/{id_} has changed: its etag is {before.etag!r}, yours is {operation.etag!r}; read it "
                 "again, then decide"
             )
+        if isinstance(operation, Undelete):
+            if operation.check is not None:
+                operation.check(before)
+            return self._save("undelete", kind, id_, before, before)
         if isinstance(operation, Delete):
             return self._save("delete", kind, id_, before, before, deleted_at=self.now)
         return self._save("update", kind, id_, operation.change(before), before)

@@ -58,10 +58,15 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class Undelete:
-    """Back as it was; a bound keyword takes its old slot if that is still free, else another one."""
+    """Back as it was; a bound keyword takes its old slot if that is still free, else another one.
+
+    `check` sees what is stored, inside the transaction, and raises if that may not come back.
+    """
 
     kind: Kind
     id: str
+    etag: str | None = None
+    check: Callable[[Resource], object] | None = None
 
 
 Operation = Create | Update | Delete | Undelete

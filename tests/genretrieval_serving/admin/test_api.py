@@ -297,6 +297,28 @@ def test_validate_only_answers_as_if_done(http, live, kind) -> None:
     assert http.get(name).json() == tried.json()
 
 
+def test_what_cannot_be_applied_or_has_changed_is_not_undeleted(http, live, kind) -> None:
+    resource = made(http, kind)
+    name = f"/v1/{kind}/{resource['id']}"
+    deleted = http.delete(name).json()
+    batch = {"operations": [{"action": "undelete", "id": resource["id"], "etag": resource["etag"]}]}
+    problem(http.post(f"{name}:undelete", headers={"If-Match": f'"{resource["etag"]}"'}), EtagMismatchError)
+    problem(http.post(f"/v1/{kind}:batch", json=batch), EtagMismatchError)
+    # The bundle has changed meanwhile.
+    live.refused = "new"
+    del batch["operations"][0]["etag"]
+    problem(http.post(f"{name}:undelete"), RequestError, "it is broken")
+    problem(http.post(f"/v1/{kind}:batch", json=batch), RequestError, "it is broken")
+    headers = {"Content-Type": "application/jsonl"}
+    same, other = (json.dumps(EXAMPLES[kind] | {"id": resource["id"], "note": note}) for note in ("new", "other"))
+    problem(http.post(f"/v1/{kind}:import", content=same, headers=headers), RequestError, "it is broken")
+    assert http.get(name).json() == deleted
+    assert http.post(f"/v1/{kind}:import", content=other, headers=headers).status_code == 200
+    live.refused = "other one"
+    etag = http.delete(name).json()["etag"]
+    assert http.post(f"{name}:undelete", headers={"If-Match": f'"{etag}"'}).status_code == 200
+
+
 def test_pages(http) -> None:
     for n in range(5):
         made(http, "keywords", text=f"word {n}")
