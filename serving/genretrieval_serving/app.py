@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import socket
 import sys
@@ -30,6 +29,7 @@ from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.engine import Device, Engine, OnnxBackend
 from genretrieval_serving.observability import Metrics, configure_logging
 from genretrieval_serving.service import RetrievalService, State
+from genretrieval_serving.web import is_loopback
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +76,7 @@ class Settings:
         """Refuse rather than adjust."""
         if self.auth and self.admin_port is None:
             raise InvalidInputError("auth needs an admin store, which keeps the API keys; give one")
-        exposed = not self.auth and not _is_loopback(self.host)
+        exposed = not self.auth and not is_loopback(self.host)
         if exposed and self.admin_port is not None:
             raise InvalidInputError(
                 f"host {self.host!r} can be reached from other machines and calls need no API key: anyone could change "
@@ -96,15 +96,6 @@ class Settings:
             )
         if self.drain_delay < 0 or self.drain_seconds < 0:
             raise InvalidInputError("drain_delay and drain_seconds must not be negative")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _Uvicorn(uvicorn.Server):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import structlog
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -19,8 +21,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from genretrieval.errors import GenRetrievalError, RequestError
-from genretrieval_serving.admin.auth import Authenticator
+from genretrieval.errors import GenRetrievalError, PermissionDeniedError, RequestError
+from genretrieval_serving.admin.auth import ANONYMOUS, Authenticator
 from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.messages import MAX_BODY_BYTES, Problem, request_error
 from genretrieval_serving.observability import Metrics, request_id
@@ -47,6 +49,11 @@ class _Guarded(APIRoute):
         async def guarded(request: Request) -> Response:
             auth: Authenticator = request.app.state.auth
             request.state.principal = await auth.allow(request.headers.get("authorization"), self.scope)
+            if self.scope is Scope.ADMIN_WRITE and request.state.principal is ANONYMOUS and _from_elsewhere(request):
+                raise PermissionDeniedError(
+                    "another site's page may not change anything here while no API key is needed; "
+                    "`genretrieval keys create` makes one"
+                )
             known: frozenset[str] = request.app.state.parameters[self.operation_id]
             if unknown := sorted(set(request.query_params) - known):
                 raise RequestError(
@@ -59,6 +66,29 @@ class _Guarded(APIRoute):
             return await handle(request)
 
         return guarded
+
+
+def _from_elsewhere(request: Request) -> bool:
+    """Whether a browser calls for a page of another site: it reaches loopback addresses that the site does not."""
+    if request.headers.get("sec-fetch-site") == "cross-site":
+        return True
+    origin = request.headers.get("origin")
+    if origin is None:
+        return False
+    try:
+        return not is_loopback(urlsplit(origin).hostname or "")
+    except ValueError:
+        return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, as nobody else reaches it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def guarded_router(scope: Scope, errors: Sequence[type[GenRetrievalError]]) -> APIRouter:

@@ -637,3 +637,21 @@ def test_the_client_repeats_a_change_that_got_no_answer(monkeypatch) -> None:
         assert client.import_(Kind.RULES, b"", "jsonl").created == 1
     assert len(keys) == 3
     assert len(set(keys)) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://[bad"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"}, 201),
+        ({"Origin": "http://[::1]:8082"}, 201),
+        ({}, 201),
+    ],
+)
+def test_pages_of_other_sites_change_nothing_where_no_key_is_needed(http, headers, status) -> None:
+    answer = http.post("/v1/keywords", json=EXAMPLES["keywords"], headers=headers)
+    assert answer.status_code == status
+    assert http.get("/v1/revision", headers=headers).json() == {"revision": int(status == 201)}
