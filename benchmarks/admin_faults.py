@@ -56,6 +56,7 @@ from genretrieval_serving.admin.resources import (
 )
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.store import Call, Create, Delete, Operation, Update
+from genretrieval_serving.observability import configure_logging
 
 COUNTER = "counter"
 PATIENCE_S = 60.0
@@ -563,5 +564,6 @@ if __name__ == "__main__":
     parser.add_argument("--name", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.write:
+        configure_logging("warning", sys.stderr)  # standard output is answers
         write(given.write, given.name, given.writers, given.operations)
     sys.exit(bool(main(given.rounds, given.writers, given.replicas, given.operations).problems))

@@ -75,10 +75,12 @@ def _api(endpoint: str) -> Iterator[AdminClient]:
 def _store(url: str) -> closing[SqlStore]:
     try:
         from genretrieval_serving.admin.sql import SqlStore
+        from genretrieval_serving.observability import configure_logging
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"{error.name} is not installed; `pip install 'genretrieval[serve]'` brings it"
         ) from error
+    configure_logging("warning", sys.stderr)  # standard output is the answer's
     return closing(SqlStore.open(url))
 
 
