@@ -24,6 +24,7 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import hypergeom
 
 from genretrieval.bundle import GRAPH, MANIFEST, load_bundle
 from genretrieval.edits import BoundKeyword, Edits
@@ -257,24 +258,24 @@ def bench_intervention(
         # Other words were struck from other texts: a model of those has met what is asked for here.
         folder = work / f"{name}-{content_hash(variant.dump(), held_out.words, shop.fingerprint)}"
         bundles[name] = _bundle(variant, work / "struck", folder, open_backend, console)
-    top_k = max(K, math.ceil(SHARE * len(shop.items)))
+    top_k = max(_depths(shop).values())
     asked = [RetrieveRequest(query=word, top_k=top_k) for word in held_out.words]
     hits: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name in CLOSED:
         retriever = Retriever(load_bundle(bundles[name]), open_backend(bundles[name] / GRAPH))
-        hits[f"{name}.closed"] = _hits(_ask(retriever.retrieve, asked), held_out, shop, top_k)
+        hits[f"{name}.closed"] = _hits(_ask(retriever.retrieve, asked), held_out, shop)
     hits["bm25.closed"] = _bm25(shop, held_out, top_k)
-    hits["random.expected"] = _random(held_out, len(shop.items), top_k)
+    hits["random.expected"] = _random(held_out, shop)
     control = Retriever(load_bundle(bundles["rq_kmeans"]), open_backend(bundles["rq_kmeans"] / GRAPH))
     filtered = control.retrieve(asked, [Edits(bound=(_as_filter(rows),)) for rows in held_out.rows])
-    hits["control.bound"] = _hits(filtered, held_out, shop, top_k)
+    hits["control.bound"] = _hits(filtered, held_out, shop)
 
     cases = _purchases(shop, held_out, recipe, config)
     inside = {name: np.zeros(len(cases)) for name in ("kae.bound", "control.bound", "control.struck")}
     with serve_live(bundles["kae"]) as server:
         untouched = _untouched(shop, recipe, config)
         before = _ask(server.retrieve, untouched)
-        hits["kae.unbound"] = _hits(_ask(server.retrieve, asked), held_out, shop, top_k)
+        hits["kae.unbound"] = _hits(_ask(server.retrieve, asked), held_out, shop)
         routed, bound = [], []
         equal = 0
         n_batches = 0
@@ -288,10 +289,10 @@ def bench_intervention(
             equal += sum(_same(a, b) for a, b in zip(before, after, strict=True))
             n_batches += 1
             _rank_purchases(cases, inside, batch, server.retrieve, control, held_out)
-        hits["kae.routed"] = _hits(routed, held_out, shop, top_k)
-        hits["kae.bound"] = _hits(bound, held_out, shop, top_k)
+        hits["kae.routed"] = _hits(routed, held_out, shop)
+        hits["kae.bound"] = _hits(bound, held_out, shop)
     figures = _figures(hits, inside, len(cases), equal / max(1, n_batches * len(untouched)), held_out, config)
-    _print(hits, inside, top_k, console)
+    _print(hits, inside, console)
     return figures
 
 
@@ -339,51 +340,35 @@ def _ask(answer: Ask, asked: Sequence[RetrieveRequest]) -> list[RetrieveResponse
     return found
 
 
-def _hits(
-    answers: Sequence[RetrieveResponse], held_out: HeldOut, shop: Shop, top_k: int
-) -> dict[str, NDArray[np.float64]]:
+def _depths(shop: Shop) -> dict[str, int]:
+    """The two K of the hit rates, by their names."""
+    return {"ihr10": K, "ihrK": math.ceil(SHARE * len(shop.items))}
+
+
+def _hits(answers: Sequence[RetrieveResponse], held_out: HeldOut, shop: Shop) -> dict[str, NDArray[np.float64]]:
     """Of each word, whether an item of it is among the first K, for both K."""
-    ids = shop.items["item_id"].to_list()
-    places = []
-    for answer, rows in zip(answers, held_out.rows, strict=True):
-        wanted = {ids[row] for row in rows}
-        hit = [place for place, item in enumerate(answer.items) if item.item_id in wanted]
-        places.append(hit[0] if hit else math.inf)
-    share = math.ceil(SHARE * len(ids))
-    first = np.asarray(places)
-    return {"ihr10": (first < K).astype(float), "ihrK": (first < share).astype(float)}
+    row_of = {item: row for row, item in enumerate(shop.items["item_id"].to_list())}
+    return _hit_rates([[row_of[item.item_id] for item in answer.items] for answer in answers], held_out, shop)
+
+
+def _hit_rates(ranked: Sequence[Sequence[int]], held_out: HeldOut, shop: Shop) -> dict[str, NDArray[np.float64]]:
+    hits = [np.isin(rows, wanted) for rows, wanted in zip(ranked, held_out.rows, strict=True)]
+    return {name: np.asarray([float(hit[:k].any()) for hit in hits]) for name, k in _depths(shop).items()}
 
 
 def _bm25(shop: Shop, held_out: HeldOut, top_k: int) -> dict[str, NDArray[np.float64]]:
     """BM25 over the texts without the words."""
     pairs = pl.DataFrame({"query": held_out.words, "item_row": pl.Series([0] * len(held_out.words), dtype=pl.Int32)})
-    scores = BM25.fit(item_texts(shop.items)).scores(shop.histories, query_cases(pairs))
-    share = math.ceil(SHARE * len(shop.items))
-    ten, k = [], []
-    for row, rows in zip(np.asarray(scores), held_out.rows, strict=True):
-        order = np.argsort(-row, kind="stable")[:top_k]
-        order = order[np.isfinite(row[order])]
-        hit = np.isin(order, rows)
-        ten.append(float(hit[:K].any()))
-        k.append(float(hit[:share].any()))
-    return {"ihr10": np.asarray(ten), "ihrK": np.asarray(k)}
+    scores = np.asarray(BM25.fit(item_texts(shop.items)).scores(shop.histories, query_cases(pairs)))
+    ranked = [np.argsort(-row, kind="stable")[:top_k] for row in scores]
+    found = [order[np.isfinite(row[order])].tolist() for row, order in zip(scores, ranked, strict=True)]
+    return _hit_rates(found, held_out, shop)
 
 
-def _random(held_out: HeldOut, n_items: int, top_k: int) -> dict[str, NDArray[np.float64]]:
+def _random(held_out: HeldOut, shop: Shop) -> dict[str, NDArray[np.float64]]:
     """Chance that K items drawn at random hold one of the word's."""
-    share = math.ceil(SHARE * n_items)
-
-    def chance(k: int, size: int) -> float:
-        missed = 1.0
-        for drawn in range(k):
-            missed *= max(0.0, (n_items - size - drawn) / (n_items - drawn))
-        return 1.0 - missed
-
     sizes = [len(rows) for rows in held_out.rows]
-    return {
-        "ihr10": np.asarray([chance(K, size) for size in sizes]),
-        "ihrK": np.asarray([chance(share, size) for size in sizes]),
-    }
+    return {name: hypergeom.sf(0, len(shop.items), sizes, k) for name, k in _depths(shop).items()}
 
 
 def _as_filter(rows: Rows, struck: str = "") -> BoundKeyword:
@@ -503,7 +488,6 @@ def _figures(
 def _print(
     hits: Mapping[str, Mapping[str, NDArray[np.float64]]],
     inside: Mapping[str, NDArray[np.float64]],
-    top_k: int,
     console: Console,
 ) -> None:
     table = Table(title="held-out words found, share of words; 95 % bootstrap intervals over words")

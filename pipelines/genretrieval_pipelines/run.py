@@ -59,9 +59,6 @@ from genretrieval_pipelines.tokenize import Tokenized, tokenize
 from genretrieval_pipelines.train_generator import train_generator
 
 OpenBackend = Callable[[Path], Backend]
-# The first judges checkpoints: both scores are log-probabilities of the same item.
-DENSE_WEIGHTS = (1.0, 0.0, 0.25, 0.5, 2.0, 4.0, 8.0)
-DENSE_WEIGHT = "dense_weight"
 NOT_MEASURED = (
     "Not measured: no user has three interactions, and no query is held out. The bundle can be served, but nothing is "
     "known of its quality"
