@@ -87,7 +87,7 @@ def _recipe_file(recipe: str) -> Path:
 
 
 def _open_backend(graph: Path) -> Backend:
-    from genretrieval_serving.engine import OnnxBackend
+    from genretrieval_serving.backend import OnnxBackend
 
     return OnnxBackend(graph)
 

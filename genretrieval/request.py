@@ -60,6 +60,14 @@ class RetrieveRequest(_Message):
     filters: Filters | None = None
     exclude_item_ids: list[Id] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     exclude_history: Literal["off", "purchased", "all"] = "off"
+    collapse_by: str | None = Field(
+        default=None,
+        max_length=64,
+        description="Attribute of which no value may fill the result, e.g. parent_id, brand.",
+    )
+    collapse_cap: int = Field(
+        default=1, ge=1, le=MAX_TOP_K, strict=True, description="Items of one value of `collapse_by` at most."
+    )
     top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, strict=True)
     beam_width: int | None = Field(
         default=None,
@@ -127,6 +135,9 @@ class RetrieveResponse(_Message):
         default_factory=list, description="Rules, synonyms and bindings that the request matched, by name."
     )
     bundle_version: str = ""
+    catalogue_revision: int = Field(
+        default=0, description="Changes of the catalogue since the bundle was written that this answer has seen."
+    )
     attribution_token: str = Field(
         default="", description="Opaque; send it back with clicks so that they can be joined."
     )

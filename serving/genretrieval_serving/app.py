@@ -26,7 +26,9 @@ from genretrieval_serving.admin.auth import Authenticator
 from genretrieval_serving.admin.live import Live, preferred_levels, reserved_slots
 from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.sql import SqlStore
-from genretrieval_serving.engine import Device, Engine, OnnxBackend
+from genretrieval_serving.backend import Device, OnnxBackend
+from genretrieval_serving.batcher import Batcher
+from genretrieval_serving.deployment import Arm, Deployment
 from genretrieval_serving.observability import Metrics, configure_logging
 from genretrieval_serving.service import RetrievalService, State
 from genretrieval_serving.web import is_loopback
@@ -169,7 +171,9 @@ class Server:
         self._open_retriever, self._store = open_retriever, store
         self._live = Live()
         self._replica: Replica | None = None
-        self.service = RetrievalService(Metrics(), settings.max_batch)
+        metrics = Metrics()
+        self.service = RetrievalService(metrics, settings.max_batch)
+        self._batcher = Batcher(metrics, max_queue=settings.max_queue, max_batch=settings.max_batch)
         self.auth = Authenticator(store, always=settings.auth)
         self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=settings.quiet)
         app = rest.create_app(self.service, self.auth, quiet=settings.quiet)
@@ -208,16 +212,12 @@ class Server:
         retriever = await asyncio.to_thread(self._open_retriever)
         if self._store is not None:
             self._replica = await self._follow(self._store, retriever)
-        engine = Engine(
-            retriever,
-            self.service.metrics,
-            max_queue=self.settings.max_queue,
-            max_batch=self.settings.max_batch,
-        )
-        await engine.start()
+        await self._batcher.warm_up(retriever)
+        await self._batcher.start()
+        deployment = Deployment(Arm("primary", retriever, self._replica))
         if self._replica is not None:
-            self._live.open(engine, self._replica)
-        self.service.open(engine, self._replica)
+            self._live.open(self._batcher, deployment, self._replica)
+        self.service.open(self._batcher, deployment)
         await grpc_server.set_health(self._health, serving=True)
         addresses = {"http": self.http_url, "grpc": self.grpc_url} | (
             {"admin": self.admin_url} if self.admin_url else {}
@@ -255,7 +255,7 @@ class Server:
         for http in self._http:
             await http.stop()
         if loaded:
-            await self.service.engine.stop(max(0.0, latest - loop.time()))
+            await self._batcher.stop(max(0.0, latest - loop.time()))
         if self._replica is not None:
             await self._replica.stop()
         log.info("stopped")

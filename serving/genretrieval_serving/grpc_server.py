@@ -16,7 +16,7 @@ from genretrieval.errors import GenRetrievalError
 from genretrieval_serving import wire
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
-from genretrieval_serving.admin.auth import Authenticator
+from genretrieval_serving.admin.auth import Authenticator, Principal
 from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.messages import MAX_BODY_BYTES
 from genretrieval_serving.observability import request_id
@@ -36,27 +36,27 @@ class _Servicer(stubs.RetrievalServiceServicer):
         self.service, self.auth, self.quiet = service, auth, quiet
 
     async def Retrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
-        async def call() -> Any:
+        async def call(caller: Principal) -> Any:
             request = wire.request_from_proto(message)
-            return wire.response_to_proto(await self.service.retrieve(request, context.time_remaining()))
+            return wire.response_to_proto(await self.service.retrieve(request, context.time_remaining(), caller))
 
         return await self._call("retrieve", call, context)
 
     async def BatchRetrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
-        async def call() -> Any:
+        async def call(caller: Principal) -> Any:
             requests = wire.batch_from_proto(message)
-            outcomes = await self.service.batch_retrieve(requests, context.time_remaining())
+            outcomes = await self.service.batch_retrieve(requests, context.time_remaining(), caller)
             return pb.BatchRetrieveResponse(results=[wire.outcome_to_proto(outcome) for outcome in outcomes])
 
         return await self._call("batchRetrieve", call, context)
 
     async def GetInfo(self, message: Any, context: Any) -> Any:  # noqa: N802
-        async def call() -> Any:
+        async def call(_: Principal) -> Any:
             return wire.info_to_proto(self.service.info())
 
         return await self._call("getInfo", call, context)
 
-    async def _call(self, method: str, call: Callable[[], Awaitable[Any]], context: Any) -> Any:
+    async def _call(self, method: str, call: Callable[[Principal], Awaitable[Any]], context: Any) -> Any:
         """Around every call: who calls, its request id, its error's code, its metric and its log line."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         id_ = request_id(metadata.get("x-request-id"))
@@ -66,8 +66,8 @@ class _Servicer(stubs.RetrievalServiceServicer):
             try:
                 await context.send_initial_metadata((("x-request-id", id_),))
                 try:
-                    await self.auth.allow(metadata.get("authorization"), Scope.RETRIEVE)
-                    answer = await call()
+                    caller = await self.auth.allow(metadata.get("authorization"), Scope.RETRIEVE)
+                    answer = await call(caller)
                 except GenRetrievalError as error:
                     code = error.grpc_code
                     reason = (("reason", error.reason),)

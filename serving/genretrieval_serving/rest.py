@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from genretrieval.errors import DeadlineError, OverloadedError, RequestError, StaleReplicaError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
-from genretrieval_serving.admin.auth import Authenticator
+from genretrieval_serving.admin.auth import Authenticator, Principal
 from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.messages import BatchResult, BatchRetrieveRequest, BatchRetrieveResponse, ServerInfo
 from genretrieval_serving.service import RetrievalService, State
@@ -40,22 +40,30 @@ async def _within(
     return seconds
 
 
+async def _caller(request: Request) -> Principal:
+    principal: Principal = request.state.principal
+    return principal
+
+
 Service = Annotated[RetrievalService, Depends(_service)]
+Caller = Annotated[Principal, Depends(_caller)]
 Within = Annotated[float | None, Depends(_within)]
 router = guarded_router(Scope.RETRIEVE, (OverloadedError, StaleReplicaError, UnavailableError, DeadlineError))
 probes = APIRouter(include_in_schema=False)
 
 
 @router.post("/v1/retrieve", operation_id="retrieve")
-async def retrieve(request: RetrieveRequest, service: Service, within: Within) -> RetrieveResponse:
+async def retrieve(request: RetrieveRequest, service: Service, within: Within, caller: Caller) -> RetrieveResponse:
     """Items for one request: a search, a recommendation, or both."""
-    return await service.retrieve(request, within)
+    return await service.retrieve(request, within, caller)
 
 
 @router.post("/v1/retrieve:batch", operation_id="batchRetrieve")
-async def batch_retrieve(batch: BatchRetrieveRequest, service: Service, within: Within) -> BatchRetrieveResponse:
+async def batch_retrieve(
+    batch: BatchRetrieveRequest, service: Service, within: Within, caller: Caller
+) -> BatchRetrieveResponse:
     """Several requests at once, each with its own result; a malformed one fails the whole call."""
-    outcomes = await service.batch_retrieve(batch.requests, within)
+    outcomes = await service.batch_retrieve(batch.requests, within, caller)
     return BatchRetrieveResponse(results=[BatchResult.of(outcome) for outcome in outcomes])
 
 

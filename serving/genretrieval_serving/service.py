@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import version
 
-from genretrieval.edits import NO_EDITS, Edits
 from genretrieval.errors import DeadlineError, GenRetrievalError, RequestError, StaleReplicaError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
-from genretrieval_serving.admin.replica import ADMIN_STATE_STALE, Replica
-from genretrieval_serving.engine import Engine
+from genretrieval_serving.admin.auth import ANONYMOUS, Principal
+from genretrieval_serving.admin.replica import ADMIN_STATE_STALE
+from genretrieval_serving.batcher import Batcher
+from genretrieval_serving.deployment import Arm, Deployment
 from genretrieval_serving.messages import Limits, ServerInfo
 from genretrieval_serving.observability import Metrics
 
@@ -27,60 +28,60 @@ class State(Enum):
 
 
 class RetrievalService:
-    """Retrieval for both transports. Exists before its engine, so that probes answer while a bundle loads."""
+    """Retrieval for both transports. Exists before anything is loaded, so that probes answer meanwhile."""
 
     def __init__(self, metrics: Metrics, max_batch: int = 32) -> None:
-        """A service without an engine; `max_batch` is the most requests of one batch request."""
+        """A service without a model; `max_batch` is the most requests of one batch request."""
         self.metrics = metrics
         self.max_batch = max_batch
         self.state = State.LOADING
-        self._engine: Engine | None = None
-        self._replica: Replica | None = None
+        self._open: tuple[Batcher, Deployment] | None = None
 
-    def open(self, engine: Engine, replica: Replica | None = None) -> None:
-        """Become ready, with a started engine and, where there is admin state, a replica that has caught up."""
-        manifest = engine.retriever.bundle.manifest
+    def open(self, batcher: Batcher, deployment: Deployment) -> None:
+        """Become ready, with a started batcher and what is served."""
+        manifest = deployment.primary.manifest
         self.metrics.model_info.labels(manifest.version, manifest.uuid).set(1)
-        self._engine, self._replica, self.state = engine, replica, State.READY
+        self._open, self.state = (batcher, deployment), State.READY
 
     @property
     def alive(self) -> bool:
         """Whether restarting the process could not help."""
-        return self._engine is None or self._engine.alive
+        return self._open is None or self._open[0].alive
 
     @property
-    def engine(self) -> Engine:
-        """The engine.
+    def deployment(self) -> Deployment:
+        """What is served.
 
         Raises:
             UnavailableError: the bundle is still being loaded.
         """
-        if self._engine is None:
-            raise UnavailableError("the bundle is still being loaded; /readyz tells when it is")
-        return self._engine
+        return self._opened()[1]
 
-    async def retrieve(self, request: RetrieveRequest, within: float | None = None) -> RetrieveResponse:
-        """Answer one request within `within` seconds, with the admin state that is in force when it begins.
+    async def retrieve(
+        self, request: RetrieveRequest, within: float | None = None, caller: Principal = ANONYMOUS
+    ) -> RetrieveResponse:
+        """Answer one request within `within` seconds, with what is served and in force when it begins.
 
         Raises:
             StaleReplicaError: the admin state has not reached the request's `min_revision`.
-            GenRetrievalError: what `Engine.submit` raises.
+            GenRetrievalError: what `Batcher.submit` raises.
         """
-        engine = self.engine
+        batcher, deployment = self._opened()
         with self._counting():
+            arm = deployment.arm_for(request)
             if request.min_revision:
                 begun = time.perf_counter()
-                await self._caught_up(request.min_revision, within)
+                await _caught_up(arm, request.min_revision, within)
                 within = None if within is None else max(0.0, within - (time.perf_counter() - begun))
-            edits, stale = self._edits(request)
-            response = await engine.submit(request, within, edits)
-        if stale:
+            answering = arm.answering(request)
+            response = await batcher.submit(answering.retriever, request, within, answering.edits, caller.name)
+        if answering.stale:
             response = response.model_copy(update={"degraded": [*response.degraded, ADMIN_STATE_STALE]})
         self.metrics.answered(response)
         return response
 
     async def batch_retrieve(
-        self, requests: Sequence[RetrieveRequest], within: float | None = None
+        self, requests: Sequence[RetrieveRequest], within: float | None = None, caller: Principal = ANONYMOUS
     ) -> list[RetrieveResponse | GenRetrievalError]:
         """Answer every request or say what is wrong with it, in their order.
 
@@ -91,7 +92,7 @@ class RetrievalService:
             raise RequestError(
                 f"requests: {len(requests)} in one batch, this server takes up to {self.max_batch}; split it"
             )
-        calls = (self.retrieve(request, within) for request in requests)
+        calls = (self.retrieve(request, within, caller) for request in requests)
         outcomes: list[RetrieveResponse | GenRetrievalError] = []
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, GenRetrievalError):
@@ -105,7 +106,7 @@ class RetrievalService:
         Raises:
             UnavailableError: the bundle is still being loaded.
         """
-        manifest = self.engine.retriever.bundle.manifest
+        manifest = self.deployment.primary.manifest
         return ServerInfo(
             server_version=version("genretrieval"),
             bundle_version=manifest.version,
@@ -119,19 +120,10 @@ class RetrievalService:
             limits=Limits(max_batch_requests=self.max_batch),
         )
 
-    async def _caught_up(self, revision: int, within: float | None) -> None:
-        if self._replica is None:
-            raise StaleReplicaError(
-                f"min_revision: {revision} was asked for and this server has no admin state; leave it out, or serve "
-                "with an admin store"
-            )
-        await self._replica.wait_for(revision, within)
-
-    def _edits(self, request: RetrieveRequest) -> tuple[Edits, bool]:
-        """What is in force for a request, and whether that may be out of date."""
-        if self._replica is None:
-            return NO_EDITS, False
-        return self._replica.edits(request), self._replica.stale
+    def _opened(self) -> tuple[Batcher, Deployment]:
+        if self._open is None:
+            raise UnavailableError("the bundle is still being loaded; /readyz tells when it is")
+        return self._open
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -141,3 +133,12 @@ class RetrievalService:
             except (UnavailableError, DeadlineError, StaleReplicaError) as error:
                 self.metrics.rejected.labels(error.reason).inc()
                 raise
+
+
+async def _caught_up(arm: Arm, revision: int, within: float | None) -> None:
+    if arm.replica is None:
+        raise StaleReplicaError(
+            f"min_revision: {revision} was asked for and this server has no admin state; leave it out, or serve "
+            "with an admin store"
+        )
+    await arm.replica.wait_for(revision, within)

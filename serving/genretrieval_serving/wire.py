@@ -38,7 +38,9 @@ def _given(message: Any, *names: str) -> dict[str, Any]:
 
 
 def _request_fields(message: Any) -> dict[str, Any]:
-    fields = _given(message, "user_id", "query", "top_k", "beam_width", "scenario", "min_revision") | {
+    fields = _given(
+        message, "user_id", "query", "top_k", "beam_width", "scenario", "min_revision", "collapse_by", "collapse_cap"
+    ) | {
         "history": [{"item_id": e.item_id, "event": e.event} | _given(e, "timestamp") for e in message.history],
         "profile": dict(message.profile),
         "exclude_item_ids": list(message.exclude_item_ids),
@@ -107,6 +109,8 @@ def request_to_proto(request: RetrieveRequest) -> Any:
         scenario=request.scenario,
         bindings=_BINDINGS_PROTO[request.bindings],
         min_revision=request.min_revision,
+        collapse_by=request.collapse_by,
+        collapse_cap=request.collapse_cap,
     )
 
 
@@ -131,6 +135,7 @@ def response_to_proto(response: RetrieveResponse) -> Any:
         bundle_version=response.bundle_version,
         attribution_token=response.attribution_token,
         applied=response.applied,
+        catalogue_revision=response.catalogue_revision,
         timings=pb.Timings(**response.timings.model_dump()),
     )
 
@@ -156,6 +161,7 @@ def response_from_proto(message: Any) -> RetrieveResponse:
         bundle_version=message.bundle_version,
         attribution_token=message.attribution_token,
         applied=list(message.applied),
+        catalogue_revision=message.catalogue_revision,
         timings=Timings(
             queue_ms=message.timings.queue_ms,
             inference_ms=message.timings.inference_ms,

@@ -34,9 +34,9 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 SLOW_SERVER = """
 import sys, time
 from pathlib import Path
-from genretrieval_serving import app, engine
+from genretrieval_serving import app, backend
 
-class Slow(engine.OnnxBackend):
+class Slow(backend.OnnxBackend):
     def run(self, inputs):
         print("entered", file=sys.stderr, flush=True)
         time.sleep(0.4)

@@ -15,18 +15,19 @@ from genretrieval_serving.admin.messages import TrialResult
 from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.resources import Fields, Keyword, Kind, Resource, SlotRef
 from genretrieval_serving.admin.store import Changes
-from genretrieval_serving.engine import Engine
+from genretrieval_serving.batcher import Batcher
+from genretrieval_serving.deployment import Deployment
 
 
 class Live:
     """Exists before its server is ready, and refuses until then."""
 
     def __init__(self) -> None:
-        self._open: tuple[Engine, Replica] | None = None
+        self._open: tuple[Batcher, Deployment, Replica] | None = None
 
-    def open(self, engine: Engine, replica: Replica) -> None:
+    def open(self, batcher: Batcher, deployment: Deployment, replica: Replica) -> None:
         """Begin, with what is served."""
-        self._open = engine, replica
+        self._open = batcher, deployment, replica
 
     def validate(self, fields: Fields) -> None:
         """Refuse what could not be applied to the catalogue.
@@ -35,13 +36,13 @@ class Live:
             RequestError: with every problem.
             UnavailableError: the server is not ready.
         """
-        _, replica = self._opened()
+        _, _, replica = self._opened()
         replica.snapshot.validate(fields)
 
     def changed(self) -> None:
         """Bring a change of the store into force here, without waiting for the next poll."""
         if self._open is not None:
-            self._open[1].refresh()
+            self._open[2].refresh()
 
     async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
         """What a request returns without `resource`, and with it in place of the one that has its id.
@@ -51,11 +52,11 @@ class Live:
             SlotsExhaustedError: no slot is free for a keyword that holds none yet.
             UnavailableError: the server is not ready, or overloaded.
         """
-        engine, replica = self._opened()
-        snapshot = replica.snapshot
+        batcher, deployment, replica = self._opened()
+        retriever, snapshot = deployment.primary.retriever, replica.snapshot
         snapshot.validate(resource)
         if isinstance(resource, Keyword) and resource.binding is not None:
-            resource = resource.model_copy(update={"slot": await self._slot_for(resource, engine, replica)})
+            resource = resource.model_copy(update={"slot": await self._slot_for(resource, retriever, replica)})
         now = datetime.now(UTC)
         absent = resource.model_copy(update={"deleted_at": now})
 
@@ -63,11 +64,11 @@ class Live:
             return snapshot.updated(Changes(snapshot.revision, [(kind, tried)])).edits(request, now)
 
         without, with_ = await asyncio.to_thread(lambda: (edits_with(absent), edits_with(resource)))
-        before = await engine.submit(request, edits=without)
-        after = await engine.submit(request, edits=with_)
+        before = await batcher.submit(retriever, request, edits=without)
+        after = await batcher.submit(retriever, request, edits=with_)
         return TrialResult(before=before, after=after, missing_ids=snapshot.missing(resource))
 
-    async def _slot_for(self, keyword: Keyword, engine: Engine, replica: Replica) -> SlotRef:
+    async def _slot_for(self, keyword: Keyword, retriever: Retriever, replica: Replica) -> SlotRef:
         """The slot that a keyword holds, or the one that it would get."""
         _, held = replica.snapshot.resources.get(f"{Kind.KEYWORDS}/{keyword.id}", (None, None))
         if isinstance(held, Keyword) and held.slot is not None:
@@ -75,10 +76,10 @@ class Live:
         free = await asyncio.to_thread(replica.store.free_slots)
         if not free:
             raise SlotsExhaustedError("no reserved slot is free to try the keyword on; unbind another one")
-        level = preferred_levels(engine.retriever).get(keyword.type)
+        level = preferred_levels(retriever).get(keyword.type)
         return next((slot for slot in free if slot.level == level), free[0])
 
-    def _opened(self) -> tuple[Engine, Replica]:
+    def _opened(self) -> tuple[Batcher, Deployment, Replica]:
         if self._open is None:
             raise UnavailableError("the bundle is still being loaded, and changes are checked against it; try again")
         return self._open

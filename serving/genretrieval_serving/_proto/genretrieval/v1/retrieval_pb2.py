@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n;genretrieval_serving/_proto/genretrieval/v1/retrieval.proto\x12\x0fgenretrieval.v1\"T\n\x0cHistoryEvent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12\x16\n\ttimestamp\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x0c\n\n_timestamp\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x87\x02\n\x07\x46ilters\x12<\n\nattributes\x18\x01 \x03(\x0b\x32(.genretrieval.v1.Filters.AttributesEntry\x12\x16\n\tmin_price\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tmax_price\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08in_stock\x18\x04 \x01(\x08H\x02\x88\x01\x01\x1aN\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.genretrieval.v1.StringList:\x02\x38\x01\x42\x0c\n\n_min_priceB\x0c\n\n_max_priceB\x0b\n\t_in_stock\"\xb3\x04\n\x0fRetrieveRequest\x12\x14\n\x07user_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05query\x18\x02 \x01(\tH\x01\x88\x01\x01\x12.\n\x07history\x18\x03 \x03(\x0b\x32\x1d.genretrieval.v1.HistoryEvent\x12>\n\x07profile\x18\x04 \x03(\x0b\x32-.genretrieval.v1.RetrieveRequest.ProfileEntry\x12)\n\x07\x66ilters\x18\x05 \x01(\x0b\x32\x18.genretrieval.v1.Filters\x12\x18\n\x10\x65xclude_item_ids\x18\x06 \x03(\t\x12\x38\n\x0f\x65xclude_history\x18\x07 \x01(\x0e\x32\x1f.genretrieval.v1.ExcludeHistory\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nbeam_width\x18\t \x01(\x05H\x03\x88\x01\x01\x12\x15\n\x08scenario\x18\n \x01(\tH\x04\x88\x01\x01\x12\x19\n\x0cmin_revision\x18\x0b \x01(\x03H\x05\x88\x01\x01\x12+\n\x08\x62indings\x18\x0c \x01(\x0e\x32\x19.genretrieval.v1.Bindings\x1a.\n\x0cProfileEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_user_idB\x08\n\x06_queryB\x08\n\x06_top_kB\r\n\x0b_beam_widthB\x0b\n\t_scenarioB\x0f\n\r_min_revision\"\xae\x01\n\rRetrievedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x13\n\x0bsemantic_id\x18\x03 \x03(\x05\x12\x14\n\x0clevel_scores\x18\x04 \x03(\x02\x12\x18\n\x0b\x64\x65nse_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x0ckeyword_path\x18\x06 \x03(\t\x12\x12\n\ntouched_by\x18\x07 \x03(\tB\x0e\n\x0c_dense_score\"C\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x14\n\x0cinference_ms\x18\x02 \x01(\x01\x12\x10\n\x08total_ms\x18\x03 \x01(\x01\"\xe9\x01\n\x10RetrieveResponse\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.genretrieval.v1.RetrievedItem\x12\x13\n\x0bmissing_ids\x18\x02 \x03(\t\x12\x10\n\x08\x64\x65graded\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x16\n\x0e\x62undle_version\x18\x05 \x01(\t\x12\x19\n\x11\x61ttribution_token\x18\x06 \x01(\t\x12)\n\x07timings\x18\x07 \x01(\x0b\x32\x18.genretrieval.v1.Timings\x12\x0f\n\x07\x61pplied\x18\x08 \x03(\t\"J\n\x14\x42\x61tchRetrieveRequest\x12\x32\n\x08requests\x18\x01 \x03(\x0b\x32 .genretrieval.v1.RetrieveRequest\"\'\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"w\n\x0b\x42\x61tchResult\x12\x35\n\x08response\x18\x01 \x01(\x0b\x32!.genretrieval.v1.RetrieveResponseH\x00\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.genretrieval.v1.ErrorH\x00\x42\x08\n\x06result\"F\n\x15\x42\x61tchRetrieveResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.genretrieval.v1.BatchResult\"\x10\n\x0eGetInfoRequest\"\x83\x01\n\x06Limits\x12\x11\n\tmax_top_k\x18\x01 \x01(\x05\x12\x16\n\x0emax_beam_width\x18\x02 \x01(\x05\x12\x1a\n\x12max_history_events\x18\x03 \x01(\x05\x12\x1a\n\x12max_batch_requests\x18\x04 \x01(\x05\x12\x16\n\x0emax_body_bytes\x18\x05 \x01(\x05\"\xfd\x01\n\x0fGetInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x02 \x01(\t\x12\x13\n\x0b\x62undle_uuid\x18\x03 \x01(\t\x12\x0f\n\x07n_items\x18\x04 \x01(\x03\x12\x1a\n\x12\x64\x65\x66\x61ult_beam_width\x18\x05 \x01(\x05\x12\x13\n\x0bmax_history\x18\x06 \x01(\x05\x12\x15\n\rreads_queries\x18\x07 \x01(\x08\x12\'\n\x06limits\x18\x08 \x01(\x0b\x32\x17.genretrieval.v1.Limits\x12\x10\n\x08max_past\x18\t \x01(\x05\x12\x11\n\tscenarios\x18\n \x03(\t*\x82\x01\n\x0e\x45xcludeHistory\x12\x1f\n\x1b\x45XCLUDE_HISTORY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45XCLUDE_HISTORY_OFF\x10\x01\x12\x1d\n\x19\x45XCLUDE_HISTORY_PURCHASED\x10\x02\x12\x17\n\x13\x45XCLUDE_HISTORY_ALL\x10\x03*_\n\x08\x42indings\x12\x18\n\x14\x42INDINGS_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x42INDINGS_FIRST\x10\x01\x12\x13\n\x0f\x42INDINGS_ROUTED\x10\x02\x12\x10\n\x0c\x42INDINGS_OFF\x10\x03\x32\x91\x02\n\x10RetrievalService\x12O\n\x08Retrieve\x12 .genretrieval.v1.RetrieveRequest\x1a!.genretrieval.v1.RetrieveResponse\x12^\n\rBatchRetrieve\x12%.genretrieval.v1.BatchRetrieveRequest\x1a&.genretrieval.v1.BatchRetrieveResponse\x12L\n\x07GetInfo\x12\x1f.genretrieval.v1.GetInfoRequest\x1a .genretrieval.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n;genretrieval_serving/_proto/genretrieval/v1/retrieval.proto\x12\x0fgenretrieval.v1\"T\n\x0cHistoryEvent\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12\x16\n\ttimestamp\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x0c\n\n_timestamp\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x87\x02\n\x07\x46ilters\x12<\n\nattributes\x18\x01 \x03(\x0b\x32(.genretrieval.v1.Filters.AttributesEntry\x12\x16\n\tmin_price\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tmax_price\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08in_stock\x18\x04 \x01(\x08H\x02\x88\x01\x01\x1aN\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.genretrieval.v1.StringList:\x02\x38\x01\x42\x0c\n\n_min_priceB\x0c\n\n_max_priceB\x0b\n\t_in_stock\"\x89\x05\n\x0fRetrieveRequest\x12\x14\n\x07user_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05query\x18\x02 \x01(\tH\x01\x88\x01\x01\x12.\n\x07history\x18\x03 \x03(\x0b\x32\x1d.genretrieval.v1.HistoryEvent\x12>\n\x07profile\x18\x04 \x03(\x0b\x32-.genretrieval.v1.RetrieveRequest.ProfileEntry\x12)\n\x07\x66ilters\x18\x05 \x01(\x0b\x32\x18.genretrieval.v1.Filters\x12\x18\n\x10\x65xclude_item_ids\x18\x06 \x03(\t\x12\x38\n\x0f\x65xclude_history\x18\x07 \x01(\x0e\x32\x1f.genretrieval.v1.ExcludeHistory\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nbeam_width\x18\t \x01(\x05H\x03\x88\x01\x01\x12\x15\n\x08scenario\x18\n \x01(\tH\x04\x88\x01\x01\x12\x19\n\x0cmin_revision\x18\x0b \x01(\x03H\x05\x88\x01\x01\x12+\n\x08\x62indings\x18\x0c \x01(\x0e\x32\x19.genretrieval.v1.Bindings\x12\x18\n\x0b\x63ollapse_by\x18\r \x01(\tH\x06\x88\x01\x01\x12\x19\n\x0c\x63ollapse_cap\x18\x0e \x01(\x05H\x07\x88\x01\x01\x1a.\n\x0cProfileEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\n\n\x08_user_idB\x08\n\x06_queryB\x08\n\x06_top_kB\r\n\x0b_beam_widthB\x0b\n\t_scenarioB\x0f\n\r_min_revisionB\x0e\n\x0c_collapse_byB\x0f\n\r_collapse_cap\"\xae\x01\n\rRetrievedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x13\n\x0bsemantic_id\x18\x03 \x03(\x05\x12\x14\n\x0clevel_scores\x18\x04 \x03(\x02\x12\x18\n\x0b\x64\x65nse_score\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x0ckeyword_path\x18\x06 \x03(\t\x12\x12\n\ntouched_by\x18\x07 \x03(\tB\x0e\n\x0c_dense_score\"C\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x14\n\x0cinference_ms\x18\x02 \x01(\x01\x12\x10\n\x08total_ms\x18\x03 \x01(\x01\"\x85\x02\n\x10RetrieveResponse\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.genretrieval.v1.RetrievedItem\x12\x13\n\x0bmissing_ids\x18\x02 \x03(\t\x12\x10\n\x08\x64\x65graded\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x16\n\x0e\x62undle_version\x18\x05 \x01(\t\x12\x19\n\x11\x61ttribution_token\x18\x06 \x01(\t\x12)\n\x07timings\x18\x07 \x01(\x0b\x32\x18.genretrieval.v1.Timings\x12\x0f\n\x07\x61pplied\x18\x08 \x03(\t\x12\x1a\n\x12\x63\x61talogue_revision\x18\t \x01(\x03\"J\n\x14\x42\x61tchRetrieveRequest\x12\x32\n\x08requests\x18\x01 \x03(\x0b\x32 .genretrieval.v1.RetrieveRequest\"\'\n\x05\x45rror\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"w\n\x0b\x42\x61tchResult\x12\x35\n\x08response\x18\x01 \x01(\x0b\x32!.genretrieval.v1.RetrieveResponseH\x00\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x16.genretrieval.v1.ErrorH\x00\x42\x08\n\x06result\"F\n\x15\x42\x61tchRetrieveResponse\x12-\n\x07results\x18\x01 \x03(\x0b\x32\x1c.genretrieval.v1.BatchResult\"\x10\n\x0eGetInfoRequest\"\x83\x01\n\x06Limits\x12\x11\n\tmax_top_k\x18\x01 \x01(\x05\x12\x16\n\x0emax_beam_width\x18\x02 \x01(\x05\x12\x1a\n\x12max_history_events\x18\x03 \x01(\x05\x12\x1a\n\x12max_batch_requests\x18\x04 \x01(\x05\x12\x16\n\x0emax_body_bytes\x18\x05 \x01(\x05\"\xfd\x01\n\x0fGetInfoResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x16\n\x0e\x62undle_version\x18\x02 \x01(\t\x12\x13\n\x0b\x62undle_uuid\x18\x03 \x01(\t\x12\x0f\n\x07n_items\x18\x04 \x01(\x03\x12\x1a\n\x12\x64\x65\x66\x61ult_beam_width\x18\x05 \x01(\x05\x12\x13\n\x0bmax_history\x18\x06 \x01(\x05\x12\x15\n\rreads_queries\x18\x07 \x01(\x08\x12\'\n\x06limits\x18\x08 \x01(\x0b\x32\x17.genretrieval.v1.Limits\x12\x10\n\x08max_past\x18\t \x01(\x05\x12\x11\n\tscenarios\x18\n \x03(\t*\x82\x01\n\x0e\x45xcludeHistory\x12\x1f\n\x1b\x45XCLUDE_HISTORY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45XCLUDE_HISTORY_OFF\x10\x01\x12\x1d\n\x19\x45XCLUDE_HISTORY_PURCHASED\x10\x02\x12\x17\n\x13\x45XCLUDE_HISTORY_ALL\x10\x03*_\n\x08\x42indings\x12\x18\n\x14\x42INDINGS_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x42INDINGS_FIRST\x10\x01\x12\x13\n\x0f\x42INDINGS_ROUTED\x10\x02\x12\x10\n\x0c\x42INDINGS_OFF\x10\x03\x32\x91\x02\n\x10RetrievalService\x12O\n\x08Retrieve\x12 .genretrieval.v1.RetrieveRequest\x1a!.genretrieval.v1.RetrieveResponse\x12^\n\rBatchRetrieve\x12%.genretrieval.v1.BatchRetrieveRequest\x1a&.genretrieval.v1.BatchRetrieveResponse\x12L\n\x07GetInfo\x12\x1f.genretrieval.v1.GetInfoRequest\x1a .genretrieval.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILTERS_ATTRIBUTESENTRY']._serialized_options = b'8\001'
   _globals['_RETRIEVEREQUEST_PROFILEENTRY']._loaded_options = None
   _globals['_RETRIEVEREQUEST_PROFILEENTRY']._serialized_options = b'8\001'
-  _globals['_EXCLUDEHISTORY']._serialized_start=2229
-  _globals['_EXCLUDEHISTORY']._serialized_end=2359
-  _globals['_BINDINGS']._serialized_start=2361
-  _globals['_BINDINGS']._serialized_end=2456
+  _globals['_EXCLUDEHISTORY']._serialized_start=2343
+  _globals['_EXCLUDEHISTORY']._serialized_end=2473
+  _globals['_BINDINGS']._serialized_start=2475
+  _globals['_BINDINGS']._serialized_end=2570
   _globals['_HISTORYEVENT']._serialized_start=80
   _globals['_HISTORYEVENT']._serialized_end=164
   _globals['_STRINGLIST']._serialized_start=166
@@ -48,29 +48,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILTERS_ATTRIBUTESENTRY']._serialized_start=341
   _globals['_FILTERS_ATTRIBUTESENTRY']._serialized_end=419
   _globals['_RETRIEVEREQUEST']._serialized_start=463
-  _globals['_RETRIEVEREQUEST']._serialized_end=1026
-  _globals['_RETRIEVEREQUEST_PROFILEENTRY']._serialized_start=903
-  _globals['_RETRIEVEREQUEST_PROFILEENTRY']._serialized_end=949
-  _globals['_RETRIEVEDITEM']._serialized_start=1029
-  _globals['_RETRIEVEDITEM']._serialized_end=1203
-  _globals['_TIMINGS']._serialized_start=1205
-  _globals['_TIMINGS']._serialized_end=1272
-  _globals['_RETRIEVERESPONSE']._serialized_start=1275
-  _globals['_RETRIEVERESPONSE']._serialized_end=1508
-  _globals['_BATCHRETRIEVEREQUEST']._serialized_start=1510
-  _globals['_BATCHRETRIEVEREQUEST']._serialized_end=1584
-  _globals['_ERROR']._serialized_start=1586
-  _globals['_ERROR']._serialized_end=1625
-  _globals['_BATCHRESULT']._serialized_start=1627
-  _globals['_BATCHRESULT']._serialized_end=1746
-  _globals['_BATCHRETRIEVERESPONSE']._serialized_start=1748
-  _globals['_BATCHRETRIEVERESPONSE']._serialized_end=1818
-  _globals['_GETINFOREQUEST']._serialized_start=1820
-  _globals['_GETINFOREQUEST']._serialized_end=1836
-  _globals['_LIMITS']._serialized_start=1839
-  _globals['_LIMITS']._serialized_end=1970
-  _globals['_GETINFORESPONSE']._serialized_start=1973
-  _globals['_GETINFORESPONSE']._serialized_end=2226
-  _globals['_RETRIEVALSERVICE']._serialized_start=2459
-  _globals['_RETRIEVALSERVICE']._serialized_end=2732
+  _globals['_RETRIEVEREQUEST']._serialized_end=1112
+  _globals['_RETRIEVEREQUEST_PROFILEENTRY']._serialized_start=956
+  _globals['_RETRIEVEREQUEST_PROFILEENTRY']._serialized_end=1002
+  _globals['_RETRIEVEDITEM']._serialized_start=1115
+  _globals['_RETRIEVEDITEM']._serialized_end=1289
+  _globals['_TIMINGS']._serialized_start=1291
+  _globals['_TIMINGS']._serialized_end=1358
+  _globals['_RETRIEVERESPONSE']._serialized_start=1361
+  _globals['_RETRIEVERESPONSE']._serialized_end=1622
+  _globals['_BATCHRETRIEVEREQUEST']._serialized_start=1624
+  _globals['_BATCHRETRIEVEREQUEST']._serialized_end=1698
+  _globals['_ERROR']._serialized_start=1700
+  _globals['_ERROR']._serialized_end=1739
+  _globals['_BATCHRESULT']._serialized_start=1741
+  _globals['_BATCHRESULT']._serialized_end=1860
+  _globals['_BATCHRETRIEVERESPONSE']._serialized_start=1862
+  _globals['_BATCHRETRIEVERESPONSE']._serialized_end=1932
+  _globals['_GETINFOREQUEST']._serialized_start=1934
+  _globals['_GETINFOREQUEST']._serialized_end=1950
+  _globals['_LIMITS']._serialized_start=1953
+  _globals['_LIMITS']._serialized_end=2084
+  _globals['_GETINFORESPONSE']._serialized_start=2087
+  _globals['_GETINFORESPONSE']._serialized_end=2340
+  _globals['_RETRIEVALSERVICE']._serialized_start=2573
+  _globals['_RETRIEVALSERVICE']._serialized_end=2846
 # @@protoc_insertion_point(module_scope)

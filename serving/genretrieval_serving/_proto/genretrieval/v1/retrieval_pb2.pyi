@@ -65,7 +65,7 @@ class Filters(_message.Message):
     def __init__(self, attributes: _Optional[_Mapping[str, StringList]] = ..., min_price: _Optional[float] = ..., max_price: _Optional[float] = ..., in_stock: _Optional[bool] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "query", "history", "profile", "filters", "exclude_item_ids", "exclude_history", "top_k", "beam_width", "scenario", "min_revision", "bindings")
+    __slots__ = ("user_id", "query", "history", "profile", "filters", "exclude_item_ids", "exclude_history", "top_k", "beam_width", "scenario", "min_revision", "bindings", "collapse_by", "collapse_cap")
     class ProfileEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,8 @@ class RetrieveRequest(_message.Message):
     SCENARIO_FIELD_NUMBER: _ClassVar[int]
     MIN_REVISION_FIELD_NUMBER: _ClassVar[int]
     BINDINGS_FIELD_NUMBER: _ClassVar[int]
+    COLLAPSE_BY_FIELD_NUMBER: _ClassVar[int]
+    COLLAPSE_CAP_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     query: str
     history: _containers.RepeatedCompositeFieldContainer[HistoryEvent]
@@ -97,7 +99,9 @@ class RetrieveRequest(_message.Message):
     scenario: str
     min_revision: int
     bindings: Bindings
-    def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ..., scenario: _Optional[str] = ..., min_revision: _Optional[int] = ..., bindings: _Optional[_Union[Bindings, str]] = ...) -> None: ...
+    collapse_by: str
+    collapse_cap: int
+    def __init__(self, user_id: _Optional[str] = ..., query: _Optional[str] = ..., history: _Optional[_Iterable[_Union[HistoryEvent, _Mapping]]] = ..., profile: _Optional[_Mapping[str, str]] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., exclude_item_ids: _Optional[_Iterable[str]] = ..., exclude_history: _Optional[_Union[ExcludeHistory, str]] = ..., top_k: _Optional[int] = ..., beam_width: _Optional[int] = ..., scenario: _Optional[str] = ..., min_revision: _Optional[int] = ..., bindings: _Optional[_Union[Bindings, str]] = ..., collapse_by: _Optional[str] = ..., collapse_cap: _Optional[int] = ...) -> None: ...
 
 class RetrievedItem(_message.Message):
     __slots__ = ("item_id", "score", "semantic_id", "level_scores", "dense_score", "keyword_path", "touched_by")
@@ -128,7 +132,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., inference_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("items", "missing_ids", "degraded", "revision", "bundle_version", "attribution_token", "timings", "applied")
+    __slots__ = ("items", "missing_ids", "degraded", "revision", "bundle_version", "attribution_token", "timings", "applied", "catalogue_revision")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     MISSING_IDS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +141,7 @@ class RetrieveResponse(_message.Message):
     ATTRIBUTION_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
+    CATALOGUE_REVISION_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
     missing_ids: _containers.RepeatedScalarFieldContainer[str]
     degraded: _containers.RepeatedScalarFieldContainer[str]
@@ -145,7 +150,8 @@ class RetrieveResponse(_message.Message):
     attribution_token: str
     timings: Timings
     applied: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., missing_ids: _Optional[_Iterable[str]] = ..., degraded: _Optional[_Iterable[str]] = ..., revision: _Optional[int] = ..., bundle_version: _Optional[str] = ..., attribution_token: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., applied: _Optional[_Iterable[str]] = ...) -> None: ...
+    catalogue_revision: int
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., missing_ids: _Optional[_Iterable[str]] = ..., degraded: _Optional[_Iterable[str]] = ..., revision: _Optional[int] = ..., bundle_version: _Optional[str] = ..., attribution_token: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., applied: _Optional[_Iterable[str]] = ..., catalogue_revision: _Optional[int] = ...) -> None: ...
 
 class BatchRetrieveRequest(_message.Message):
     __slots__ = ("requests",)

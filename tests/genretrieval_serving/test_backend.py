@@ -11,7 +11,7 @@ import pytest
 from genretrieval.errors import BundleError, InvalidInputError
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
-from genretrieval_serving.engine import OnnxBackend, usable_cpus
+from genretrieval_serving.backend import OnnxBackend, usable_cpus
 
 
 @pytest.fixture
@@ -70,6 +70,6 @@ def test_a_device_that_is_not_there_is_refused(bundle, monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
 def test_a_device_that_does_not_start_is_refused(bundle, monkeypatch) -> None:
-    monkeypatch.setattr("genretrieval_serving.engine.ort.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("genretrieval_serving.backend.ort.get_available_providers", lambda: ["CUDAExecutionProvider"])
     with pytest.raises(InvalidInputError, match="cannot start CUDAExecutionProvider"):
         OnnxBackend(bundle.path / "retriever.onnx", device="cuda")
