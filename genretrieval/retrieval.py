@@ -470,6 +470,7 @@ class Retriever:
             revision=ask.edits.revision,
             applied=list(ask.edits.applied),
             bundle_version=manifest.version,
+            catalogue_revision=self.catalogue.revision,
             attribution_token=f"{manifest.version}.{ask.edits.revision}.{digest}",
             timings=timings,
         )

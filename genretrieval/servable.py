@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -51,6 +51,8 @@ class Catalogue:
         index: the trie over them; items of a leaf are listed by falling popularity.
         rows: item id to item row.
         item_ids: item row to item id; the table's column gives single ones out slowly.
+        gone: int64, sorted item rows that were removed while the catalogue was served; no search writes them.
+        revision: changes of the catalogue since the bundle was written.
     """
 
     table: pl.DataFrame
@@ -58,6 +60,8 @@ class Catalogue:
     index: CatalogueIndex
     rows: dict[str, int]
     item_ids: list[str]
+    gone: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    revision: int = 0
 
     @classmethod
     def open(cls, bundle: Servable) -> Catalogue:

@@ -8,6 +8,7 @@ from genretrieval.bundle import Manifest
 from genretrieval.edits import NO_EDITS, Edits
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
+from genretrieval.servable import Catalogue
 from genretrieval_serving.admin.replica import Replica
 
 
@@ -44,6 +45,14 @@ class Arm:
     def manifest(self) -> Manifest:
         """What the bundle is."""
         return self.retriever.bundle.manifest
+
+    def show(self, catalogue: Catalogue) -> None:
+        """Serve a new state of the catalogue; requests that have begun keep the one they began with. Not for the loop.
+
+        Args:
+            catalogue: of this arm's bundle, see `Catalogue.updated`.
+        """
+        raise NotImplementedError
 
     def answering(self, request: RetrieveRequest) -> Answering:
         """What answers a request that comes now."""
