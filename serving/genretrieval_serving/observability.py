@@ -6,11 +6,20 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
 
 if TYPE_CHECKING:
     from genretrieval.request import RetrieveResponse
@@ -22,75 +31,64 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of its own, and what the process itself uses."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        self.request_duration = Histogram(
-            "genretrieval_request_duration_seconds",
-            "Time from a request's arrival to its answer.",
-            ("transport", "method", "code"),
-            buckets=SECONDS,
-            registry=registry,
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+
+        def histogram(name: str, help_: str, *labels: str, buckets: Sequence[float] = SECONDS) -> Histogram:
+            return Histogram(f"genretrieval_{name}", help_, labels, buckets=buckets, registry=registry)
+
+        def gauge(name: str, help_: str, *labels: str) -> Gauge:
+            return Gauge(f"genretrieval_{name}", help_, labels, registry=registry)
+
+        def counter(name: str, help_: str, *labels: str) -> Counter:
+            return Counter(f"genretrieval_{name}", help_, labels, registry=registry)
+
+        self.request_duration = histogram(
+            "request_duration_seconds", "Time from a request's arrival to its answer.", "transport", "method", "code"
         )
-        self.queue_duration = Histogram(
-            "genretrieval_queue_duration_seconds",
-            "Time a request waited for its batch.",
-            buckets=SECONDS,
-            registry=registry,
+        self.queue_duration = histogram("queue_duration_seconds", "Time a request waited for its batch.")
+        self.inference_duration = histogram(
+            "inference_duration_seconds", "Time the graph ran for the batch that a request was in.", "arm"
         )
-        self.inference_duration = Histogram(
-            "genretrieval_inference_duration_seconds",
-            "Time the graph ran for the batch that a request was in.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.batch_size = Histogram(
-            "genretrieval_batch_size", "Requests in a batch.", buckets=COUNTS, registry=registry
-        )
-        self.in_flight = Gauge(
-            "genretrieval_in_flight_requests", "Requests accepted and not yet answered.", registry=registry
-        )
-        self.queue_depth = Gauge("genretrieval_queue_depth", "Requests waiting for a batch.", registry=registry)
-        self.rejected = Counter(
-            "genretrieval_rejected",
-            "Requests given up without an answer from the model.",
-            ("reason",),
-            registry=registry,
-        )
-        self.results_returned = Histogram(
-            "genretrieval_results_returned", "Items in a response.", buckets=COUNTS, registry=registry
-        )
-        self.empty_results = Counter("genretrieval_empty_results", "Responses without an item.", registry=registry)
-        self.model_info = Gauge(
-            "genretrieval_model_info",
-            "1 for the bundle being served.",
-            ("version", "uuid"),
-            registry=registry,
+        self.batch_size = histogram("batch_size", "Requests in a batch.", buckets=COUNTS)
+        self.batch_rows = histogram("batch_rows", "Rows in a batch; a request is one or several.", buckets=COUNTS)
+        self.in_flight = gauge("in_flight_requests", "Requests accepted and not yet answered.")
+        self.in_flight_rows = gauge("in_flight_rows", "Rows accepted and not yet answered.")
+        self.queue_depth = gauge("queue_depth", "Requests waiting for a batch.")
+        self.rejected = counter("rejected", "Requests given up without an answer from the model.", "reason")
+        self.results_returned = histogram("results_returned", "Items in a response.", "arm", buckets=COUNTS)
+        self.empty_results = counter("empty_results", "Responses without an item.", "arm")
+
+        self.bundle_info = gauge("bundle_info", "1 for a bundle being served.", "arm", "version", "uuid")
+        self.bundle_load_failures = counter("bundle_load_failures", "Bundles that could not take over.")
+        self.catalogue_revision = gauge("catalogue_revision", "Revision of the catalogue being served.", "arm")
+        self.catalogue_items = gauge("catalogue_items", "Items that can be retrieved.", "arm")
+        self.catalogue_changes_refused = counter(
+            "catalogue_changes_refused", "Changes of the catalogue that could not be made; the log names them."
         )
 
-        self.admin_revision = Gauge(
-            "genretrieval_admin_revision", "Revision of the admin state in force.", registry=registry
-        )
-        self.admin_revision_lag = Gauge(
-            "genretrieval_admin_revision_lag_seconds", "Time since the admin state was last read.", registry=registry
-        )
-        self.admin_skipped = Gauge(
-            "genretrieval_admin_skipped_resources",
-            "Bindings, rules and synonyms that cannot be applied; the log names them.",
-            registry=registry,
-        )
-        self.keyword_slots = Gauge(
-            "genretrieval_keyword_slots", "Reserved slots: free, bound, quarantined.", ("state",), registry=registry
-        )
+        self.history_lookups = counter("history_lookups", "Histories asked of the provider.", "outcome")
+        self.served_log_records = counter("served_log_records", "Answers for the served log.", "outcome")
+        self.events = counter("events", "Events sent back by callers.", "outcome")
 
-    def answered(self, response: RetrieveResponse) -> None:
+        self.admin_revision = gauge("admin_revision", "Revision of the admin state in force.")
+        self.admin_revision_lag = gauge("admin_revision_lag_seconds", "Time since the admin state was last read.")
+        self.admin_skipped = gauge(
+            "admin_skipped_resources", "Bindings, rules and synonyms that cannot be applied; the log names them."
+        )
+        self.keyword_slots = gauge("keyword_slots", "Reserved slots: free, bound, quarantined.", "state")
+
+    def answered(self, response: RetrieveResponse, arm: str) -> None:
         """Count one response."""
         self.queue_duration.observe(response.timings.queue_ms / 1e3)
-        self.inference_duration.observe(response.timings.inference_ms / 1e3)
-        self.results_returned.observe(len(response.items))
+        self.inference_duration.labels(arm).observe(response.timings.inference_ms / 1e3)
+        self.results_returned.labels(arm).observe(len(response.items))
         if not response.items:
-            self.empty_results.inc()
+            self.empty_results.labels(arm).inc()
 
     def watch_queue(self, depth: Callable[[], float]) -> None:
         """Read the queue's depth when metrics are scraped."""

@@ -40,7 +40,7 @@ class RetrievalService:
     def open(self, batcher: Batcher, deployment: Deployment) -> None:
         """Become ready, with a started batcher and what is served."""
         manifest = deployment.primary.manifest
-        self.metrics.model_info.labels(manifest.version, manifest.uuid).set(1)
+        self.metrics.bundle_info.labels(deployment.primary.name, manifest.version, manifest.uuid).set(1)
         self._open, self.state = (batcher, deployment), State.READY
 
     @property
@@ -77,7 +77,7 @@ class RetrievalService:
             response = await batcher.submit(answering.retriever, request, within, answering.edits, caller.name)
         if answering.stale:
             response = response.model_copy(update={"degraded": [*response.degraded, ADMIN_STATE_STALE]})
-        self.metrics.answered(response)
+        self.metrics.answered(response, arm.name)
         return response
 
     async def batch_retrieve(

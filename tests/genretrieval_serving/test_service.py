@@ -258,14 +258,16 @@ def test_metrics(start, example, http) -> None:
     name = "genretrieval_request_duration_seconds_count"
     assert lines[f'{name}{{code="200",method="retrieve",transport="rest"}}'] == "1.0"
     assert lines[f'{name}{{code="OK",method="retrieve",transport="grpc"}}'] == "1.0"
-    assert lines["genretrieval_empty_results_total"] == "1.0"
-    assert lines["genretrieval_results_returned_count"] == "2.0"
+    assert lines['genretrieval_empty_results_total{arm="primary"}'] == "1.0"
+    assert lines['genretrieval_results_returned_count{arm="primary"}'] == "2.0"
     assert lines["genretrieval_batch_size_count"] == "2.0"
     assert lines["genretrieval_in_flight_requests"] == "0.0"
     assert lines["genretrieval_queue_depth"] == "0.0"
     assert lines["genretrieval_queue_duration_seconds_count"] == "2.0"
-    assert lines["genretrieval_inference_duration_seconds_count"] == "2.0"
-    assert any(line.startswith("genretrieval_model_info{") for line in lines)
+    assert lines['genretrieval_inference_duration_seconds_count{arm="primary"}'] == "2.0"
+    assert any(line.startswith('genretrieval_bundle_info{arm="primary"') for line in lines)
+    assert float(lines["process_resident_memory_bytes"]) > 0
+    assert float(lines["process_open_fds"]) > 0
 
 
 def test_a_full_queue_rejects_at_once_and_what_waits_is_batched(start, backend, http) -> None:
