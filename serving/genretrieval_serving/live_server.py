@@ -52,14 +52,18 @@ def running_server(bundle: Path, command: Sequence[str], *options: str, log: Pat
     with log.open("wb") as output:
         process = subprocess.Popen(arguments, stdout=output)  # noqa: S603
     try:
-        yield _addresses(process, log)
+        yield read_addresses(process, log)
     finally:
         process.terminate()
         process.wait()
 
 
-def _addresses(process: subprocess.Popen[bytes], log: Path) -> Addresses:
-    """Read the log up to the line that says the server is ready."""
+def read_addresses(process: subprocess.Popen[bytes], log: Path) -> Addresses:
+    """Read the log of a server that starts, up to the line that says it is ready.
+
+    Raises:
+        UnavailableError: it ended before that.
+    """
     with log.open(encoding="utf-8") as lines:
         while True:
             line = lines.readline()

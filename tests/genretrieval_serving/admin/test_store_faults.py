@@ -1,41 +1,29 @@
-"""Writers that race and processes that are killed: the scenarios of `benchmarks/admin_faults.py`, in small numbers."""
+"""Writers that race and processes that are killed: the scenarios of `bench faults admin_store`, in small numbers."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import sqlite3
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "admin_faults.py"
+from genretrieval_serving.faults import admin_store as faults
+from genretrieval_serving.faults.processes import PostgresCluster
+
 N_SLOTS = 6
 
 
 @pytest.fixture(scope="module")
-def faults() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("admin_faults", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["admin_faults"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def cluster(faults: ModuleType) -> Iterator[Any]:
-    binaries = faults.PostgresCluster.binaries()
+def cluster() -> Iterator[Any]:
+    binaries = PostgresCluster.binaries()
     if binaries is None:
         missing = pytest.fail if os.environ.get("REQUIRE_POSTGRES") == "1" else pytest.skip
         missing("PostgreSQL is not installed: there is no initdb")
-    with faults.PostgresCluster(binaries) as running:
+    with PostgresCluster(binaries) as running:
         yield running
 
 
@@ -47,7 +35,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)
-def test_writers_that_race(faults: ModuleType, url: str) -> None:
+def test_writers_that_race(url: str) -> None:
     outcome = faults.race(url, writers=4, replicas=2, operations=10, n_slots=N_SLOTS)
     assert outcome.problems == []
     assert outcome.answers > 30
@@ -55,7 +43,7 @@ def test_writers_that_race(faults: ModuleType, url: str) -> None:
 
 @pytest.mark.parametrize("number", range(2))
 @pytest.mark.parametrize("url", ["sqlite", "postgresql"], indirect=True)
-def test_a_writer_that_is_killed(faults: ModuleType, url: str, number: int) -> None:
+def test_a_writer_that_is_killed(url: str, number: int) -> None:
     outcome = faults.kill_round(url, "writer", random.Random(number), 4, N_SLOTS, None)
     assert outcome.problems == []
     assert outcome.answers
@@ -63,23 +51,21 @@ def test_a_writer_that_is_killed(faults: ModuleType, url: str, number: int) -> N
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
-def test_postgresql_that_is_killed(faults: ModuleType, url: str, cluster: Any, number: int) -> None:
+def test_postgresql_that_is_killed(url: str, cluster: Any, number: int) -> None:
     outcome = faults.kill_round(url, "writer", random.Random(number), 4, N_SLOTS, cluster)
     assert outcome.problems == []
     assert outcome.answers
 
 
-def test_the_script(faults: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults.PostgresCluster, "binaries", lambda: None)
-    faults.main(rounds=1, writers=2, replicas=1, operations=5)
-    printed = capsys.readouterr()
-    assert "faults.admin.kill9_rounds: 1 rounds\n" in printed.out
-    assert "faults.admin.problems: 0 problems\n" in printed.out
-    assert printed.err == ""
+def test_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PostgresCluster, "binaries", lambda: None)
+    figures, problems = faults.admin_store_faults(rounds=1, writers=2, replicas=1, operations=5)
+    assert figures["faults.admin_store.kill9_rounds"].value == 1
+    assert problems == []
 
 
 @pytest.fixture(scope="module")
-def raced(faults: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("raced") / "admin.db"
     assert faults.race(f"sqlite:///{path}", 4, 1, 20, N_SLOTS).problems == []
     return path
@@ -126,7 +112,7 @@ class TestItFindsWhatIsWrong:
             ),
         ],
     )
-    def test_in_the_store(self, faults: ModuleType, raced: Path, tmp_path: Path, fault: str, problem: str) -> None:
+    def test_in_the_store(self, raced: Path, tmp_path: Path, fault: str, problem: str) -> None:
         copy = tmp_path / "admin.db"
         with sqlite3.connect(raced) as whole, sqlite3.connect(copy) as broken:
             whole.backup(broken)
@@ -135,7 +121,7 @@ class TestItFindsWhatIsWrong:
         whole.close()
         assert any(problem in found for found in faults.check(f"sqlite:///{copy}", [], N_SLOTS).problems)
 
-    def test_in_the_answers(self, faults: ModuleType, raced: Path) -> None:
+    def test_in_the_answers(self, raced: Path) -> None:
         url = f"sqlite:///{raced}"
         assert faults.check(url, [("keywords/counter", 1, "another etag")], N_SLOTS).problems == [
             "lost: keywords/counter was answered with revision 1 and is not in it"
@@ -143,7 +129,7 @@ class TestItFindsWhatIsWrong:
         assert faults.check(url, [("keywords/none", 2, "x")], N_SLOTS).problems[0].startswith("lost: keywords/none")
         assert faults.exactly_once(url, []) != []
 
-    def test_in_what_a_replica_saw(self, faults: ModuleType, raced: Path) -> None:
+    def test_in_what_a_replica_saw(self, raced: Path) -> None:
         replica = faults.Replica(f"sqlite:///{raced}")
         replica._stop.set()
         replica._thread.join()

@@ -1,16 +1,12 @@
 """Does the admin store keep its promises when writers race for slots and processes are killed?
 
-    python benchmarks/admin_faults.py --rounds 100 --writers 50 --replicas 4
-
-First a race in SQLite and in PostgreSQL: `replicas` processes of `writers` threads each bind keywords to too few
-slots, release them, count a shared counter up by etag, and make rules in pairs; as many replicas follow the changes.
-Then `rounds` rounds of such writers in which the writing process, or PostgreSQL, is killed (SIGKILL) at a random
-moment.
+First a race in SQLite and in PostgreSQL: processes of many threads each bind keywords to too few slots, release them,
+count a shared counter up by etag, and make rules in pairs; as many replicas follow the changes. Then rounds of such
+writers in which the writing process, or PostgreSQL, is killed (SIGKILL) at a random moment.
 
 After each the whole audit is replayed and compared with what is stored, with what the writers were answered and with
-what the replicas saw. Anything that does not fit is printed and counted; `faults.admin.problems` must be 0. PostgreSQL
-is a cluster of its own in a temporary folder; without its binaries there is SQLite alone. No kill shows what a power
-cut would do: what the kernel has, it keeps.
+what the replicas saw. PostgreSQL is a cluster of its own; without its binaries there is SQLite alone. No kill shows
+what a power cut would do: what the kernel has, it keeps.
 """
 
 from __future__ import annotations
@@ -19,9 +15,6 @@ import argparse
 import json
 import os
 import random
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,15 +26,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from genretrieval.errors import (
     EtagMismatchError,
     SlotsExhaustedError,
     UnavailableError,
 )
-from genretrieval.figures import Figure, print_lines
+from genretrieval.figures import Figure
 from genretrieval_serving.admin.resources import (
     AuditEvent,
     Binding,
@@ -56,10 +48,10 @@ from genretrieval_serving.admin.resources import (
 )
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.store import Call, Create, Delete, Operation, Update
+from genretrieval_serving.faults.processes import PATIENCE_S, PostgresCluster
 from genretrieval_serving.observability import configure_logging
 
 COUNTER = "counter"
-PATIENCE_S = 60.0
 ITEMS = Selector(item_ids=["item-1"])
 
 
@@ -89,6 +81,7 @@ class Writer:
         self.made = 0
 
     def run(self, operations: int) -> None:
+        """Do so many operations, or fewer if asked to stop."""
         try:
             for _ in range(operations):
                 if self.stop.is_set():
@@ -100,6 +93,7 @@ class Writer:
             os._exit(1)  # one thread that fails must not pass for a writer that had done
 
     def step(self) -> None:
+        """One operation, drawn by chance."""
         chance = self.rng.random()
         if chance < 0.3:
             try:
@@ -125,6 +119,7 @@ class Writer:
                 self.bound.append(fresh)
 
     def release(self) -> None:
+        """Unbind or delete a keyword that it has bound."""
         if self.bound:
             keyword = self.bound.pop(self.rng.randrange(len(self.bound)))
             if self.rng.random() < 0.5:
@@ -151,10 +146,12 @@ class Writer:
 
 
 def one_more(resource: Resource) -> Fields:
+    """The counter, one higher."""
     return KeywordFields(text=COUNTER, note=str(int(resource.note) + 1))
 
 
 def unbound(resource: Resource) -> Fields:
+    """A keyword without its binding."""
     return KeywordFields(text=resource.id)
 
 
@@ -162,7 +159,12 @@ def write(url: str, name: str, writers: int, operations: int) -> None:
     """A writing process; it ends when its work is done or its standard input closes."""
     stop = threading.Event()
     output = threading.Lock()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+
+    def heed() -> None:
+        sys.stdin.read()
+        stop.set()
+
+    threading.Thread(target=heed, daemon=True).start()
     store = open_store(url)
     threads = [
         threading.Thread(target=Writer(store, f"{name}.{i}", stop, output).run, args=(operations,))
@@ -185,7 +187,7 @@ class WritingProcess:
     def __init__(self, url: str, name: str, writers: int, operations: int) -> None:
         arguments = ["--write", url, "--name", name, "--writers", str(writers), "--operations", str(operations)]
         self.process = subprocess.Popen(  # noqa: S603
-            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", __name__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.answers: list[tuple[str, int, str]] = []
         self.answered = threading.Event()
@@ -201,15 +203,18 @@ class WritingProcess:
                 self.answered.set()
 
     def kill(self) -> None:
+        """SIGKILL."""
         self.process.kill()
         self._end()
 
     def stop(self) -> None:
+        """Ask it to end, and wait."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.join()
 
     def join(self) -> None:
+        """Wait until its work is done."""
         self._end()
         assert self.process.returncode == 0, f"the writers ended with {self.process.returncode}"
 
@@ -240,6 +245,7 @@ class Replica:
                 self.follow()
 
     def follow(self) -> None:
+        """Take over what changed."""
         changes = self.store.changes(self.revision)
         if changes.revision < self.revision:
             self.problems.append(f"a replica saw revision {changes.revision} after {self.revision}")
@@ -269,11 +275,13 @@ class Outcome:
     answers: int = 0
 
     def add(self, other: Outcome) -> None:
+        """Count another one's in."""
         self.problems += other.problems
         self.answers += other.answers
 
 
 def all_events(store: SqlStore) -> list[AuditEvent]:
+    """The whole audit, oldest first."""
     events, token = store.audit(size=1000)
     while token:
         page, token = store.audit(size=1000, token=token)
@@ -282,7 +290,8 @@ def all_events(store: SqlStore) -> list[AuditEvent]:
 
 
 def all_resources(store: SqlStore) -> dict[str, dict[str, Any]]:
-    found = {}
+    """Everything that is stored, deleted or not, by name."""
+    found: dict[str, dict[str, Any]] = {}
     for kind in Kind:
         page = store.page(kind, size=1000, show_deleted=True)
         while True:
@@ -322,7 +331,7 @@ def check(url: str, answers: Sequence[tuple[str, int, str]], n_slots: int) -> Ou
             problems.append(f"{event.name} is {'' if due else 'not '}bound, and its slot is {new}")
         if event.name.startswith("rules/pair-"):
             halves[event.revision, event.name[:-1]] += 1
-        if event.name == f"keywords/{COUNTER}" and before and int(after["note"]) != int(before["note"]) + 1:
+        if event.name == f"keywords/{COUNTER}" and before and str(after["note"]) != str(int(str(before["note"])) + 1):
             problems.append(f"lost update: the counter went from {before['note']} to {after['note']}")
         state[event.name] = after
         done[event.revision, event.name] = after["etag"]
@@ -344,6 +353,7 @@ def check(url: str, answers: Sequence[tuple[str, int, str]], n_slots: int) -> Ou
 
 
 def slot_of(resource: dict[str, Any] | None) -> tuple[int, int] | None:
+    """The slot that a resource holds."""
     slot = (resource or {}).get("slot")
     return None if slot is None else (slot["level"], slot["code"])
 
@@ -399,114 +409,6 @@ def kill_round(
     return outcome
 
 
-class PostgresCluster:
-    """A PostgreSQL of our own on a free port, which may be crashed. A context manager: it stops and goes at the end."""
-
-    def __init__(self, binaries: Path) -> None:
-        self._binaries = binaries
-        # Not below a folder of the caller: PostgreSQL refuses to run as root, and others may not enter there.
-        self._folder = Path(tempfile.mkdtemp(prefix="genretrieval-postgres-"))
-        self._as: dict[str, Any] = {"cwd": self._folder}
-        if os.geteuid() == 0:
-            shutil.chown(self._folder, "postgres", "postgres")
-            self._as |= {"user": "postgres", "group": "postgres", "extra_groups": []}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self._log: IO[bytes] = (self._folder / "log").open("ab")
-        self._server: subprocess.Popen[bytes] | None = None
-        self._databases = 0
-
-    @staticmethod
-    def binaries() -> Path | None:
-        """Where PostgreSQL is installed: the newest of Debian's places, else on the path."""
-        folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: p.parent.name.zfill(4))
-        on_path = shutil.which("initdb")
-        folders = [f for f in folders if (f / "initdb").exists()] or ([Path(on_path).parent] if on_path else [])
-        return folders[-1] if folders else None
-
-    def __enter__(self) -> PostgresCluster:
-        try:
-            self._run("initdb", "--pgdata=data", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-sync")
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._server is not None and self._server.poll() is None:
-            self._server.send_signal(signal.SIGQUIT)  # "immediate": nobody needs what it would write yet
-            self._server.wait(PATIENCE_S)
-        self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def database(self) -> str:
-        """URL of a new database."""
-        self._databases += 1
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres", f"faults{self._databases}")
-        return f"postgresql://postgres@127.0.0.1:{self._port}/faults{self._databases}"
-
-    def crash(self, rng: random.Random) -> None:
-        """SIGKILL one of its processes, upon which it ends all sessions and recovers; or all of them, and start it."""
-        assert self._server is not None
-        children = self._children()
-        if rng.random() < 0.5 and children:
-            self._kill(rng.choice(children))
-            return
-        # The first goes first, or it would begin to recover.
-        self._server.kill()
-        for child in children:
-            self._kill(child)
-        self._server.wait()
-        self._start()
-
-    def _children(self) -> list[int]:
-        assert self._server is not None
-        listed = subprocess.run(  # noqa: S603
-            ["ps", "-o", "pid=", "--ppid", str(self._server.pid)],  # noqa: S607
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return [int(pid) for pid in listed.stdout.split()]
-
-    @staticmethod
-    def _kill(pid: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-    def _start(self) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        # Waiting for the disk shows nothing where only processes die, and after a crash it would be waited for file by
-        # file.
-        settings = ["-D", "data", "-p", str(self._port), "-h", "127.0.0.1", "-k", ""]
-        settings += ["-c", "max_connections=300", "-c", "fsync=off"]
-        while True:
-            self._server = subprocess.Popen(  # noqa: S603
-                [self._binaries / "postgres", *settings], stdout=self._log, stderr=self._log, **self._as
-            )
-            while self._server.poll() is None:
-                if self._is_ready():
-                    return
-                assert time.monotonic() < deadline, (self._folder / "log").read_text()
-                time.sleep(0.05)
-            # It refuses while a process of the one before it is not quite dead.
-            assert time.monotonic() < deadline, (self._folder / "log").read_text()
-            time.sleep(0.1)
-
-    def _is_ready(self) -> bool:
-        arguments = ["-q", "-h", "127.0.0.1", "-p", str(self._port), "-U", "postgres"]
-        done = subprocess.run([self._binaries / "pg_isready", *arguments], check=False)  # noqa: S603
-        return done.returncode == 0
-
-    def _run(self, program: str, *arguments: str) -> None:
-        done = subprocess.run(  # noqa: S603
-            [self._binaries / program, *arguments], capture_output=True, text=True, check=False, **self._as
-        )
-        assert done.returncode == 0, done.stderr
-
-
 @contextmanager
 def new_sqlite() -> Iterator[str]:
     """URL of a new file."""
@@ -514,8 +416,21 @@ def new_sqlite() -> Iterator[str]:
         yield f"sqlite:///{folder}/admin.db"
 
 
-def main(rounds: int, writers: int, replicas: int, operations: int = 20, seed: int = 0) -> Outcome:
-    """All scenarios; prints figures."""
+def admin_store_faults(
+    rounds: int = 100, writers: int = 50, replicas: int = 4, operations: int = 20, seed: int = 0
+) -> tuple[dict[str, Figure], list[str]]:
+    """All scenarios.
+
+    Args:
+        rounds: of killed processes.
+        writers: threads of a writing process.
+        replicas: writing processes of a race, and replicas that follow it.
+        operations: of each writer in the race.
+        seed: of what is killed when.
+
+    Returns:
+        Figures, and every problem that was found in words.
+    """
     rng = random.Random(seed)
     total, figures = Outcome(), {}
     binaries = PostgresCluster.binaries()
@@ -524,9 +439,9 @@ def main(rounds: int, writers: int, replicas: int, operations: int = 20, seed: i
         for kind in ["sqlite"] if postgres is None else ["sqlite", "postgresql"]:
             url = stack.enter_context(new_sqlite()) if postgres is None or kind == "sqlite" else postgres.database()
             outcome = race(url, writers, replicas, operations, n_slots=writers * replicas // 2)
-            figures[f"faults.admin.race.{kind}.writers"] = Figure(writers * replicas, "threads")
-            figures[f"faults.admin.race.{kind}.changes"] = Figure(outcome.answers, "changes")
-            figures[f"faults.admin.race.{kind}.problems"] = Figure(len(outcome.problems), "problems")
+            figures[f"faults.admin_store.race.{kind}.writers"] = Figure(writers * replicas, "threads")
+            figures[f"faults.admin_store.race.{kind}.changes"] = Figure(outcome.answers, "changes")
+            figures[f"faults.admin_store.race.{kind}.problems"] = Figure(len(outcome.problems), "problems")
             total.add(outcome)
         killed: Counter[str] = Counter()
         answers = 0
@@ -540,30 +455,23 @@ def main(rounds: int, writers: int, replicas: int, operations: int = 20, seed: i
             killed[chosen] += 1
             answers += outcome.answers
             total.add(outcome)
-        figures["faults.admin.kill9_rounds"] = Figure(rounds, "rounds")
+        figures["faults.admin_store.kill9_rounds"] = Figure(rounds, "rounds")
         for chosen, number in killed.items():
-            figures[f"faults.admin.kill9.{chosen}"] = Figure(number, "rounds")
-        figures["faults.admin.kill9.changes"] = Figure(answers, "changes")
+            figures[f"faults.admin_store.kill9.{chosen}"] = Figure(number, "rounds")
+        figures["faults.admin_store.kill9.changes"] = Figure(answers, "changes")
     for kind in ("lost", "half", "slot"):
         number = sum(problem.startswith(kind) for problem in total.problems)
-        figures[f"faults.admin.{kind}"] = Figure(number, "problems")
-    figures["faults.admin.problems"] = Figure(len(total.problems), "problems")
-    for problem in total.problems[:20]:
-        print(problem, file=sys.stderr)
-    print_lines(figures)
-    return total
+        figures[f"faults.admin_store.{kind}"] = Figure(number, "problems")
+    figures["faults.admin_store.problems"] = Figure(len(total.problems), "problems")
+    return figures, total.problems
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--writers", type=int, default=50)
-    parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--operations", type=int, default=20, help="Of each writer in the race.")
-    parser.add_argument("--write", help=argparse.SUPPRESS)
-    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="One writing process of a race.")
+    parser.add_argument("--write", required=True, help="URL of the store.")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--writers", type=int, required=True)
+    parser.add_argument("--operations", type=int, required=True)
     given = parser.parse_args()
-    if given.write:
-        configure_logging("warning", sys.stderr)  # standard output is answers
-        write(given.write, given.name, given.writers, given.operations)
-    sys.exit(bool(main(given.rounds, given.writers, given.replicas, given.operations).problems))
+    configure_logging("warning", sys.stderr)  # standard output is answers
+    write(given.write, given.name, given.writers, given.operations)
