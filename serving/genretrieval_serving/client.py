@@ -46,7 +46,9 @@ _RETRIES = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
+    # All addresses that a name has, one after another, as behind a headless service.
+    "loadBalancingConfig": [{"round_robin": {}}],
 }
 
 
@@ -68,7 +70,8 @@ class Client:
         """Connect lazily.
 
         Args:
-            url: ``grpc://host:port``, ``http://host:port`` or ``https://host``.
+            url: ``grpc://host:port``, ``http://host:port`` or ``https://host``; or several replicas by their addresses,
+                ``grpc://10.0.0.1:8081,10.0.0.2:8081``, which take turns and stand in for one another.
             timeout: seconds for a call with its retries; the server gives up on it then, too.
             api_key: for a server that needs one; ``grpc`` and ``http`` send it as it is, so keep to a trusted network.
 
@@ -130,7 +133,8 @@ class _Grpc:
 
     def __init__(self, address: str, timeout: float, authorization: dict[str, str]) -> None:
         options = [("grpc.service_config", json.dumps(_RETRIES)), ("grpc.enable_retries", 1)]
-        self.channel = grpc.insecure_channel(address, options=options)
+        target = f"ipv4:{address}" if "," in address else address
+        self.channel = grpc.insecure_channel(target, options=options)
         self.stub = stubs.RetrievalServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.timeout = timeout
         self.metadata = tuple((name.lower(), value) for name, value in authorization.items())

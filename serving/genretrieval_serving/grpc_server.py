@@ -64,14 +64,15 @@ class _Servicer(stubs.RetrievalServiceServicer):
         code, begun = "UNKNOWN", time.perf_counter()
         with structlog.contextvars.bound_contextvars(request_id=id_):
             try:
-                await context.send_initial_metadata((("x-request-id", id_),))
                 try:
                     caller = await self.auth.allow(metadata.get("authorization"), Scope.RETRIEVE)
                     answer = await call(caller)
                 except GenRetrievalError as error:
                     code = error.grpc_code
-                    reason = (("reason", error.reason),)
-                    await context.abort(grpc.StatusCode[code], str(error), trailing_metadata=reason)
+                    told = (("reason", error.reason), ("x-request-id", id_))
+                    await context.abort(grpc.StatusCode[code], str(error), trailing_metadata=told)
+                # Not before: a call that has begun to be answered is never tried again on another replica.
+                await context.send_initial_metadata((("x-request-id", id_),))
                 code = "OK"
                 return answer
             except asyncio.CancelledError:
