@@ -366,10 +366,33 @@ def serve(
     allow_unbound: Annotated[
         bool, typer.Option(help="Leave out bindings and rules that cannot hold on the bundle instead of refusing it.")
     ] = False,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain in PEM, read again when it changes; needs --tls-key.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Key of --tls-cert, without a passphrase.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Let in only clients with a certificate of these authorities.")
+    ] = None,
+    probe_port: Annotated[
+        int | None, typer.Option(help="Probes and metrics here alone, in plain HTTP; 0 takes a free port.")
+    ] = None,
+    jwt_issuer: Annotated[
+        str | None, typer.Option(help="Take this issuer's tokens beside API keys; needs an audience and a JWKS.")
+    ] = None,
+    jwt_audience: Annotated[str | None, typer.Option(help="Audience that tokens must have.")] = None,
+    jwt_jwks_url: Annotated[str | None, typer.Option(help="Where the issuer publishes its keys: https://...")] = None,
+    jwt_jwks_file: Annotated[Path | None, typer.Option(help="The same as a file.")] = None,
+    jwt_scope_claim: Annotated[str, typer.Option(help="Claim that holds the scopes of a token.")] = "scope",
 ) -> None:
     """Serve a bundle by gRPC and REST until SIGTERM."""
     with _extra("serve"):
+        from genretrieval_serving.admin.tokens import JwtSettings
         from genretrieval_serving.app import serve as serve_bundle
+        from genretrieval_serving.tls import TlsSettings
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
+        raise InvalidInputError("TLS needs --tls-cert and --tls-key, also for --tls-client-ca; give both")
+    if (jwt_issuer is None) != (jwt_audience is None) or (jwt_issuer is None and (jwt_jwks_url or jwt_jwks_file)):
+        raise InvalidInputError("tokens need --jwt-issuer, --jwt-audience, and a JWKS as URL or file; give all three")
     serve_bundle(
         bundle,
         host=host,
@@ -389,6 +412,11 @@ def serve(
         notify=admin_notify,
         slot_quarantine=slot_quarantine,
         allow_unbound=allow_unbound,
+        tls=None if tls_cert is None or tls_key is None else TlsSettings(tls_cert, tls_key, tls_client_ca),
+        jwt=None
+        if jwt_issuer is None or jwt_audience is None
+        else JwtSettings(jwt_issuer, jwt_audience, jwt_jwks_url, jwt_jwks_file, jwt_scope_claim),
+        probe_port=probe_port,
     )
 
 

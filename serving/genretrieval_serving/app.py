@@ -26,11 +26,13 @@ from genretrieval_serving.admin.auth import Authenticator
 from genretrieval_serving.admin.live import Live, preferred_levels, reserved_slots
 from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.admin.tokens import JwtSettings, Tokens
 from genretrieval_serving.backend import Device, OnnxBackend
 from genretrieval_serving.batcher import Batcher
 from genretrieval_serving.deployment import Arm, Deployment
 from genretrieval_serving.observability import Metrics, configure_logging
 from genretrieval_serving.service import RetrievalService, State
+from genretrieval_serving.tls import Certificates, TlsSettings
 from genretrieval_serving.web import is_loopback
 
 log = structlog.get_logger(__name__)
@@ -55,9 +57,12 @@ class Settings:
         listen: URL of the PostgreSQL database whose notifications say that admin state has changed; without, it is
             found by asking four times a second.
         allow_unbound: serve also where bindings or rules cannot hold on the bundle, and leave those out.
+        tls: certificate of all ports but the one for probes; None is without TLS.
+        jwt: tokens that are taken beside API keys; with it calls need one or the other.
+        probe_port: port of probes and metrics alone, in plain HTTP; 0 takes a free one. None has them on `http_port`.
 
     Raises:
-        InvalidInputError: the settings contradict each other, or expose the server without `auth` or `insecure`.
+        InvalidInputError: the settings contradict each other, or expose the server to whoever can reach it.
     """
 
     host: str = "127.0.0.1"
@@ -73,19 +78,23 @@ class Settings:
     admin_port: int | None = None
     listen: str | None = None
     allow_unbound: bool = False
+    tls: TlsSettings | None = None
+    jwt: JwtSettings | None = None
+    probe_port: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse rather than adjust."""
         if self.auth and self.admin_port is None:
             raise InvalidInputError("auth needs an admin store, which keeps the API keys; give one")
-        exposed = not self.auth and not is_loopback(self.host)
+        exposed = not (self.auth or self.jwt) and not is_loopback(self.host)
         if exposed and self.admin_port is not None:
             raise InvalidInputError(
                 f"host {self.host!r} can be reached from other machines and calls need no API key: anyone could change "
                 "what is retrieved. Make a key with `genretrieval keys create`, or require one with `auth`; `insecure` "
                 "does not allow this"
             )
-        if exposed and not self.insecure:
+        only_known_clients = self.tls is not None and self.tls.client_ca is not None
+        if exposed and not only_known_clients and not self.insecure:
             raise InvalidInputError(
                 f"host {self.host!r} can be reached from other machines and there is no authentication: "
                 "anyone could read the catalogue. Give an admin store and require API keys with `auth`, serve on "
@@ -110,8 +119,9 @@ class _Uvicorn(uvicorn.Server):
 class _Http:
     """One port of HTTP."""
 
-    def __init__(self, app: FastAPI, port: int, drain_seconds: float) -> None:
-        self.app, self._port = app, port
+    def __init__(self, app: FastAPI, port: int, drain_seconds: float, certificates: Certificates | None = None) -> None:
+        self.app, self.url = app, ""
+        self._port, self._scheme = port, "http" if certificates is None else "https"
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -120,19 +130,20 @@ class _Http:
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=max(1, round(drain_seconds)),
+                ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
             )
         )
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def open(self, host: str) -> str:
-        """Take the port; the address under which it answers once it is served."""
+    def open(self, host: str) -> None:
+        """Take the port; `url` is where it answers once it is served."""
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._socket = socket.create_server((host, self._port), family=family, backlog=2048)
         except OSError as error:
             raise _cannot_listen(host, self._port, error) from error
-        return f"http://{_bracketed(host)}:{self._socket.getsockname()[1]}"
+        self.url = f"{self._scheme}://{_bracketed(host)}:{self._socket.getsockname()[1]}"
 
     def close(self) -> None:
         """Give the port back, unserved."""
@@ -174,16 +185,36 @@ class Server:
         metrics = Metrics()
         self.service = RetrievalService(metrics, settings.max_batch)
         self._batcher = Batcher(metrics, max_queue=settings.max_queue, max_batch=settings.max_batch)
-        self.auth = Authenticator(store, always=settings.auth)
+        tokens = None if settings.jwt is None else Tokens(settings.jwt)
+        self.auth = Authenticator(store, tokens=tokens, always=settings.auth)
         self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=settings.quiet)
-        app = rest.create_app(self.service, self.auth, quiet=settings.quiet)
-        self._http = [_Http(app, settings.http_port, settings.drain_seconds)]
+        self._certificates = None if settings.tls is None else Certificates(settings.tls)
+        probes_here = settings.probe_port is None
+        app = rest.create_app(self.service, self.auth, quiet=settings.quiet, probes_here=probes_here)
+        self._http = {"http": _Http(app, settings.http_port, settings.drain_seconds, self._certificates)}
         if store is not None and settings.admin_port is not None:
             app = api.create_app(store, self._live, self.auth, self.service.metrics, quiet=settings.quiet)
-            self._http.append(_Http(app, settings.admin_port, settings.drain_seconds))
-        self.http_url = ""
+            self._http["admin"] = _Http(app, settings.admin_port, settings.drain_seconds, self._certificates)
+        if settings.probe_port is not None:
+            # Plain, because what asks for probes shows no certificate.
+            app = rest.create_probes(self.service)
+            self._http["probes"] = _Http(app, settings.probe_port, settings.drain_seconds)
         self.grpc_url = ""
-        self.admin_url = ""
+
+    @property
+    def http_url(self) -> str:
+        """Where REST is."""
+        return self._http["http"].url
+
+    @property
+    def admin_url(self) -> str:
+        """Where the admin API is; empty without."""
+        return self._http["admin"].url if "admin" in self._http else ""
+
+    @property
+    def probes_url(self) -> str:
+        """Where probes and metrics are."""
+        return self._http["probes" if "probes" in self._http else "http"].url
 
     async def listen(self) -> None:
         """Open the ports; probes answer, requests are refused as unavailable.
@@ -191,37 +222,159 @@ class Server:
         Raises:
             InvalidInputError: a port is taken, or the host is not an address of this machine.
         """
-        host = self.settings.host
+        host, address = self.settings.host, f"{_bracketed(self.settings.host)}:{self.settings.grpc_port}"
         try:
-            self.http_url, self.admin_url, *_ = [*(http.open(host) for http in self._http), ""]
-            port = self._grpc.add_insecure_port(f"{_bracketed(host)}:{self.settings.grpc_port}")
+            for http in self._http.values():
+                http.open(host)
+            if self._certificates is None:
+                port = self._grpc.add_insecure_port(address)
+            else:
+                port = self._grpc.add_secure_port(address, self._certificates.grpc_credentials())
         except (InvalidInputError, RuntimeError) as error:
-            for http in self._http:
+            for http in self._http.values():
                 http.close()
             if isinstance(error, InvalidInputError):
                 raise
             raise _cannot_listen(host, self.settings.grpc_port, error) from error
-        self.grpc_url = f"grpc://{_bracketed(host)}:{port}"
+        self.grpc_url = f"{'grpc' if self._certificates is None else 'grpcs'}://{_bracketed(host)}:{port}"
+        if self._certificates is None and self.auth.required and not is_loopback(host):
+            # Usual behind a mesh or a proxy; anywhere else they can be read on their way.
+            log.warning("keys_travel_in_the_clear", host=host, remedy="--tls-cert and --tls-key, or TLS in front")
         await grpc_server.set_health(self._health, serving=False)
         await self._grpc.start()
-        for http in self._http:
+        for http in self._http.values():
             http.serve()
 
     async def load(self) -> None:
         """Load and warm the model, then become ready."""
+        await self.auth.prepare()
         retriever = await asyncio.to_thread(self._open_retriever)
         if self._store is not None:
-            self._replica = await self._follow(self._store, retriever)
+            self._replica = Replica(self._store, self.service.metrics, listen=self.settings.listen)
+            await self._replica.start()
+        arm = await asyncio.to_thread(self._arm, retriever)
         await self._batcher.warm_up(retriever)
         await self._batcher.start()
-        deployment = Deployment(Arm("primary", retriever, self._replica))
+        deployment = Deployment(arm)
         if self._replica is not None:
             self._live.open(self._batcher, deployment, self._replica)
         self.service.open(self._batcher, deployment)
         await grpc_server.set_health(self._health, serving=True)
-        addresses = {"http": self.http_url, "grpc": self.grpc_url} | (
-            {"admin": self.admin_url} if self.admin_url else {}
-        )
+        addresses = {name: http.url for name, http in self._http.items()} | {"grpc": self.grpc_url}
+        log.info("ready", **addresses, bundle_version=retriever.bundle.manifest.version, auth=self.auth.required)
+
+    def _arm(self, retriever: Retriever) -> Arm:
+        """Take over what is bound, then tell the store which slots the bundle has.
+
+        In this order, so that a server that is refused leaves the slots as those that run have them.
+        """
+        arm = Arm("primary", retriever, self._replica, allow_unbound=self.settings.allow_unbound)
+        if self._store is not None:
+            self._store.sync_slots(reserved_slots(retriever), preferred_levels(retriever))
+        return arm
+
+    async def stop(self) -> None:
+        """End when all calls are answered."""
+        if self._task is not None:
+            await self._task
+
+
+class Server:
+    """A server in the running event loop: `start`, then `stop`."""
+
+    def __init__(
+        self, open_retriever: Callable[[], Retriever], settings: Settings, store: SqlStore | None = None
+    ) -> None:
+        """A server that is not listening yet.
+
+        Args:
+            open_retriever: loads the model; called once, in a thread, when probes already answer.
+            settings: how to serve.
+            store: admin state and API keys, where `settings` have an admin port.
+        """
+        self.settings = settings
+        self._open_retriever, self._store = open_retriever, store
+        self._live = Live()
+        self._replica: Replica | None = None
+        metrics = Metrics()
+        self.service = RetrievalService(metrics, settings.max_batch)
+        self._batcher = Batcher(metrics, max_queue=settings.max_queue, max_batch=settings.max_batch)
+        tokens = None if settings.jwt is None else Tokens(settings.jwt)
+        self.auth = Authenticator(store, tokens=tokens, always=settings.auth)
+        self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=settings.quiet)
+        self._certificates = None if settings.tls is None else Certificates(settings.tls)
+        probes_here = settings.probe_port is None
+        app = rest.create_app(self.service, self.auth, quiet=settings.quiet, probes_here=probes_here)
+        self._http = {"http": _Http(app, settings.http_port, settings.drain_seconds, self._certificates)}
+        if store is not None and settings.admin_port is not None:
+            app = api.create_app(store, self._live, self.auth, self.service.metrics, quiet=settings.quiet)
+            self._http["admin"] = _Http(app, settings.admin_port, settings.drain_seconds, self._certificates)
+        if settings.probe_port is not None:
+            # Plain, because what asks for probes shows no certificate.
+            app = rest.create_probes(self.service)
+            self._http["probes"] = _Http(app, settings.probe_port, settings.drain_seconds)
+        self.grpc_url = ""
+
+    @property
+    def http_url(self) -> str:
+        """Where REST is."""
+        return self._http["http"].url
+
+    @property
+    def admin_url(self) -> str:
+        """Where the admin API is; empty without."""
+        return self._http["admin"].url if "admin" in self._http else ""
+
+    @property
+    def probes_url(self) -> str:
+        """Where probes and metrics are."""
+        return self._http["probes" if "probes" in self._http else "http"].url
+
+    async def listen(self) -> None:
+        """Open the ports; probes answer, requests are refused as unavailable.
+
+        Raises:
+            InvalidInputError: a port is taken, or the host is not an address of this machine.
+        """
+        host, address = self.settings.host, f"{_bracketed(self.settings.host)}:{self.settings.grpc_port}"
+        try:
+            for http in self._http.values():
+                http.open(host)
+            if self._certificates is None:
+                port = self._grpc.add_insecure_port(address)
+            else:
+                port = self._grpc.add_secure_port(address, self._certificates.grpc_credentials())
+        except (InvalidInputError, RuntimeError) as error:
+            for http in self._http.values():
+                http.close()
+            if isinstance(error, InvalidInputError):
+                raise
+            raise _cannot_listen(host, self.settings.grpc_port, error) from error
+        self.grpc_url = f"{'grpc' if self._certificates is None else 'grpcs'}://{_bracketed(host)}:{port}"
+        if self._certificates is None and self.auth.required and not is_loopback(host):
+            # Usual behind a mesh or a proxy; anywhere else they can be read on their way.
+            log.warning("keys_travel_in_the_clear", host=host, remedy="--tls-cert and --tls-key, or TLS in front")
+        await grpc_server.set_health(self._health, serving=False)
+        await self._grpc.start()
+        for http in self._http.values():
+            http.serve()
+
+    async def load(self) -> None:
+        """Load and warm the model, then become ready."""
+        await self.auth.prepare()
+        retriever = await asyncio.to_thread(self._open_retriever)
+        if self._store is not None:
+            self._replica = Replica(self._store, self.service.metrics, listen=self.settings.listen)
+            await self._replica.start()
+        arm = await asyncio.to_thread(self._arm, retriever)
+        await self._batcher.warm_up(retriever)
+        await self._batcher.start()
+        deployment = Deployment(arm)
+        if self._replica is not None:
+            self._live.open(self._batcher, deployment, self._replica)
+        self.service.open(self._batcher, deployment)
+        await grpc_server.set_health(self._health, serving=True)
+        addresses = {name: http.url for name, http in self._http.items()} | {"grpc": self.grpc_url}
         log.info("ready", **addresses, bundle_version=retriever.bundle.manifest.version, auth=self.auth.required)
 
     async def _follow(self, store: SqlStore, retriever: Retriever) -> Replica:
@@ -247,12 +400,12 @@ class Server:
         log.info("draining", drain_delay=self.settings.drain_delay, drain_seconds=self.settings.drain_seconds)
         if loaded:
             await asyncio.sleep(self.settings.drain_delay)
-        for http in self._http:
+        for http in self._http.values():
             http.begin_to_stop()
         loop = asyncio.get_running_loop()
         latest = loop.time() + self.settings.drain_seconds
         await self._grpc.stop(self.settings.drain_seconds)
-        for http in self._http:
+        for http in self._http.values():
             await http.stop()
         if loaded:
             await self._batcher.stop(max(0.0, latest - loop.time()))
@@ -326,6 +479,9 @@ def serve(
     notify: bool = True,
     slot_quarantine: float = 3600.0,
     allow_unbound: bool = False,
+    tls: TlsSettings | None = None,
+    jwt: JwtSettings | None = None,
+    probe_port: int | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or SIGINT; returns when all accepted requests are answered.
 
@@ -349,6 +505,9 @@ def serve(
         notify: let PostgreSQL tell servers of changes, which they find a little later without.
         slot_quarantine: seconds that a slot rests between two keywords, not negative.
         allow_unbound: leave out bindings and rules that cannot hold on the bundle, instead of refusing to serve it.
+        tls: see `Settings`.
+        jwt: see `Settings`.
+        probe_port: as `http_port`; not opened by default.
 
     Raises:
         BundleError: the bundle cannot be served.
@@ -372,6 +531,9 @@ def serve(
             admin_port=admin_port if admin else None,
             listen=hears,
             allow_unbound=allow_unbound,
+            tls=tls,
+            jwt=jwt,
+            probe_port=probe_port,
         )
 
     def open_retriever() -> Retriever:

@@ -92,11 +92,21 @@ async def metrics(service: Service) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def create_app(service: RetrievalService, auth: Authenticator, *, quiet: bool = False) -> FastAPI:
+def create_app(
+    service: RetrievalService, auth: Authenticator, *, quiet: bool = False, probes_here: bool = True
+) -> FastAPI:
     """The REST application over `service`; `quiet` leaves out the log line of every request."""
-    app = _application()
+    app = _application(probes) if probes_here else _application()
     app.state.service = service
     return open_application(app, auth, service.metrics, transport="rest", quiet=quiet)
+
+
+def create_probes(service: RetrievalService) -> FastAPI:
+    """Probes and metrics as an application of their own, for a port that only the cluster reaches."""
+    app = FastAPI(openapi_url=None)
+    app.include_router(probes)
+    app.state.service = service
+    return app
 
 
 def openapi() -> dict[str, Any]:
@@ -104,5 +114,5 @@ def openapi() -> dict[str, Any]:
     return _application().openapi()
 
 
-def _application() -> FastAPI:
-    return application("genretrieval", (router, probes))
+def _application(*more: APIRouter) -> FastAPI:
+    return application("genretrieval", (router, *more))

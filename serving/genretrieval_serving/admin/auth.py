@@ -1,8 +1,8 @@
-"""Who calls, and what the caller may do: API keys, the same on every port.
+"""Who calls, and what the caller may do: API keys and tokens, the same on every port.
 
 A key is sent as ``Authorization: Bearer grk_...`` (gRPC: metadata ``authorization``). The store knows keys by a hash;
 what it said is kept for `CACHE_SECONDS`, so that retrieval does not ask SQL each time and a revoked key stops working
-within that time.
+within that time. What does not begin as a key is a token of an identity provider, where the server takes those.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from genretrieval.errors import PermissionDeniedError, UnauthenticatedError, UnavailableError
 from genretrieval_serving.admin.resources import Scope
 
+if TYPE_CHECKING:
+    from genretrieval_serving.admin.tokens import Tokens
+
 log = structlog.get_logger(__name__)
 
+KEY_PREFIX = "grk_"
 CACHE_SECONDS = 3.0
 # A store that is away does not stop retrieval: keys it knew before are taken for so long.
 AWAY_SECONDS = 3600.0
@@ -75,28 +79,40 @@ class Authenticator:
     """Decides for every call. Used in one event loop."""
 
     def __init__(
-        self, keys: KeyStore | None = None, *, always: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        keys: KeyStore | None = None,
+        *,
+        tokens: Tokens | None = None,
+        always: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Ask `keys` whether there is any.
 
         Args:
-            keys: where keys are known; None lets everybody do everything.
+            keys: where keys are known.
+            tokens: what checks tokens. Without `tokens` and `keys` everybody may do everything.
             always: keys are required although none may have been made. Else they are from the first one on, for
-                good: revoking the last one opens nothing.
+                good: revoking the last one opens nothing. With `tokens` it is so in any case.
             clock: seconds.
         """
-        self._keys, self._clock = keys, clock
+        self._keys, self._tokens, self._clock = keys, tokens, clock
         self._known: dict[bytes, _Known] = {}
         self._refused: dict[bytes, _Known] = {}
         self._may_ask = asyncio.Semaphore(MAX_ASKING)
         self._asking: dict[bytes, asyncio.Task[_Known]] = {}
-        self._required = always or (keys is not None and bool(keys.list_keys()))
+        self._required = always or tokens is not None or (keys is not None and bool(keys.list_keys()))
         self._look_again = clock() + CACHE_SECONDS
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def required(self) -> bool:
-        """Whether calls need a key."""
+        """Whether calls need a key or a token."""
         return self._required
+
+    async def prepare(self) -> None:
+        """Do before the first call what it would wait for; what fails is logged and done with that call."""
+        if self._tokens is not None:
+            await self._tokens.refresh()
 
     async def allow(self, authorization: str | None, scope: Scope) -> Principal:
         """Who calls, if the caller may.
@@ -104,40 +120,56 @@ class Authenticator:
         Raises:
             UnauthenticatedError: there is no key, or none that is known.
             PermissionDeniedError: the key lacks the scope.
-            UnavailableError: the store cannot be asked about a key that it has not seen lately.
+            UnavailableError: the store cannot be asked about a key that it has not seen lately, or the issuer about
+                any token.
         """
-        keys = self._keys
         if not self._required:
             await self._look_for_keys()
-        if not self._required or keys is None:
+        if not self._required or (self._keys is None and self._tokens is None):
             return ANONYMOUS
         kind, _, secret = (authorization or "").partition(" ")
         secret = secret.strip()
         if kind.lower() != "bearer" or not secret:
-            raise UnauthenticatedError(
-                "this server needs an API key: send it as `Authorization: Bearer grk_...`; "
-                "`genretrieval keys create` makes one"
-            )
-        known = await self._look_up(keys, secret)
-        principal = known.principal
-        if principal is None:
-            raise UnauthenticatedError(known.refusal)
+            raise UnauthenticatedError(f"this server needs {self._wanted}")
+        if self._tokens is not None and not secret.startswith(KEY_PREFIX):
+            principal, held = Principal(*await self._tokens.verify(secret)), "token"
+        elif self._keys is None:
+            raise UnauthenticatedError(f"this server has no API keys, it needs {self._wanted}")
+        else:
+            known = await self._look_up(self._keys, secret)
+            if known.principal is None:
+                raise UnauthenticatedError(known.refusal)
+            principal, held = known.principal, "API key"
         if not principal.may(scope):
             raise PermissionDeniedError(
-                f"the API key of {principal.name} lacks the scope {scope.value}; "
+                f"the {held} of {principal.name} lacks the scope {scope.value}; "
                 f"it has {', '.join(sorted(principal.scopes)) or 'none'}"
             )
         return principal
 
+    @property
+    def _wanted(self) -> str:
+        key = f"an API key: send it as `Authorization: Bearer {KEY_PREFIX}...`; `genretrieval keys create` makes one"
+        other = "a token of its identity provider: send it as `Authorization: Bearer ...`"
+        return key if self._tokens is None else other if self._keys is None else f"{other}; or {key}"
+
     async def _look_for_keys(self) -> None:
-        now = self._clock()
-        if self._keys is None or now < self._look_again:
+        """Ask now and then whether there is a key by now; a silent store holds up no call for long."""
+        keys, now = self._keys, self._clock()
+        if keys is None or self._looking is not None or now < self._look_again:
             return
         self._look_again = now + CACHE_SECONDS
-        try:
-            self._required = bool(await asyncio.to_thread(self._keys.list_keys))
-        except UnavailableError as error:
-            log.warning("keys_unknown", error=str(error))
+
+        async def look() -> None:
+            try:
+                self._required = bool(await asyncio.to_thread(keys.list_keys))
+            except UnavailableError as error:
+                log.warning("keys_unknown", error=str(error))
+            finally:
+                self._looking = None
+
+        self._looking = asyncio.create_task(look(), name="look-for-keys")
+        await asyncio.wait((self._looking,), timeout=PATIENCE_SECONDS)
 
     async def _look_up(self, keys: KeyStore, secret: str) -> _Known:
         digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()

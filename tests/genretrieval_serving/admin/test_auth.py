@@ -131,7 +131,7 @@ def routes_of(app: Any) -> set[str]:
 
 
 def test_every_operation_is_in_the_table(world) -> None:
-    rest, admin = (http.app for http in world.running.server._http)
+    rest, admin = (http.app for http in world.running.server._http.values())
     assert routes_of(rest) == set(NEEDS["rest"])
     assert routes_of(admin) == set(NEEDS["admin"])
     served = {"genretrieval.v1.RetrievalService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
