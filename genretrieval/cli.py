@@ -350,7 +350,11 @@ def serve(
     quiet: Annotated[bool, typer.Option(help="Log no line for each request.")] = False,
     insecure: Annotated[bool, typer.Option(help="Listen beyond loopback without authentication.")] = False,
     admin_store: Annotated[
-        str | None, typer.Option(help="sqlite:///FILE or postgresql://...: opens the admin API, and keeps its state.")
+        str | None,
+        typer.Option(
+            envvar="GENRETRIEVAL_ADMIN_STORE",  # other users of a machine read what is typed, not the environment
+            help="sqlite:///FILE or postgresql://...: opens the admin API, and keeps its state.",
+        ),
     ] = None,
     admin_port: Annotated[int, typer.Option(help="Admin API; 0 takes a free port.")] = 8082,
     auth: Annotated[

@@ -32,7 +32,12 @@ Id = Annotated[str, typer.Argument(metavar="ID")]
 Etag = Annotated[str | None, typer.Option(help="Refuse where the resource has another etag by now.")]
 DryRun = Annotated[bool, typer.Option("--validate-only", help="Check and answer as if done, and change nothing.")]
 Format = Annotated[str | None, typer.Option(help="jsonl or csv; by default what the file's name says, else jsonl.")]
-StoreUrl = Annotated[str, typer.Option(help="sqlite:///FILE or postgresql://..., as `serve --admin-store`.")]
+StoreUrl = Annotated[
+    str,
+    typer.Option(
+        envvar="GENRETRIEVAL_ADMIN_STORE", help="sqlite:///FILE or postgresql://..., as `serve --admin-store`."
+    ),
+]
 Items = Annotated[list[str] | None, typer.Option("--item", help="Item id; repeat.")]
 ItemsFile = Annotated[Path | None, typer.Option(help="File of item ids, one a line.")]
 Select = Annotated[
