@@ -30,6 +30,7 @@ from genretrieval.bundle import GRAPH, MANIFEST, load_bundle
 from genretrieval.edits import BoundKeyword, Edits
 from genretrieval.errors import DataError
 from genretrieval.figures import Figure
+from genretrieval.item_texts import item_texts
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary, normalise
 from genretrieval.metrics import mean_with_interval
 from genretrieval.request import RetrieveRequest, RetrieveResponse
@@ -37,7 +38,6 @@ from genretrieval.retrieval import Retriever
 from genretrieval_pipelines.baselines.search import BM25
 from genretrieval_pipelines.cases import query_cases
 from genretrieval_pipelines.draft import reads
-from genretrieval_pipelines.embed import item_texts
 from genretrieval_pipelines.embed.keywords import mine_keywords
 from genretrieval_pipelines.evaluate import requests
 from genretrieval_pipelines.importers import import_logs

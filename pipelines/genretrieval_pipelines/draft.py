@@ -16,10 +16,10 @@ from genretrieval.export import MINIMUM_ONNXRUNTIME, OPSET
 from genretrieval.export.onnx import named_graph
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import LeaveOneOut
+from genretrieval.item_texts import item_texts
 from genretrieval.keyword_codebook import KeywordCodebook
 from genretrieval.model import Generator
 from genretrieval.semantic_ids import SemanticIds
-from genretrieval_pipelines.embed import item_texts
 from genretrieval_pipelines.evaluate import Reads
 from genretrieval_pipelines.queries import has_queries, train_query_tokenizer
 from genretrieval_pipelines.recipe import Recipe, SupervisedStage

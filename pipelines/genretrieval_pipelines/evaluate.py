@@ -18,6 +18,7 @@ from rich.progress import track
 
 from genretrieval.figures import Figure
 from genretrieval.histories import NO_TIME, Exposures, Histories, LeaveOneOut, Split, past_before
+from genretrieval.item_texts import item_texts
 from genretrieval.metrics import (
     NOTHING,
     SidGroups,
@@ -46,7 +47,7 @@ from genretrieval_pipelines.baselines.ranking import Baseline, Ranked, history_i
 from genretrieval_pipelines.baselines.sasrec import Sasrec, SasrecConfig
 from genretrieval_pipelines.baselines.search import BM25, DenseRetrieval
 from genretrieval_pipelines.cases import NO_USER, Cases
-from genretrieval_pipelines.embed import EmbeddingPart, item_texts, text_embedder
+from genretrieval_pipelines.embed import EmbeddingPart, text_embedder
 from genretrieval_pipelines.quality_report import Protocol, QualityReport, Row
 from genretrieval_pipelines.shop import Shop
 from genretrieval_pipelines.synth import Oracle

@@ -34,6 +34,7 @@ from genretrieval.errors import DataError, InvalidInputError
 from genretrieval.features import RequestFeatures
 from genretrieval.figures import Figure
 from genretrieval.histories import NO_QUERY, NO_TIME, Histories, LeaveOneOut, Split
+from genretrieval.item_texts import item_texts
 from genretrieval.logs import PreparedLogs
 from genretrieval.metrics import NOTHING
 from genretrieval.model.ranking import NO_PLACE, Catalogue, RankingConfig, RankingModel, RankingRequests
@@ -41,7 +42,6 @@ from genretrieval.ranking_metrics import auc, expected_calibration_error, groupe
 from genretrieval.schemas import EXPOSURE
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.training.ranking import PADDING, RankingBatch, RankingTrainingConfig, train_ranking_model
-from genretrieval_pipelines.embed import item_texts
 from genretrieval_pipelines.queries import train_query_tokenizer
 from genretrieval_pipelines.recipe import content_hash
 from genretrieval_pipelines.shop import Shop

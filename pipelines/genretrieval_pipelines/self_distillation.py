@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genretrieval.item_texts import item_texts
 from genretrieval.keywords import AttributeType, KeywordDictionary
 from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.self_distillation import SelfDistillationObjective, make_teacher
-from genretrieval_pipelines.embed import item_texts
 from genretrieval_pipelines.embed.parts import catalogue_keywords
 from genretrieval_pipelines.recipe import SelfDistillationStage
 from genretrieval_pipelines.stages import StageInputs, StageRun, training_set, validation_recall

@@ -18,12 +18,13 @@ from rich.progress import Progress
 from genretrieval.bundle import CODEBOOKS
 from genretrieval.errors import DataError
 from genretrieval.histories import NO_QUERY, LeaveOneOut
+from genretrieval.item_texts import item_fields
 from genretrieval.keyword_codebook import EMPTY, KeywordCodebook
 from genretrieval.keywords import KeywordDictionary
 from genretrieval.semantic_ids import Codes, SemanticIds
 from genretrieval_pipelines.embed import EmbeddingPart, FittedEmbedding
 from genretrieval_pipelines.embed.fitted import EMBEDDING
-from genretrieval_pipelines.embed.keywords import item_fields, mined_columns
+from genretrieval_pipelines.embed.keywords import mined_columns
 from genretrieval_pipelines.embed.parts import catalogue_keywords
 from genretrieval_pipelines.recipe import Recipe, content_hash
 from genretrieval_pipelines.shop import Shop

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from genretrieval.errors import DataError, MissingExtraError, RecipeError
 from genretrieval.histories import Histories
+from genretrieval.item_texts import item_texts
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval_pipelines.embed import (
     EmbeddingPart,
@@ -24,7 +25,6 @@ from genretrieval_pipelines.embed import (
     TransformerEmbedder,
     collaborative_embeddings,
     embed_items,
-    item_texts,
     mine_keywords,
     parts,
     text_embedder,

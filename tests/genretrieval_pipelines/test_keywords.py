@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genretrieval.errors import DataError
+from genretrieval.item_texts import item_fields
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
-from genretrieval_pipelines.embed.keywords import enhance, item_fields, mine_keywords, mined_columns
+from genretrieval_pipelines.embed.keywords import enhance, mine_keywords, mined_columns
 from genretrieval_pipelines.embed.linear import Matrix
 
 CATALOGUE = pl.DataFrame(

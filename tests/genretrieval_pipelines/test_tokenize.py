@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from genretrieval.errors import DataError
+from genretrieval.item_texts import item_texts
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval_pipelines import tokenize as tokenize_module
 from genretrieval_pipelines.draft import draft_bundle, request_features
-from genretrieval_pipelines.embed import EmbeddingPart, FittedEmbedding, item_texts
+from genretrieval_pipelines.embed import EmbeddingPart, FittedEmbedding
 from genretrieval_pipelines.recipe import Recipe
 from genretrieval_pipelines.shop import Shop, open_shop
 from genretrieval_pipelines.synth import ShopConfig, synthesize

@@ -10,7 +10,6 @@ from genretrieval_pipelines.embed.text import (
     HashingEmbedder,
     TextEmbedder,
     TransformerEmbedder,
-    item_texts,
     text_embedder,
 )
 
@@ -22,7 +21,6 @@ __all__ = [
     "TransformerEmbedder",
     "collaborative_embeddings",
     "embed_items",
-    "item_texts",
     "mine_keywords",
     "text_embedder",
 ]

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from genretrieval.errors import DataError, RecipeError
 from genretrieval.histories import Histories
+from genretrieval.item_texts import item_texts
 from genretrieval.keywords import KeywordDictionary
 from genretrieval_pipelines.embed.keywords import enhance
 from genretrieval_pipelines.embed.linear import Matrix, unit_rows
@@ -38,7 +39,7 @@ from genretrieval_pipelines.embed.parts import (
     fitted_model,
     text_block,
 )
-from genretrieval_pipelines.embed.text import TextEmbedder, item_texts, text_embedder
+from genretrieval_pipelines.embed.text import TextEmbedder, text_embedder
 
 EMBEDDING = "embedding.json"
 NEIGHBOURS = 5

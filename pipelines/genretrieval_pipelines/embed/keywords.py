@@ -13,9 +13,9 @@ import polars as pl
 import scipy.sparse as sp
 
 from genretrieval.errors import DataError
+from genretrieval.item_texts import is_words
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary, normalise
 from genretrieval_pipelines.embed.linear import Matrix, unit_rows
-from genretrieval_pipelines.embed.text import is_words, item_texts
 
 KEYWORD_SHARE = 0.5
 """Share of the keywords in an enhanced vector, before it is scaled to length 1 (OneSearch)."""
@@ -204,16 +204,6 @@ def mined_columns(items: pl.DataFrame) -> list[str]:
     """The columns that `mine_keywords` reads."""
     named = {"title", "brand", "categories"}
     return [name for name in items.columns if name in named or _type_of(name, items.schema[name])]
-
-
-def item_fields(items: pl.DataFrame) -> list[tuple[str, ...]]:
-    """Texts of each item, those first that say most surely what it is: brand, last category, title, all words."""
-    columns = {"brand": pl.col("brand"), "categories": pl.col("categories").cast(pl.List(pl.String)).list.last()}
-    columns["title"] = pl.col("title")
-    sure = items.select(
-        column.cast(pl.String).fill_null("").alias(name) for name, column in columns.items() if name in items.columns
-    )
-    return [(*texts, text) for texts, text in zip(sure.rows(), item_texts(items), strict=True)]
 
 
 def enhance(

@@ -1,4 +1,4 @@
-"""What an item says in words, and the models that turn words into vectors."""
+"""The models that turn words into vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
-import polars as pl
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from rich.console import Console
@@ -20,62 +19,10 @@ from rich.progress import track
 from genretrieval.errors import DataError, MissingExtraError, RecipeError
 from genretrieval_pipelines.embed.linear import Matrix, truncated_svd, unit_rows
 
-DESCRIPTION_CHARACTERS = 500
 HASHING_DIM = 256
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-_LEADING = ("title", "brand", "categories")
-_NOT_WORDS = {
-    "id",
-    "ids",
-    "url",
-    "urls",
-    "link",
-    "links",
-    "image",
-    "images",
-    "sku",
-    "asin",
-    "ean",
-    "gtin",
-    "upc",
-}
 _WORD = re.compile(r"\w+")
-
-
-def item_texts(items: pl.DataFrame) -> list[str]:
-    """One text an item: title, brand, categories, other words in column order, start of the description.
-
-    The order matters to models that read only the first tokens. Other words are the columns of strings or
-    lists of strings whose name does not say id, url, image or the like; values that are web addresses are
-    left out. Fields are joined by ``". "``; the description stops after `DESCRIPTION_CHARACTERS`.
-    """
-    columns = [name for name in _LEADING if name in items.columns]
-    columns += [name for name in items.columns if is_words(name, items.schema[name])]
-    fields = [_words_of(name, items.schema[name]) for name in columns]
-    if "description" in items.columns:
-        fields.append(pl.col("description").cast(pl.String).str.slice(0, DESCRIPTION_CHARACTERS))
-    if not fields:
-        return [""] * len(items)
-    filled = [pl.when(field.str.strip_chars() != "").then(field.str.strip_chars()) for field in fields]
-    return items.select(pl.concat_str(filled, separator=". ", ignore_nulls=True).fill_null("").alias("text"))[
-        "text"
-    ].to_list()
-
-
-def is_words(name: str, dtype: pl.DataType) -> bool:
-    """Whether a column of the shop's own holds words: strings or lists of them, and no ids, addresses or images."""
-    if name in (*_LEADING, "description") or _NOT_WORDS & set(name.lower().split("_")):
-        return False
-    inner = dtype.inner if isinstance(dtype, pl.List) else dtype
-    return isinstance(inner, (pl.String, pl.Categorical, pl.Enum))
-
-
-def _words_of(name: str, dtype: pl.DataType) -> pl.Expr:
-    if isinstance(dtype, pl.List):
-        return pl.col(name).cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
-    text = pl.col(name).cast(pl.String)
-    return pl.when(~text.str.contains("^https?://")).then(text)
 
 
 class TextEmbedder(Protocol):
