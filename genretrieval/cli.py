@@ -18,7 +18,7 @@ from rich.console import Console
 
 from genretrieval import __version__
 from genretrieval.errors import BundleError, GenRetrievalError, InvalidInputError, MissingExtraError, RecipeError
-from genretrieval_serving.admin.commands import API_KEY, groups
+from genretrieval_serving.admin.commands import client_options, groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +147,7 @@ def evaluate(
         from genretrieval_pipelines.agreement import Agreement
         from genretrieval_serving.client import Client
 
-        client = Client(endpoint, api_key=os.environ.get(API_KEY))
+        client = Client(endpoint, **client_options(endpoint))
         if (live := client.info().bundle_version) != opened.manifest.version:
             raise BundleError(f"{endpoint} serves bundle {live}, not {opened.manifest.version}; their answers differ")
         agreement = Agreement(offline=answer, live=client.batch_retrieve)
@@ -426,14 +426,16 @@ def serve(
 
 @app.command()
 def retrieve(
-    endpoint: Annotated[str, typer.Option(help="grpc://HOST:PORT or http://HOST:PORT")] = "grpc://127.0.0.1:8081",
+    endpoint: Annotated[
+        str, typer.Option(help="grpc://HOST:PORT or http://HOST:PORT; grpcs, https.")
+    ] = "grpc://127.0.0.1:8081",
     query: Annotated[str | None, typer.Option(help="What the visitor typed.")] = None,
     history: Annotated[list[str] | None, typer.Option(help="Item id, oldest first; repeat.")] = None,
     event: Annotated[str, typer.Option(help="Behaviour of the history's items.")] = "purchase",
     top_k: Annotated[int, typer.Option(help="Items wanted.")] = 10,
     exclude: Annotated[list[str] | None, typer.Option(help="Item id that must not come back; repeat.")] = None,
 ) -> None:
-    """Ask a server, with the API key in GENRETRIEVAL_API_KEY if there is one; prints the response as JSON."""
+    """Ask a server, with the API key or token in GENRETRIEVAL_API_KEY if there is one; prints the response as JSON."""
     with _extra("client"):
         from genretrieval_serving.client import Client
     from genretrieval.request import HistoryEvent, RetrieveRequest
@@ -444,7 +446,7 @@ def retrieve(
         exclude_item_ids=exclude or [],
         top_k=top_k,
     )
-    with Client(endpoint, api_key=os.environ.get(API_KEY)) as client:
+    with Client(endpoint, **client_options(endpoint)) as client:
         print(client.retrieve(request).model_dump_json(indent=2))
 
 

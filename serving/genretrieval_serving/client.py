@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
@@ -52,6 +55,47 @@ _RETRIES = {
 }
 
 
+@dataclass(frozen=True)
+class ClientTls:
+    """Files in PEM, for ``grpcs`` and ``https``.
+
+    Attributes:
+        ca: authorities of servers; by default those that gRPC and certifi bring.
+        cert: the client's certificate, for a server that asks for one.
+        key: its private key, not encrypted.
+
+    Raises:
+        InvalidInputError: one of `cert` and `key` is missing, or a file cannot be used.
+    """
+
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Find out now, not with the first call."""
+        try:
+            self.context()
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
+            raise InvalidInputError(
+                f"TLS cannot be used with ca {self.ca}, cert {self.cert} and key {self.key}: {error}"
+            ) from error
+
+    def context(self) -> ssl.SSLContext:
+        """For ``https``."""
+        context = httpx.create_ssl_context() if self.ca is None else ssl.create_default_context(cafile=self.ca)
+        if self.cert is not None and self.key is not None:
+            context.load_cert_chain(self.cert, self.key, password=b"")
+        elif self.cert is not None or self.key is not None:
+            raise ValueError("a certificate and its key belong together; give both")
+        return context
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """For ``grpcs``."""
+        ca, key, cert = (None if file is None else file.read_bytes() for file in (self.ca, self.key, self.cert))
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
 class _Transport(Protocol):
     def retrieve(self, request: RetrieveRequest) -> RetrieveResponse: ...
     def batch_retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse | GenRetrievalError]: ...
@@ -66,26 +110,31 @@ class Client:
     server arrive as the same classes of `genretrieval.errors` that it raised.
     """
 
-    def __init__(self, url: str, timeout: float = 10.0, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, url: str, timeout: float = 10.0, *, api_key: str | None = None, tls: ClientTls | None = None
+    ) -> None:
         """Connect lazily.
 
         Args:
-            url: ``grpc://host:port``, ``http://host:port`` or ``https://host``; or several replicas by their addresses,
+            url: ``grpc://host:port`` or ``http://host:port``, with TLS ``grpcs`` or ``https``; or several replicas by their addresses,
                 ``grpc://10.0.0.1:8081,10.0.0.2:8081``, which take turns and stand in for one another.
             timeout: seconds for a call with its retries; the server gives up on it then, too.
-            api_key: for a server that needs one; ``grpc`` and ``http`` send it as it is, so keep to a trusted network.
+            api_key: API key or token, for a server that needs one; without TLS it is sent as it is, so keep to a
+                trusted network.
+            tls: authorities and certificate, where not the usual ones.
 
         Raises:
             InvalidInputError: `url` has another scheme, or the key cannot be sent.
         """
         scheme, address = urlsplit(url).scheme, urlsplit(url).netloc
-        if scheme not in ("grpc", "http", "https") or not address:
+        if scheme not in ("grpc", "grpcs", "http", "https") or not address:
             raise InvalidInputError(f"{url!r} is no server's address; expected grpc://host:port or http://...")
         authorization = bearer(api_key)
+        tls = tls_for(scheme, tls)
         self._transport: _Transport = (
-            _Grpc(address, timeout, authorization)
-            if scheme == "grpc"
-            else _Http(url.rstrip("/"), timeout, authorization)
+            _Grpc(address, timeout, authorization, tls)
+            if scheme.startswith("grpc")
+            else _Http(url.rstrip("/"), timeout, authorization, tls)
         )
 
     def retrieve(self, request: RetrieveRequest | None = None, /, **fields: Any) -> RetrieveResponse:
@@ -131,10 +180,14 @@ class Client:
 class _Grpc:
     """Retries by the channel's retry policy."""
 
-    def __init__(self, address: str, timeout: float, authorization: dict[str, str]) -> None:
+    def __init__(self, address: str, timeout: float, authorization: dict[str, str], tls: ClientTls | None) -> None:
         options = [("grpc.service_config", json.dumps(_RETRIES)), ("grpc.enable_retries", 1)]
         target = f"ipv4:{address}" if "," in address else address
-        self.channel = grpc.insecure_channel(target, options=options)
+        self.channel = (
+            grpc.insecure_channel(target, options=options)
+            if tls is None
+            else grpc.secure_channel(target, tls.credentials(), options=options)
+        )
         self.stub = stubs.RetrievalServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.timeout = timeout
         self.metadata = tuple((name.lower(), value) for name, value in authorization.items())
@@ -176,12 +229,12 @@ def _grpc_error(error: Any) -> GenRetrievalError:
 class _Http:
     """Retries connecting, by httpx."""
 
-    def __init__(self, url: str, timeout: float, authorization: dict[str, str]) -> None:
+    def __init__(self, url: str, timeout: float, authorization: dict[str, str], tls: ClientTls | None) -> None:
         self.client = httpx.Client(
             base_url=url,
             timeout=timeout,
             headers={"X-Request-Timeout": str(timeout), **authorization},
-            transport=httpx.HTTPTransport(retries=ATTEMPTS - 1),
+            transport=httpx.HTTPTransport(retries=ATTEMPTS - 1, verify=tls is None or tls.context()),
         )
 
     def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
@@ -210,6 +263,19 @@ class _Http:
     def _call(self, method: str, path: str, body: str | None) -> bytes:
         headers = {"Content-Type": "application/json"}
         return answered(self.client, self.client.build_request(method, path, content=body, headers=headers)).content
+
+
+def tls_for(scheme: str, tls: ClientTls | None) -> ClientTls | None:
+    """How a scheme is spoken; None is in the clear.
+
+    Raises:
+        InvalidInputError: files are given for a scheme that uses none.
+    """
+    if scheme in ("grpcs", "https"):
+        return tls or ClientTls()
+    if tls is not None:
+        raise InvalidInputError(f"{scheme}:// is without TLS; give grpcs:// or https://, or no files for it")
+    return None
 
 
 def bearer(api_key: str | None) -> dict[str, str]:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel
@@ -15,7 +16,7 @@ from genretrieval.errors import DeadlineError, OverloadedError, UnavailableError
 from genretrieval.request import RetrieveRequest
 from genretrieval_serving.admin.messages import MAX_PAGE, NEW, STORED, AuditPage, Imported, Slots, Snapshot, TrialResult
 from genretrieval_serving.admin.resources import AuditEvent, Binding, Keyword, Kind, Resource
-from genretrieval_serving.client import ATTEMPTS, answered, bearer
+from genretrieval_serving.client import ATTEMPTS, ClientTls, answered, bearer, tls_for
 
 _MEDIA = {"jsonl": "application/jsonl", "csv": "text/csv"}
 
@@ -28,15 +29,20 @@ class AdminClient:
     or as their JSON.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, timeout: float = 30.0, tls: ClientTls | None = None
+    ) -> None:
         """Connect lazily.
 
         Args:
-            url: ``http://host:port`` of the admin API.
-            api_key: with the scope ``admin.read`` or ``admin.write``.
+            url: ``http://host:port`` of the admin API, or ``https``.
+            api_key: or token, with the scope ``admin.read`` or ``admin.write``.
             timeout: seconds for one try of a call.
+            tls: authorities and certificate, where not the usual ones.
         """
-        self._http = httpx.Client(base_url=url, timeout=timeout, headers=bearer(api_key))
+        tls = tls_for(urlsplit(url).scheme, tls)
+        verify = True if tls is None else tls.context()
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers=bearer(api_key), verify=verify)
 
     def pages(self, kind: Kind, *, deleted: bool = False, size: int = MAX_PAGE) -> Iterator[Resource]:
         """All resources of a kind in the order of their ids."""

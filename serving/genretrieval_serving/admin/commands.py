@@ -1,7 +1,8 @@
 """The verbs `keywords`, `rules`, `synonyms` and `keys` of the command line.
 
-All but `keys` talk to the admin API of a running server, with the API key in GENRETRIEVAL_API_KEY. `keys` writes to the
-store itself, because the first key has to come from somewhere. Imports are local to each verb, as in the command.
+All but `keys` talk to the admin API of a running server, with the API key or token in GENRETRIEVAL_API_KEY, and where
+that speaks TLS with the files in GENRETRIEVAL_CA, GENRETRIEVAL_CERT and GENRETRIEVAL_KEY. `keys` writes to the store
+itself, because the first key has to come from somewhere. Imports are local to each verb, as in the command.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from genretrieval_serving.admin.sql import SqlStore
 
 API_KEY = "GENRETRIEVAL_API_KEY"
+_TLS = {"ca": "GENRETRIEVAL_CA", "cert": "GENRETRIEVAL_CERT", "key": "GENRETRIEVAL_KEY"}
 
 Endpoint = Annotated[str, typer.Option(help="Of the admin API: http://HOST:PORT")]
 HERE = "http://127.0.0.1:8082"
@@ -65,6 +67,15 @@ def groups() -> dict[str, typer.Typer]:
     return {"keywords": keywords, "rules": rules, "synonyms": synonyms, "keys": keys}
 
 
+def client_options(endpoint: str) -> dict[str, Any]:
+    """What a client takes from the environment: an API key, and files of TLS for an endpoint that speaks it."""
+    from genretrieval_serving.client import ClientTls
+
+    files = {name: Path(os.environ[variable]) for name, variable in _TLS.items() if os.environ.get(variable)}
+    tls = ClientTls(**files) if endpoint.startswith(("grpcs:", "https:")) else None
+    return {"api_key": os.environ.get(API_KEY), "tls": tls}
+
+
 @contextmanager
 def _api(endpoint: str) -> Iterator[AdminClient]:
     try:
@@ -73,7 +84,7 @@ def _api(endpoint: str) -> Iterator[AdminClient]:
         raise MissingExtraError(
             f"{error.name} is not installed; `pip install 'genretrieval[client]'` brings it"
         ) from error
-    with AdminClient(endpoint, api_key=os.environ.get(API_KEY)) as client:
+    with AdminClient(endpoint, **client_options(endpoint)) as client:
         yield client
 
 
