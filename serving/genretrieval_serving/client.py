@@ -116,8 +116,8 @@ class Client:
         """Connect lazily.
 
         Args:
-            url: ``grpc://host:port`` or ``http://host:port``, with TLS ``grpcs`` or ``https``; or several replicas by their addresses,
-                ``grpc://10.0.0.1:8081,10.0.0.2:8081``, which take turns and stand in for one another.
+            url: ``grpc://host:port`` or ``http://host:port``, with TLS ``grpcs`` or ``https``; or several replicas by
+                their addresses, ``grpc://10.0.0.1:8081,10.0.0.2:8081``, which take turns and stand in for one another.
             timeout: seconds for a call with its retries; the server gives up on it then, too.
             api_key: API key or token, for a server that needs one; without TLS it is sent as it is, so keep to a
                 trusted network.
