@@ -84,7 +84,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse rather than adjust."""
-        if self.auth and self.admin_port is None:
+        if self.auth and self.admin_port is None and self.jwt is None:
             raise InvalidInputError("auth needs an admin store, which keeps the API keys; give one")
         exposed = not (self.auth or self.jwt) and not is_loopback(self.host)
         if exposed and self.admin_port is not None:
@@ -272,125 +272,6 @@ class Server:
         if self._store is not None:
             self._store.sync_slots(reserved_slots(retriever), preferred_levels(retriever))
         return arm
-
-    async def stop(self) -> None:
-        """End when all calls are answered."""
-        if self._task is not None:
-            await self._task
-
-
-class Server:
-    """A server in the running event loop: `start`, then `stop`."""
-
-    def __init__(
-        self, open_retriever: Callable[[], Retriever], settings: Settings, store: SqlStore | None = None
-    ) -> None:
-        """A server that is not listening yet.
-
-        Args:
-            open_retriever: loads the model; called once, in a thread, when probes already answer.
-            settings: how to serve.
-            store: admin state and API keys, where `settings` have an admin port.
-        """
-        self.settings = settings
-        self._open_retriever, self._store = open_retriever, store
-        self._live = Live()
-        self._replica: Replica | None = None
-        metrics = Metrics()
-        self.service = RetrievalService(metrics, settings.max_batch)
-        self._batcher = Batcher(metrics, max_queue=settings.max_queue, max_batch=settings.max_batch)
-        tokens = None if settings.jwt is None else Tokens(settings.jwt)
-        self.auth = Authenticator(store, tokens=tokens, always=settings.auth)
-        self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=settings.quiet)
-        self._certificates = None if settings.tls is None else Certificates(settings.tls)
-        probes_here = settings.probe_port is None
-        app = rest.create_app(self.service, self.auth, quiet=settings.quiet, probes_here=probes_here)
-        self._http = {"http": _Http(app, settings.http_port, settings.drain_seconds, self._certificates)}
-        if store is not None and settings.admin_port is not None:
-            app = api.create_app(store, self._live, self.auth, self.service.metrics, quiet=settings.quiet)
-            self._http["admin"] = _Http(app, settings.admin_port, settings.drain_seconds, self._certificates)
-        if settings.probe_port is not None:
-            # Plain, because what asks for probes shows no certificate.
-            app = rest.create_probes(self.service)
-            self._http["probes"] = _Http(app, settings.probe_port, settings.drain_seconds)
-        self.grpc_url = ""
-
-    @property
-    def http_url(self) -> str:
-        """Where REST is."""
-        return self._http["http"].url
-
-    @property
-    def admin_url(self) -> str:
-        """Where the admin API is; empty without."""
-        return self._http["admin"].url if "admin" in self._http else ""
-
-    @property
-    def probes_url(self) -> str:
-        """Where probes and metrics are."""
-        return self._http["probes" if "probes" in self._http else "http"].url
-
-    async def listen(self) -> None:
-        """Open the ports; probes answer, requests are refused as unavailable.
-
-        Raises:
-            InvalidInputError: a port is taken, or the host is not an address of this machine.
-        """
-        host, address = self.settings.host, f"{_bracketed(self.settings.host)}:{self.settings.grpc_port}"
-        try:
-            for http in self._http.values():
-                http.open(host)
-            if self._certificates is None:
-                port = self._grpc.add_insecure_port(address)
-            else:
-                port = self._grpc.add_secure_port(address, self._certificates.grpc_credentials())
-        except (InvalidInputError, RuntimeError) as error:
-            for http in self._http.values():
-                http.close()
-            if isinstance(error, InvalidInputError):
-                raise
-            raise _cannot_listen(host, self.settings.grpc_port, error) from error
-        self.grpc_url = f"{'grpc' if self._certificates is None else 'grpcs'}://{_bracketed(host)}:{port}"
-        if self._certificates is None and self.auth.required and not is_loopback(host):
-            # Usual behind a mesh or a proxy; anywhere else they can be read on their way.
-            log.warning("keys_travel_in_the_clear", host=host, remedy="--tls-cert and --tls-key, or TLS in front")
-        await grpc_server.set_health(self._health, serving=False)
-        await self._grpc.start()
-        for http in self._http.values():
-            http.serve()
-
-    async def load(self) -> None:
-        """Load and warm the model, then become ready."""
-        await self.auth.prepare()
-        retriever = await asyncio.to_thread(self._open_retriever)
-        if self._store is not None:
-            self._replica = Replica(self._store, self.service.metrics, listen=self.settings.listen)
-            await self._replica.start()
-        arm = await asyncio.to_thread(self._arm, retriever)
-        await self._batcher.warm_up(retriever)
-        await self._batcher.start()
-        deployment = Deployment(arm)
-        if self._replica is not None:
-            self._live.open(self._batcher, deployment, self._replica)
-        self.service.open(self._batcher, deployment)
-        await grpc_server.set_health(self._health, serving=True)
-        addresses = {name: http.url for name, http in self._http.items()} | {"grpc": self.grpc_url}
-        log.info("ready", **addresses, bundle_version=retriever.bundle.manifest.version, auth=self.auth.required)
-
-    async def _follow(self, store: SqlStore, retriever: Retriever) -> Replica:
-        """Take over what is bound, then tell the store which slots the bundle has.
-
-        In this order, so that a server that is refused leaves the slots as those that run have them.
-        """
-        slots = retriever.bundle.manifest.reserved_slots
-        replica = Replica(store, retriever.catalogue, slots, self.service.metrics, listen=self.settings.listen)
-        await replica.start(allow_unbound=self.settings.allow_unbound)
-        try:
-            await asyncio.to_thread(store.sync_slots, reserved_slots(retriever), preferred_levels(retriever))
-        except BaseException:
-            await replica.stop()
-            raise
-        return replica
 
     async def stop(self) -> None:
         """Stop being ready, stop listening, finish what was accepted."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import structlog
 
 from genretrieval.bundle import Manifest
 from genretrieval.edits import NO_EDITS, Edits
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
 from genretrieval.servable import Catalogue
-from genretrieval_serving.admin.replica import Replica
+from genretrieval_serving.admin.replica import Replica, View
+from genretrieval_serving.admin.snapshot import Items
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +35,51 @@ class Answering:
     stale: bool
 
 
+class Shown(NamedTuple):
+    """A model on one state of its catalogue, and the admin state on the same; None for a server without."""
+
+    retriever: Retriever
+    view: View | None
+
+
 class Arm:
     """A bundle that takes requests: its model, its catalogue as it is now, and the admin state on that.
 
     Attributes:
         name: ``primary`` or ``canary``.
-        retriever: the model on the catalogue as it is now; replaced whole.
         replica: admin state; None for a server without.
+        shown: what answers now; replaced whole.
     """
 
-    def __init__(self, name: str, retriever: Retriever, replica: Replica | None = None) -> None:
+    def __init__(
+        self, name: str, retriever: Retriever, replica: Replica | None = None, *, allow_unbound: bool = True
+    ) -> None:
+        """Find the items of all bindings and rules on the bundle's catalogue. Takes a while; not for the loop.
+
+        Args:
+            name: ``primary`` or ``canary``.
+            retriever: the model.
+            replica: admin state; None for a server without.
+            allow_unbound: leave out bindings and rules that cannot hold on the bundle.
+
+        Raises:
+            BundleError: some cannot, and `allow_unbound` does not leave them out.
+        """
         self.name = name
-        self.retriever = retriever
         self.replica = replica
+        view = None
+        if replica is not None:
+            items = Items(retriever.catalogue, retriever.bundle.manifest.reserved_slots)
+            view = replica.view(items, allow_unbound=allow_unbound)
+            threading.Thread(target=_prepare, args=(items,), name="admin-texts", daemon=True).start()
+        self.shown = Shown(retriever, view)
+        self._closed = False
+        self._showing = threading.Lock()
+
+    @property
+    def retriever(self) -> Retriever:
+        """The model on the catalogue as it is now."""
+        return self.shown.retriever
 
     @property
     def manifest(self) -> Manifest:
@@ -52,13 +92,28 @@ class Arm:
         Args:
             catalogue: of this arm's bundle, see `Catalogue.updated`.
         """
-        raise NotImplementedError
+        with self._showing:
+            if self._closed:
+                return
+            before = self.shown
+            view = None if before.view is None else before.view.on(catalogue)
+            self.shown = Shown(before.retriever.on(catalogue), view)
+            if before.view is not None:
+                before.view.drop()
+
+    def close(self) -> None:
+        """Take no new state of catalogue or admin; requests that have begun are answered all the same."""
+        with self._showing:
+            self._closed = True
+            if self.shown.view is not None:
+                self.shown.view.drop()
 
     def answering(self, request: RetrieveRequest) -> Answering:
         """What answers a request that comes now."""
-        if self.replica is None:
-            return Answering(self.retriever, NO_EDITS, stale=False)
-        return Answering(self.retriever, self.replica.edits(request), self.replica.stale)
+        shown = self.shown
+        if shown.view is None:
+            return Answering(shown.retriever, NO_EDITS, stale=False)
+        return Answering(shown.retriever, shown.view.edits(request), shown.view.stale)
 
 
 class Deployment:
@@ -75,3 +130,10 @@ class Deployment:
     def arm_for(self, request: RetrieveRequest) -> Arm:
         """The arm that answers a request; of one user always the same."""
         return self.primary
+
+
+def _prepare(items: Items) -> None:
+    """Make text selectors quick; the first would wait for this, and a large catalogue takes a minute."""
+    begun = time.monotonic()
+    items.prepare()
+    log.info("admin_text_prepared", seconds=round(time.monotonic() - begun, 3))

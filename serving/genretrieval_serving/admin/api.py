@@ -72,33 +72,6 @@ _READ_ERRORS = (NotFoundError, UnavailableError)
 _WRITE_ERRORS = (*_READ_ERRORS, ConflictError, EtagMismatchError, IdempotencyKeyReusedError)
 
 
-class Counts(Protocol):
-    """How many slots are in which state."""
-
-    @property
-    def free(self) -> int:
-        """Can be bound."""
-        ...
-
-    @property
-    def bound(self) -> int:
-        """A keyword holds it."""
-        ...
-
-    @property
-    def quarantined(self) -> int:
-        """Given up lately."""
-        ...
-
-
-class AdminStore(Store, Protocol):
-    """A store that counts its slots."""
-
-    def slot_counts(self) -> Counts:
-        """Reserved slots by state."""
-        ...
-
-
 class Serving(Protocol):
     """What the API needs of the server that it runs in; see `genretrieval_serving.admin.live.Live`."""
 
@@ -130,8 +103,8 @@ class _IdConvertor(Convertor[str]):
 register_url_convertor("resource", _IdConvertor())
 
 
-async def _store(request: Request) -> AdminStore:
-    store: AdminStore = request.app.state.store
+async def _store(request: Request) -> Store:
+    store: Store = request.app.state.store
     return store
 
 
@@ -206,7 +179,7 @@ class _Writer:
     """Makes the changes of one call: each is checked against what is served, then all are one transaction."""
 
     def __init__(self, request: Request, response: Response, call: Annotated[Call, Depends(_call)]) -> None:
-        self.store: AdminStore = request.app.state.store
+        self.store: Store = request.app.state.store
         self._serving: Serving = request.app.state.serving
         self._headers, self._call = response.headers, call
 
@@ -271,7 +244,7 @@ class _Writer:
         return fields
 
 
-InStore = Annotated[AdminStore, Depends(_store)]
+InStore = Annotated[Store, Depends(_store)]
 Writer = Annotated[_Writer, Depends()]
 IfMatch = Annotated[str | None, Depends(_if_match)]
 PageSize = Annotated[int, Query(ge=0, description=f"0 is the default; more than {MAX_PAGE} are {MAX_PAGE}.")]
@@ -455,7 +428,7 @@ _ROUTERS = (*(router for kind in Kind for router in _collection(kind)), _reads, 
 
 
 def create_app(
-    store: AdminStore, serving: Serving, auth: Authenticator, metrics: Metrics, *, quiet: bool = False
+    store: Store, serving: Serving, auth: Authenticator, metrics: Metrics, *, quiet: bool = False
 ) -> FastAPI:
     """The admin application.
 

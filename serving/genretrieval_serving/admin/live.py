@@ -36,8 +36,9 @@ class Live:
             RequestError: with every problem.
             UnavailableError: the server is not ready.
         """
-        _, _, replica = self._opened()
-        replica.snapshot.validate(fields)
+        for arm in self._opened()[1].arms:
+            assert arm.shown.view is not None
+            arm.shown.view.snapshot.validate(fields)
 
     def changed(self) -> None:
         """Bring a change of the store into force here, without waiting for the next poll."""
@@ -53,7 +54,9 @@ class Live:
             UnavailableError: the server is not ready, or overloaded.
         """
         batcher, deployment, replica = self._opened()
-        retriever, snapshot = deployment.primary.retriever, replica.snapshot
+        retriever, view = deployment.primary.shown
+        assert view is not None
+        snapshot = view.snapshot
         snapshot.validate(resource)
         if isinstance(resource, Keyword) and resource.binding is not None:
             resource = resource.model_copy(update={"slot": await self._slot_for(resource, retriever, replica)})
@@ -70,7 +73,7 @@ class Live:
 
     async def _slot_for(self, keyword: Keyword, retriever: Retriever, replica: Replica) -> SlotRef:
         """The slot that a keyword holds, or the one that it would get."""
-        _, held = replica.snapshot.resources.get(f"{Kind.KEYWORDS}/{keyword.id}", (None, None))
+        held = replica.get(Kind.KEYWORDS, keyword.id)
         if isinstance(held, Keyword) and held.slot is not None:
             return held.slot
         free = await asyncio.to_thread(replica.store.free_slots)

@@ -17,9 +17,10 @@ from genretrieval.edits import Edits
 from genretrieval.errors import BundleError, InvalidInputError, StaleReplicaError, UnavailableError
 from genretrieval.request import RetrieveRequest
 from genretrieval.servable import Catalogue
-from genretrieval_serving.admin.snapshot import AdminSnapshot
+from genretrieval_serving.admin.resources import Kind, Resource
+from genretrieval_serving.admin.snapshot import AdminSnapshot, Items
 from genretrieval_serving.admin.sql import CHANNEL, shown
-from genretrieval_serving.admin.store import Store
+from genretrieval_serving.admin.store import Changes, Store
 from genretrieval_serving.observability import Metrics
 
 log = structlog.get_logger(__name__)
@@ -36,21 +37,51 @@ HINT_SECONDS = 0.05
 ADMIN_STATE_STALE = "admin_state_stale"
 
 
-class Replica:
-    """Keeps an `AdminSnapshot` up to date in a thread of its own; `start`, then `stop`.
-
-    A store that cannot be read is logged and tried again, and what was read last stays in force. Thread-safe.
+class View:
+    """The admin state on one state of a catalogue, kept at the revision of its replica until that drops it.
 
     Attributes:
         snapshot: what is in force; a request keeps the one it began with.
+    """
+
+    def __init__(self, replica: Replica, snapshot: AdminSnapshot) -> None:
+        """Use `Replica.view`."""
+        self.snapshot = snapshot
+        self._replica = replica
+
+    @property
+    def stale(self) -> bool:
+        """Whether the state may be older than a response should leave unsaid."""
+        return self._replica.stale
+
+    def edits(self, request: RetrieveRequest) -> Edits:
+        """What is in force for a request now."""
+        return self.snapshot.edits(request, self._replica.clock())
+
+    def on(self, catalogue: Catalogue) -> View:
+        """Another view, on another state of the catalogue, whose rows did not move."""
+        return self._replica.view(self.snapshot.items.on(catalogue))
+
+    def drop(self) -> None:
+        """Stay as it is from now on, for those that still use it."""
+        self._replica.drop(self)
+
+
+class Replica:
+    """Keeps the admin state up to date in a thread of its own, on every catalogue that is served.
+
+    `start`, then `stop`. A store that cannot be read is logged and tried again, and what was read last stays in force.
+    Thread-safe.
+
+    Attributes:
+        clock: the time by which bindings and rules begin and end.
+        revision: of the state that is in force.
         ready: whether the store was read at least once.
     """
 
     def __init__(
         self,
         store: Store,
-        catalogue: Catalogue,
-        reserved_slots: Sequence[int],
         metrics: Metrics,
         *,
         listen: str | None = None,
@@ -60,24 +91,27 @@ class Replica:
 
         Args:
             store: what it follows.
-            catalogue: where selectors find their items.
-            reserved_slots: of each level, as the bundle's manifest says.
             metrics: where revision, lag and slots are shown.
             listen: URL of the PostgreSQL database whose notifications are a hint to poll at once.
-            clock: the time by which bindings and rules begin and end.
+            clock: see above.
 
         Raises:
             InvalidInputError: `listen` is no URL of a PostgreSQL database.
         """
         self.store = store
-        self.snapshot = AdminSnapshot.empty(catalogue, reserved_slots)
+        self.clock = clock
+        self.revision = 0
         self.ready = False
+        self._resources: dict[str, tuple[Kind, Resource]] = {}
+        self._views: tuple[View, ...] = ()
+        # For every view that is being built, what changed since it was begun.
+        self._missed: list[list[Changes]] = []
+        self._broken: dict[str, str] = {}
         self._metrics = metrics
         self._listen = None if listen is None else _postgresql(listen)
-        self._clock = clock
         self._began = time.monotonic()
         self._read_at: float | None = None
-        self._counted: tuple[AdminSnapshot, float] | None = None
+        self._counted: tuple[int, float] | None = None
         self._failing = False
         # One reads at a time, so that an older state never follows a newer one.
         self._reading = threading.Lock()
@@ -85,7 +119,7 @@ class Replica:
         self._waiting: dict[asyncio.Event, tuple[int, asyncio.AbstractEventLoop]] = {}
         self._hint = threading.Event()
         self._stopping = threading.Event()
-        works = [self._poll, self._prepare] + ([self._heed_notifications] if listen else [])
+        works = [self._poll] + ([self._heed_notifications] if listen else [])
         self._threads = [threading.Thread(target=work, name=f"admin-{i}", daemon=True) for i, work in enumerate(works)]
         metrics.watch_admin_lag(lambda: self.lag)
 
@@ -99,29 +133,64 @@ class Replica:
         """Whether the state may be older than a response should leave unsaid."""
         return self.lag > STALE_SECONDS
 
-    def edits(self, request: RetrieveRequest) -> Edits:
-        """What is in force for a request now."""
-        return self.snapshot.edits(request, self._clock())
+    def get(self, kind: Kind, id_: str) -> Resource | None:
+        """A resource as it is in force; None where there is none, or it was deleted."""
+        _, resource = self._resources.get(f"{kind}/{id_}", (None, None))
+        return resource
 
-    async def start(self, *, allow_unbound: bool = False) -> None:
-        """Begin to follow the store; returns when everything was read once, however long that takes.
+    def view(self, items: Items, *, allow_unbound: bool = True) -> View:
+        """The state on a catalogue, from now on kept up to date as all views are. Takes a while; not for the loop.
+
+        Args:
+            items: of the catalogue, with the slots that its bundle reserves.
+            allow_unbound: leave out what cannot hold there.
 
         Raises:
-            BundleError: bindings or rules cannot hold on this bundle, and `allow_unbound` does not leave them out.
+            BundleError: bindings or rules cannot hold there, and `allow_unbound` does not leave them out.
         """
+        missed: list[Changes] = []
+        with self._reading:
+            everything = Changes(self.revision, list(self._resources.values()))
+            self._missed.append(missed)
+        try:
+            # Selectors are resolved while changes go on being followed; what came meanwhile is made up for.
+            snapshot = AdminSnapshot.empty(items).updated(everything)
+            if not allow_unbound and (problems := snapshot.problems()):
+                raise BundleError(cannot_hold(problems))
+        except BaseException:
+            with self._reading:
+                self._forget(missed)
+            raise
+        with self._reading:
+            self._forget(missed)
+            for changes in missed:
+                snapshot = snapshot.updated(changes)
+            view = View(self, snapshot)
+            self._views = (*self._views, view)
+            self._note_broken()
+        return view
+
+    def drop(self, view: View) -> None:
+        """Keep a view up to date no longer."""
+        with self._reading:
+            self._views = tuple(kept for kept in self._views if kept is not view)
+            self._note_broken()
+
+    def _forget(self, missed: list[Changes]) -> None:
+        self._missed = [other for other in self._missed if other is not missed]
+
+    async def start(self) -> None:
+        """Begin to follow the store; returns when everything was read once, however long that takes."""
         for thread in self._threads:
             thread.start()
         try:
             await self._reached(0)
-            problems = self.snapshot.problems()
-            if problems and not allow_unbound:
-                raise BundleError(cannot_hold(problems))
         except BaseException:
             self._end()
             raise
 
     async def stop(self) -> None:
-        """Stop following; the snapshot stays as it is, and the store is not read any more."""
+        """Stop following; the views stay as they are, and the store is not read any more."""
         self._end()
         await asyncio.to_thread(self._threads[0].join)
 
@@ -130,7 +199,7 @@ class Replica:
         self._hint.set()
 
     async def wait_for(self, revision: int, within: float | None = None) -> None:
-        """Wait until the snapshot is at `revision` or later.
+        """Wait until the state in force is at `revision` or later.
 
         Args:
             revision: as a change of the state returned it.
@@ -145,7 +214,7 @@ class Replica:
                 await self._reached(revision)
         except TimeoutError:
             raise StaleReplicaError(
-                f"min_revision: {revision} was asked for and this replica has {self.snapshot.revision}, after "
+                f"min_revision: {revision} was asked for and this replica has {self.revision}, after "
                 f"{seconds:g} s; try again, ask another replica, or leave it out to take what there is"
             ) from None
 
@@ -160,50 +229,60 @@ class Replica:
                 self._catch_up()
             except Exception as error:  # noqa: BLE001 - whatever the store meets, what was read last is served
                 if not self._failing:
-                    log.warning("admin_state_not_read", revision=self.snapshot.revision, error=repr(error))
+                    log.warning("admin_state_not_read", revision=self.revision, error=repr(error))
                 self._failing = True
             else:
                 if self._failing:
-                    log.info("admin_state_read_again", revision=self.snapshot.revision)
+                    log.info("admin_state_read_again", revision=self.revision)
                 self._failing = False
-            return self.snapshot.revision
+            return self.revision
 
     def _catch_up(self) -> None:
-        begun, before = time.monotonic(), self.snapshot
+        begun, before = time.monotonic(), self.revision
         revision = self.store.revision()
-        if revision < before.revision:
+        if revision < before:
             raise UnavailableError(
-                f"the admin store is at revision {revision} and was at {before.revision} before: an older copy of it? "
+                f"the admin store is at revision {revision} and was at {before} before: an older copy of it? "
                 "Start this server again to serve that"
             )
-        snapshot = before
-        if revision > before.revision:
-            snapshot = before.updated(self.store.changes(before.revision))
+        if revision > before:
+            changes = self.store.changes(before)
+            revision = changes.revision
+            snapshots = [view.snapshot.updated(changes) for view in self._views]
+            for missed in self._missed:
+                missed.append(changes)
+            self._resources = _after(self._resources, changes)
+            for view, snapshot in zip(self._views, snapshots, strict=True):
+                view.snapshot = snapshot
+            self._note_broken()
         with self._guard:
-            self.snapshot, self.ready, self._read_at = snapshot, True, begun
+            self.revision, self.ready, self._read_at = revision, True, begun
             for event, (wanted, loop) in self._waiting.items():
-                if wanted <= snapshot.revision and not loop.is_closed():
+                if wanted <= revision and not loop.is_closed():
                     loop.call_soon_threadsafe(event.set)
-        self._metrics.admin_revision.set(snapshot.revision)
-        self._metrics.admin_skipped.set(len(snapshot.broken))
-        for name, why in snapshot.broken.items() - before.broken.items():
+        self._metrics.admin_revision.set(revision)
+
+    def _note_broken(self) -> None:
+        """Log what is newly left out of any view, and count all that is."""
+        before, self._broken = self._broken, {}
+        for view in self._views:
+            self._broken |= view.snapshot.broken
+        self._metrics.admin_skipped.set(len(self._broken))
+        for name, why in self._broken.items() - before.items():
             log.warning("admin_resource_skipped", name=name, why=why)
 
     def _count_slots(self) -> None:
         """Count after a change, and now and then: a slot also becomes free by the passing of time."""
-        snapshot, now = self.snapshot, time.monotonic()
-        if self._counted is not None and self._counted[0] is snapshot and now - self._counted[1] < STALE_SECONDS:
+        revision, now = self.revision, time.monotonic()
+        if self._counted is not None and self._counted[0] == revision and now - self._counted[1] < STALE_SECONDS:
             return
         try:
-            free = len(self.store.free_slots())
+            counts = self.store.slot_counts()
         except Exception:  # noqa: BLE001 - a store that cannot be read is logged where changes are read
             return
-        self._counted = snapshot, now
-        bound = snapshot.held_slots
-        for state, n in (("free", free), ("bound", bound)):
+        self._counted = revision, now
+        for state, n in (("free", counts.free), ("bound", counts.bound), ("quarantined", counts.quarantined)):
             self._metrics.keyword_slots.labels(state).set(n)
-        reserved = sum(snapshot.items.reserved_slots)
-        self._metrics.keyword_slots.labels("quarantined").set(max(0, reserved - free - bound))
 
     def _poll(self) -> None:
         while not self._stopping.is_set():
@@ -211,12 +290,6 @@ class Replica:
             self.refresh()
             self._count_slots()
             self._hint.wait(POLL_SECONDS * random.uniform(1 - JITTER, 1 + JITTER))
-
-    def _prepare(self) -> None:
-        """Make text selectors quick; the first would wait for this, and a large catalogue takes a minute."""
-        begun = time.monotonic()
-        self.snapshot.items.prepare()
-        log.info("admin_text_prepared", seconds=round(time.monotonic() - begun, 3))
 
     def _heed_notifications(self) -> None:
         """Poll at once where PostgreSQL says so. What is lost here is found by the next poll."""
@@ -237,7 +310,7 @@ class Replica:
         """Wait until the store was read and was at `revision`."""
         arrived = asyncio.Event()
         with self._guard:
-            if self.ready and self.snapshot.revision >= revision:
+            if self.ready and self.revision >= revision:
                 return
             loop = asyncio.get_running_loop()
             self._waiting[arrived] = revision, loop
@@ -249,6 +322,12 @@ class Replica:
             hint.cancel()
             with self._guard:
                 del self._waiting[arrived]
+
+
+def _after(resources: dict[str, tuple[Kind, Resource]], changes: Changes) -> dict[str, tuple[Kind, Resource]]:
+    """Resources that are not deleted, by name, after some changes."""
+    changed = {f"{kind}/{resource.id}": (kind, resource) for kind, resource in changes.resources}
+    return {name: found for name, found in {**resources, **changed}.items() if found[1].deleted_at is None}
 
 
 def cannot_hold(problems: Sequence[str]) -> str:

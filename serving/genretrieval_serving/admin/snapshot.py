@@ -101,34 +101,65 @@ class _Words:
         return {text for _, _, text in self.spans(query)}
 
 
+class _Texts:
+    """Title, brand and categories of each item, marked, from one state of a catalogue to the next.
+
+    To mark those of a large catalogue takes a minute, so rows that are as they were keep theirs.
+    """
+
+    def __init__(self) -> None:
+        self._read = pl.DataFrame()
+        self._marked = pl.Series(dtype=pl.String)
+        self._preparing = threading.Lock()
+
+    def of(self, table: pl.DataFrame) -> pl.Series:
+        """The text of every row of a catalogue's table."""
+        read = table.select("item_id", *(name for name in ("title", "brand", "categories") if name in table.columns))
+        with self._preparing:
+            known = min(len(self._read), len(read)) if self._read.schema == read.schema else 0
+            marked = self._marked.head(known)
+            if known:
+                differs = [self._read[name].head(known).ne_missing(read[name].head(known)) for name in read.columns]
+                rows = np.flatnonzero(np.any(differs, axis=0))
+                marked = marked.scatter(rows, _marked_rows(read[rows]))
+            self._read, self._marked = read, marked.append(_marked_rows(read[known:]))
+            return self._marked
+
+
+def _marked_rows(table: pl.DataFrame) -> pl.Series:
+    """Of every row what stands after its first column, marked."""
+    again = lru_cache(maxsize=100_000)(_marked)  # brands and categories come again and again
+    texts = []
+    for n, (_, *row) in enumerate(table.iter_rows()):
+        values = chain.from_iterable(value if isinstance(value, list) else [value] for value in row)
+        texts.append("\n".join(again(str(value)) for value in values if value is not None))
+        if n % 16 == 0:
+            time.sleep(1e-4)  # requests go first; else each waits for whole turns of the interpreter
+    return pl.Series(texts, dtype=pl.String)
+
+
 class Items:
     """Items as selectors pick them, and the slots that can be bound; one for all snapshots of a catalogue."""
 
-    def __init__(self, catalogue: Catalogue, reserved_slots: Sequence[int] = ()) -> None:
+    def __init__(self, catalogue: Catalogue, reserved_slots: Sequence[int] = (), texts: _Texts | None = None) -> None:
         """Items of `catalogue`; `reserved_slots` is how many a level has, as its bundle's manifest says."""
         self.catalogue = catalogue
         self.reserved_slots = tuple(reserved_slots)
-        self._texts: pl.Series | None = None
-        self._preparing = threading.Lock()
+        self._texts = texts or _Texts()
+        self._text: pl.Series | None = None
+
+    def on(self, catalogue: Catalogue) -> Items:
+        """Items of another state of the catalogue, whose rows did not move."""
+        return Items(catalogue, self.reserved_slots, self._texts)
 
     def prepare(self) -> pl.Series:
         """Title, brand and categories of each item, marked, which text selectors look into.
 
         Takes a while for a large catalogue: once, and best before a selector needs it.
         """
-        with self._preparing:
-            if self._texts is None:
-                table = self.catalogue.table
-                known = [name for name in ("title", "brand", "categories") if name in table.columns]
-                again = lru_cache(maxsize=100_000)(_marked)  # brands and categories come again and again
-                texts = []
-                for n, row in enumerate(table.select(known).iter_rows()):
-                    values = chain.from_iterable(value if isinstance(value, list) else [value] for value in row)
-                    texts.append("\n".join(again(str(value)) for value in values if value is not None))
-                    if n % 16 == 0:
-                        time.sleep(1e-4)  # requests go first; else each waits for whole turns of the interpreter
-                self._texts = pl.Series(texts, dtype=pl.String)
-            return self._texts
+        if self._text is None:
+            self._text = self._texts.of(self.catalogue.table)
+        return self._text
 
     def rows(self, selector: Selector) -> Rows:
         """Rows of the selected items, sorted.
@@ -323,15 +354,9 @@ class AdminSnapshot:
         self._union = lru_cache(maxsize=64)(_union)
 
     @classmethod
-    def empty(cls, catalogue: Catalogue, reserved_slots: Sequence[int] = ()) -> AdminSnapshot:
-        """Nothing bound and no rules, at revision 0; `reserved_slots` as in the bundle's manifest."""
-        return cls(Items(catalogue, reserved_slots), 0, {}, {}, {})
-
-    @property
-    def held_slots(self) -> int:
-        """Slots that keywords hold, in force or not."""
-        keywords = (resource for _, resource in self.resources.values() if isinstance(resource, Keyword))
-        return sum(keyword.slot is not None for keyword in keywords)
+    def empty(cls, items: Items) -> AdminSnapshot:
+        """Nothing bound and no rules, at revision 0."""
+        return cls(items, 0, {}, {}, {})
 
     def updated(self, changes: Changes) -> AdminSnapshot:
         """The snapshot after `changes`; only the items of what changed are looked for."""
@@ -354,11 +379,6 @@ class AdminSnapshot:
                 broken[name] = f"{type(error).__name__}: {error}"
         return AdminSnapshot(self.items, changes.revision, resources, compiled, broken)
 
-    def on(self, catalogue: Catalogue, reserved_slots: Sequence[int]) -> AdminSnapshot:
-        """The same state on another catalogue, every selector resolved anew."""
-        everything = Changes(self.revision, list(self.resources.values()))
-        return AdminSnapshot.empty(catalogue, reserved_slots).updated(everything)
-
     def problems(self) -> list[str]:
         """What cannot hold on this catalogue: resources that are left out, and bindings all of whose ids are gone."""
         found = [f"{name}: {why}" for name, why in self.broken.items()]
@@ -366,10 +386,6 @@ class AdminSnapshot:
             if isinstance(part, _BoundKeyword) and (ids := part.binding.items.item_ids) and not len(part.keyword.rows):
                 found.append(f"{name}: binding.items: the catalogue has none of the {len(ids)} items")
         return sorted(found)
-
-    def revalidate(self, catalogue: Catalogue, reserved_slots: Sequence[int]) -> list[str]:
-        """What could not hold on another bundle: `problems` of the state there."""
-        return self.on(catalogue, reserved_slots).problems()
 
     def validate(self, fields: Fields) -> None:
         """Find what is wrong with a resource before it is stored. It may select nothing.

@@ -88,6 +88,25 @@ class Changes:
     resources: list[tuple[Kind, Resource]]
 
 
+class Counts(Protocol):
+    """How many slots are in which state."""
+
+    @property
+    def free(self) -> int:
+        """Can be bound."""
+        ...
+
+    @property
+    def bound(self) -> int:
+        """A keyword holds it."""
+        ...
+
+    @property
+    def quarantined(self) -> int:
+        """Given up lately."""
+        ...
+
+
 class Store(Protocol):
     """What the API and the replicas need of a store."""
 
@@ -117,4 +136,8 @@ class Store(Protocol):
 
     def free_slots(self) -> list[SlotRef]:
         """Reserved slots that can be bound now."""
+        ...
+
+    def slot_counts(self) -> Counts:
+        """Reserved slots by state."""
         ...

@@ -16,8 +16,8 @@ from sqlalchemy.engine import Engine, make_url
 
 from genretrieval.servable import Catalogue
 from genretrieval_serving.admin.resources import Keyword, Kind, Resource, Rule, SlotRef, Synonyms
-from genretrieval_serving.admin.snapshot import AdminSnapshot
-from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.admin.snapshot import AdminSnapshot, Items
+from genretrieval_serving.admin.sql import SlotCounts, SqlStore
 from genretrieval_serving.admin.store import Changes
 
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -60,7 +60,7 @@ def snapshot_of(catalogue: Catalogue) -> Callable[..., AdminSnapshot]:
     """A snapshot of some resources, at revision 7."""
 
     def make(*resources: tuple[Kind, Resource]) -> AdminSnapshot:
-        return AdminSnapshot.empty(catalogue, RESERVED).updated(Changes(7, list(resources)))
+        return AdminSnapshot.empty(Items(catalogue, RESERVED)).updated(Changes(7, list(resources)))
 
     return make
 
@@ -93,6 +93,11 @@ class FakeStore:
     def free_slots(self) -> list[SlotRef]:
         self._answer("free_slots")
         return [SlotRef(level=0, code=6)]
+
+    def slot_counts(self) -> SlotCounts:
+        self._answer("slot_counts")
+        bound = sum(isinstance(r, Keyword) and r.slot is not None for _, r in self.resources.values())
+        return SlotCounts(free=1, bound=bound, quarantined=1 - bound)
 
     def _answer(self, name: str) -> None:
         self.asked.append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from genretrieval.edits import Edits
 from genretrieval.errors import BundleError, InvalidInputError, StaleReplicaError, UnavailableError
 from genretrieval.request import RetrieveRequest
 from genretrieval_serving.admin import replica as replica_module
 from genretrieval_serving.admin.replica import POLL_SECONDS, STALE_SECONDS, WAIT_SECONDS, Replica
 from genretrieval_serving.admin.resources import Kind, RuleFields
-from genretrieval_serving.admin.snapshot import AdminSnapshot
+from genretrieval_serving.admin.snapshot import AdminSnapshot, Items
 from genretrieval_serving.admin.store import Call, Changes, Create
 from genretrieval_serving.observability import Metrics
 
@@ -36,7 +38,9 @@ def metrics() -> Metrics:
 @pytest.fixture
 def make(store, catalogue, reserved, metrics, noon) -> Callable[..., Replica]:
     def make(**options: Any) -> Replica:
-        return Replica(store, catalogue, reserved, metrics, **{"clock": lambda: noon} | options)
+        replica = Replica(store, metrics, **{"clock": lambda: noon} | options)
+        replica.view(Items(catalogue, reserved))
+        return replica
 
     return make
 
@@ -48,6 +52,11 @@ def elapsed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     real = time.monotonic
     monkeypatch.setattr(replica_module.time, "monotonic", lambda: real() + added[0])
     return added
+
+
+def edits(replica: Replica) -> Edits:
+    """What is in force on the first catalogue."""
+    return replica._views[0].edits(REQUEST)
 
 
 def while_following(replica: Replica, do: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -78,14 +87,14 @@ def test_it_is_ready_when_caught_up_and_follows_by_polling(make, store, stored, 
 
     async def do() -> None:
         assert replica.ready
-        assert replica.edits(REQUEST).applied == ("rules/first",)
-        begun = replica.edits(REQUEST)
+        assert edits(replica).applied == ("rules/first",)
+        begun = edits(replica)
         # Nobody tells it of this one: the notification is lost, or there never are any.
         revision = store.put(stored("rules/second", effect=BLOCK))
         written = time.perf_counter()
-        await asyncio.to_thread(until, lambda: replica.snapshot.revision == revision)
+        await asyncio.to_thread(until, lambda: replica.revision == revision)
         assert time.perf_counter() - written < 2
-        assert replica.edits(REQUEST).applied == ("rules/first", "rules/second")
+        assert edits(replica).applied == ("rules/first", "rules/second")
         # What a request took with it at its beginning is what it keeps.
         assert begun.applied == ("rules/first",)
 
@@ -117,7 +126,7 @@ def test_slots_are_counted_after_a_change_and_as_time_goes_by(make, store, store
         elapsed[0] = seconds
         replica.refresh()
         replica._count_slots()
-        assert store.asked.count("free_slots") == counts
+        assert store.asked.count("slot_counts") == counts
     states = {state: value(metrics, "keyword_slots", state=state) for state in ("free", "bound", "quarantined")}
     assert states == {"free": 1, "bound": 1, "quarantined": 0}
     store.put(stored("keywords/old", text="old"))
@@ -149,10 +158,10 @@ def test_a_write_through_the_same_server_is_visible_at_once(make, store, stored)
     replica = make()
     revision = store.put(stored("rules/r", effect=BLOCK))
     assert replica.refresh() == revision
-    assert replica.edits(REQUEST).applied == ("rules/r",)
+    assert edits(replica).applied == ("rules/r",)
     store.put(stored("rules/r", effect=BLOCK, deleted_at="2026-07-01T00:00:00Z"))
     replica.refresh()
-    assert replica.edits(REQUEST).applied == ()
+    assert edits(replica).applied == ()
 
 
 def test_what_begins_and_ends_needs_no_write(make, store, stored, noon) -> None:
@@ -173,7 +182,7 @@ def test_what_begins_and_ends_needs_no_write(make, store, stored, noon) -> None:
         (2, ()),
     ]:
         now[0] = noon + hours * HOUR
-        assert replica.edits(REQUEST).applied == applied
+        assert edits(replica).applied == applied
     assert store.asked == []
 
 
@@ -189,7 +198,7 @@ def test_a_reader_waits_for_the_revision_that_it_asks_for(make, store, stored) -
             assert not any(task.done() for task in waiting)
             store.put(stored(f"rules/{name}", effect=BLOCK))
             await asyncio.gather(*waiting[:2])
-            assert replica.snapshot.revision == revision
+            assert replica.revision == revision
             assert not waiting[2].done()
             waiting[2].cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
@@ -256,7 +265,7 @@ def test_without_the_store_it_is_not_ready_until_that_is_there(make, store, stor
         store.failure = None
         await asyncio.wait_for(starting, 5)
         assert replica.ready
-        assert replica.edits(REQUEST).applied == ("rules/r",)
+        assert edits(replica).applied == ("rules/r",)
         await replica.stop()
 
     asyncio.run(main())
@@ -274,7 +283,7 @@ def test_without_the_store_what_was_read_last_is_served(make, store, stored, met
         elapsed[0] = STALE_SECONDS + 1
         assert replica.stale
         assert value(metrics, "admin_revision_lag_seconds") > STALE_SECONDS
-        assert replica.edits(REQUEST).applied == ("rules/r",)
+        assert edits(replica).applied == ("rules/r",)
         store.failure = None
         assert replica.refresh() == 2
         assert not replica.stale
@@ -292,7 +301,7 @@ def test_a_store_that_goes_back_is_not_followed(make, store, stored, elapsed) ->
     elapsed[0] = STALE_SECONDS + 1
     with capture_logs() as logs:
         assert replica.refresh() == 2
-    assert replica.edits(REQUEST).applied == ("rules/a", "rules/b")
+    assert edits(replica).applied == ("rules/a", "rules/b")
     assert replica.stale
     assert "an older copy" in logs[0]["error"]
 
@@ -316,7 +325,7 @@ def test_reads_that_cross_leave_the_newest(make, store, stored, monkeypatch) -> 
         store.put(stored("rules/b", effect=BLOCK))
         assert replica.refresh() == 2
         assert slow.result(10) == 1
-    assert replica.edits(REQUEST).applied == ("rules/a", "rules/b")
+    assert edits(replica).applied == ("rules/a", "rules/b")
 
 
 def test_many_writers_each_see_their_own_write(make, store, stored) -> None:
@@ -330,9 +339,9 @@ def test_many_writers_each_see_their_own_write(make, store, stored) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write_and_read, range(100)))
-    assert replica.snapshot.revision == 100
-    assert set(replica.snapshot.resources) == {f"rules/{i}" for i in range(5)}
-    assert all(int(resource.note) >= 80 for _, resource in replica.snapshot.resources.values())
+    assert replica.revision == 100
+    assert set(replica._resources) == {f"rules/{i}" for i in range(5)}
+    assert all(int(resource.note) >= 80 for _, resource in replica._resources.values())
 
 
 def test_what_cannot_be_applied_is_counted_and_logged_once(make, store, stored, metrics) -> None:
@@ -346,28 +355,70 @@ def test_what_cannot_be_applied_is_counted_and_logged_once(make, store, stored, 
     skipped = [entry for entry in logs if entry["event"] == "admin_resource_skipped"]
     assert [entry["name"] for entry in skipped] == ["rules/bad"]
     assert value(metrics, "admin_skipped_resources") == 1
-    assert replica.edits(REQUEST).applied == ("rules/good", "rules/other")
+    assert edits(replica).applied == ("rules/good", "rules/other")
 
 
-def test_it_does_not_start_on_a_bundle_that_bindings_do_not_fit(store, catalogue, metrics, stored) -> None:
+def test_what_does_not_fit_a_bundle_is_refused_or_left_out(make, store, catalogue, metrics, stored) -> None:
     binding = {"items": {"item_ids": ["item-1"]}}
     store.put(
         stored("keywords/new", text="new", slot={"level": 0, "code": 7}, binding=binding),
         stored("rules/r", effect=BLOCK),
     )
+    replica = make()
+    replica.refresh()
+    with pytest.raises(BundleError) as error:
+        replica.view(Items(catalogue), allow_unbound=False)
+    assert "1 places:\n- keywords/new: slot: the bundle reserves no slot 7 on level 0" in str(error.value)
+    assert "--allow-unbound" in str(error.value)
+    assert (replica._missed, len(replica._views)) == ([], 1)
+    assert value(metrics, "admin_skipped_resources") == 0
+    allowed = replica.view(Items(catalogue))
+    assert allowed.edits(REQUEST).applied == ("rules/r",)
+    assert edits(replica).applied == ("rules/r", "keywords/new")
+    assert value(metrics, "admin_skipped_resources") == 1
+    allowed.drop()
+    assert value(metrics, "admin_skipped_resources") == 0
 
-    async def main() -> None:
-        refused = Replica(store, catalogue, (), metrics)
-        with pytest.raises(BundleError) as error:
-            await refused.start()
-        assert "1 places:\n- keywords/new: slot: the bundle reserves no slot 7 on level 0" in str(error.value)
-        assert "--allow-unbound" in str(error.value)
-        allowed = Replica(store, catalogue, (), metrics)
-        await allowed.start(allow_unbound=True)
-        assert allowed.edits(REQUEST).applied == ("rules/r",)
-        await allowed.stop()
 
-    asyncio.run(main())
+def test_views_advance_together_and_a_dropped_one_stays(make, store, stored, catalogue) -> None:
+    replica = make()
+    store.put(stored("rules/a", effect=BLOCK))
+    replica.refresh()
+    first = replica._views[0]
+    moved = first.on(dataclasses.replace(catalogue, rows={"item-1": 5}))
+    assert (first.edits(REQUEST).blocked.tolist(), moved.edits(REQUEST).blocked.tolist()) == ([1], [5])
+    first.drop()
+    store.put(stored("rules/b", effect=BLOCK))
+    replica.refresh()
+    assert first.edits(REQUEST).applied == ("rules/a",)
+    assert moved.edits(REQUEST).applied == ("rules/a", "rules/b")
+
+
+def test_a_view_misses_no_change_that_comes_while_it_is_built(
+    make, store, stored, catalogue, noon, monkeypatch
+) -> None:
+    replica = make()
+    store.put(stored("rules/a", effect=BLOCK), stored("rules/gone", effect=BLOCK))
+    replica.refresh()
+    original = AdminSnapshot.problems
+    building, go_on = threading.Event(), threading.Event()
+
+    def problems(self: AdminSnapshot) -> list[str]:
+        building.set()
+        assert go_on.wait(10)
+        return original(self)
+
+    monkeypatch.setattr(AdminSnapshot, "problems", problems)
+    with ThreadPoolExecutor(1) as pool:
+        built = pool.submit(replica.view, Items(catalogue), allow_unbound=False)
+        assert building.wait(10)
+        # Nobody waits for it meanwhile.
+        store.put(stored("rules/b", effect=BLOCK), stored("rules/gone", effect=BLOCK, deleted_at=noon))
+        assert replica.refresh() == 2
+        assert edits(replica).applied == ("rules/a", "rules/b")
+        go_on.set()
+        assert built.result(10).edits(REQUEST).applied == ("rules/a", "rules/b")
+    assert replica._missed == []
 
 
 def test_only_postgresql_can_be_listened_to(make) -> None:
@@ -381,18 +432,18 @@ def test_a_notification_is_a_hint_to_poll_at_once(
 ) -> None:
     monkeypatch.setattr(replica_module, "POLL_SECONDS", 60.0)
     store = make_sql_store()
-    replica = Replica(store, catalogue, (), metrics, listen=database_url)
+    replica = Replica(store, metrics, listen=database_url)
 
     async def do() -> None:
         rules = (Create(Kind.RULES, f"r{i}", RuleFields(effect=BLOCK)) for i in count())
         async with asyncio.timeout(10):
             # Those before it listens are lost.
-            while not replica.snapshot.revision:
+            while not replica.revision:
                 store.apply(Call("test"), [next(rules)])
                 await asyncio.sleep(0.05)
         begun = time.perf_counter()
         store.apply(Call("test"), [next(rules)])
-        await asyncio.to_thread(until, lambda: replica.snapshot.revision == store.revision())
+        await asyncio.to_thread(until, lambda: replica.revision == store.revision())
         assert time.perf_counter() - begun < 5
 
     while_following(replica, do)

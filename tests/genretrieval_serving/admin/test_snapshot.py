@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -19,6 +20,7 @@ from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval.request import RetrieveRequest
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.servable import Catalogue
+from genretrieval_serving.admin import snapshot as snapshot_module
 from genretrieval_serving.admin.resources import KeywordFields, RuleFields, Selector, SynonymsFields
 from genretrieval_serving.admin.snapshot import MAX_REPETITIONS, AdminSnapshot, Items
 from genretrieval_serving.admin.store import Changes
@@ -41,6 +43,38 @@ SHOP = catalogue_of(
     categories=[["shoes"], ["sport", "snow gear"], [], None, ["黑色外套"], ["gear"]],
     price=[10.0, 20.0, None, 40.0, 50.0, 60.0],
 )
+
+
+def on(snapshot: AdminSnapshot, catalogue: Catalogue, reserved: Sequence[int]) -> AdminSnapshot:
+    """The same state on another catalogue."""
+    everything = Changes(snapshot.revision, list(snapshot.resources.values()))
+    return AdminSnapshot.empty(Items(catalogue, reserved)).updated(everything)
+
+
+def test_texts_of_rows_that_did_not_change_are_kept(monkeypatch) -> None:
+    marked = []
+    original = snapshot_module.with_edges
+    monkeypatch.setattr(snapshot_module, "with_edges", lambda text: marked.append(text) or original(text))
+    items = Items(SHOP)
+    wanted = Selector(text="red shoe")
+    assert items.rows(wanted).tolist() == [0, 2, 3]
+    marked.clear()
+    more = catalogue_of(
+        title=["Red shoe, size 42", "Red shoe", "RED  Shoe polish", None, "外套 黑色", "shoe red", "red shoes"],
+        brand=["Acme", None, "Red", None, "Acme", "Umbra", None],
+        categories=[["shoes"], ["sport", "snow gear"], [], None, ["黑色外套"], ["gear"], None],
+    )
+    changed = items.on(more)
+    assert changed.prepare().to_list() == Items(more).prepare().to_list()
+    assert changed.rows(wanted).tolist() == [0, 1, 2, 6]
+    marked.clear()
+    # Back to fewer rows, and the first state is as it was.
+    fewer = items.on(SHOP)
+    assert fewer.rows(wanted).tolist() == [0, 2, 3]
+    assert set(marked) == {"snowshoe", "sport", "snow gear", "the red shoe company", "red shoe"}
+    assert items.rows(wanted).tolist() == [0, 2, 3]
+    # Other columns: nothing of it can be kept.
+    assert items.on(catalogue_of(title=["red shoe"])).rows(wanted).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -192,15 +226,11 @@ def test_a_change_resolves_what_changed_and_nothing_else(snapshot_of, stored, no
 
 def test_another_catalogue_resolves_everything(snapshot_of, stored, noon) -> None:
     snapshot = snapshot_of(bound(stored, items=("0", "item-1")))
-    moved = snapshot.on(SHOP, (2,))
+    moved = on(snapshot, SHOP, (2,))
     assert moved.revision == snapshot.revision
     assert moved.broken == {"keywords/new": "slot: the bundle reserves no slot 7 on level 0; bind the keyword again"}
-    kept = snapshot.updated(
-        Changes(
-            8,
-            [stored("keywords/new", text="new", slot={"level": 0, "code": 3}, binding={"items": {"item_ids": ["0"]}})],
-        )
-    ).on(SHOP, (2,))
+    other = stored("keywords/new", text="new", slot={"level": 0, "code": 3}, binding={"items": {"item_ids": ["0"]}})
+    kept = on(snapshot.updated(Changes(8, [other])), SHOP, (2,))
     assert kept.edits(RetrieveRequest(query="new"), noon).bound[0].rows.tolist() == [0]
 
 
@@ -215,16 +245,15 @@ def test_what_cannot_hold_on_another_bundle_is_listed(snapshot_of, stored, reser
         stored("rules/pin", effect={"kind": "pin", "items": [{"item_id": "gone", "position": 1}]}),
     )
     assert snapshot.problems() == []
-    assert snapshot.held_slots == 2
     bare = catalogue_of(title=["a"])
-    assert snapshot.revalidate(bare, ()) == [
+    assert on(snapshot, bare, ()).problems() == [
         "keywords/new: slot: the bundle reserves no slot 7 on level 0; bind the keyword again",
         "keywords/rule: slot: the bundle reserves no slot 6 on level 0; bind the keyword again",
         "rules/attribute: effect.items.filters: filter on unknown attribute 'brand'; the catalogue has title",
     ]
     same_slots = catalogue_of(brand=["acme"])
     same_slots = replace(same_slots, ids=SemanticIds(np.zeros((1, 3), np.int32), (8, 8, 8)))
-    assert snapshot.revalidate(same_slots, reserved) == [
+    assert on(snapshot, same_slots, reserved).problems() == [
         "keywords/new: binding.items: the catalogue has none of the 2 items"
     ]
 
@@ -318,4 +347,4 @@ def test_a_request_that_matches_nothing_gets_no_edits(snapshot_of, stored, noon,
 
 
 def test_an_empty_snapshot_edits_nothing(catalogue, reserved, noon) -> None:
-    assert AdminSnapshot.empty(catalogue, reserved).edits(RetrieveRequest(query="new"), noon) == NO_EDITS
+    assert AdminSnapshot.empty(Items(catalogue, reserved)).edits(RetrieveRequest(query="new"), noon) == NO_EDITS
