@@ -609,6 +609,36 @@ def bench_bind(
     _report_figures(bench(bundle, command, store, Console(stderr=True), BindConfig(replicas, bindings)), json_file)
 
 
+@bench_app.command("faults")
+def bench_faults(
+    names: Annotated[list[str] | None, typer.Argument(help="Faults to cause; all by default.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where bundles, stores and logs go.")] = Path("runs/faults"),
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle to serve; by default a random one of 10,000 items.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="A twentieth of the lengths and numbers; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Kill, starve, fill, corrupt and flood on purpose, and count what callers notice; exit 1 if anything is lost."""
+    with _extra("train"):
+        from genretrieval_pipelines.random_bundle import write_random_bundle
+    with _extra("serve"):
+        from genretrieval_serving.faults import bench_faults as bench
+        from genretrieval_serving.faults.serving import Ground
+    if bundle is None:
+        bundle = folder / "random-10000"
+        if not bundle.exists():
+            write_random_bundle(bundle, 10_000)
+    ground = Ground(bundle, folder, [sys.executable, "-m", "genretrieval.cli"], share=0.05 if quick else 1.0)
+    console = Console(stderr=True)
+    figures, problems = bench(ground, console, names or [])
+    _report_figures(figures, json_file)
+    for problem in problems:
+        console.print(problem, style="red", markup=False, highlight=False)
+    if problems:
+        sys.exit(1)
+
+
 @app.command()
 def doctor() -> None:
     """What is installed, what it can run, and what is missing."""
