@@ -18,6 +18,7 @@ No file of it is a pickle.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -66,6 +67,7 @@ class Manifest(BaseModel):
     n_items: int
     codebook_sizes: tuple[int, ...]
     reserved_slots: tuple[int, ...] = Field((), description="Of each level; none where codes are no keyword slots.")
+    dedup_level: bool = Field(False, description="Whether the last code numbers items whose other codes are equal.")
     leaf_cap: int | None = Field(None, description="Items of one semantic ID that a response lists at most.")
     opset: int
     minimum_onnxruntime: str
@@ -164,17 +166,10 @@ def load_bundle(path: Path) -> Bundle:
         BundleIncompleteError: the folder or its manifest is missing.
         BundleError: the manifest cannot be read, its schema is newer, or a file is missing or changed.
     """
-    manifest_path = path / MANIFEST
-    if not path.is_dir():
-        raise BundleIncompleteError(f"{path} is no folder; give the folder that `genretrieval run --output` wrote")
-    if not manifest_path.is_file():
-        raise BundleIncompleteError(
-            f"{path} has no {MANIFEST}. It is written last, so this export never finished: run it again"
-        )
-    manifest = _read_manifest(manifest_path)
+    manifest = read_manifest(path)
     for name in REQUIRED_FILES:
         if name not in manifest.files:
-            raise BundleError(f"{manifest_path} does not list {name}, without which nothing can be served")
+            raise BundleError(f"{path / MANIFEST} does not list {name}, without which nothing can be served")
     for name, expected in manifest.files.items():
         file = path / name
         if file.parent != path or not file.is_file():
@@ -187,7 +182,20 @@ def load_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What the manifest of a bundle says; `load_bundle` checks that it is so.
+
+    Raises:
+        BundleIncompleteError: the folder or its manifest is missing.
+        BundleError: the manifest cannot be read, or its schema is newer.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleIncompleteError(f"{folder} is no folder; give the folder that `genretrieval run --output` wrote")
+    if not path.is_file():
+        raise BundleIncompleteError(
+            f"{folder} has no {MANIFEST}. It is written last, so this export never finished: run it again"
+        )
     text = path.read_bytes()
     try:
         # On its own first: a newer manifest may have fields that this version would take for mistakes.
@@ -213,7 +221,7 @@ def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
         manifest: everything but `files`, which is filled in here.
 
     Raises:
-        BundleError: `path` is there and is neither a bundle nor an empty folder.
+        BundleError: `path` is there and is neither a bundle nor an empty folder, or the disk is full.
     """
     # Before the work, and before anything is touched.
     if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -232,8 +240,15 @@ def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, partial / MANIFEST)
         _sync(partial)
-    except BaseException:
+    except BaseException as error:
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         shutil.rmtree(partial)
+        # Polars and safetensors have errors of their own around that of the system.
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise BundleError(
+                f"the disk is full: {path.parent} had no room for the bundle {path.name} after {written:,} bytes. "
+                f"Nothing of it was left, and what was at {path} stays; make room, or choose another output folder"
+            ) from error
         raise
     _put_in_place(partial, path)
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,26 @@ def test_a_failed_export_leaves_nothing_and_the_older_bundle_alone(path) -> None
         (folder / GRAPH).write_bytes((folder / "weights").read_bytes())
     assert load_bundle(path).manifest == before
     assert [entry.name for entry in path.parent.iterdir()] == ["shop"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError("parquet: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_and_says_how_far_it_came(path, error) -> None:
+    before = load_bundle(path).manifest
+    with (
+        pytest.raises(BundleError, match=r"disk is full: .* for the bundle \S+ after 1,500 bytes"),
+        write_bundle(path, before.model_copy(update={"uuid": "another"})) as folder,
+    ):
+        (folder / "retriever.onnx").write_bytes(bytes(1500))
+        raise error
+    assert load_bundle(path).manifest == before
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
 def test_a_killed_export_never_loads_and_is_removed_by_the_next(tmp_path) -> None:
