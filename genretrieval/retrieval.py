@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from genretrieval.candidates import Candidates, batches, in_order, with_blocks, 
 from genretrieval.catalogue import graph_inputs, reserved_paths
 from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
 from genretrieval.histories import NO_TIME
+from genretrieval.item_vectors import ItemVectors, relatives_of
 from genretrieval.keywords import without_words
 from genretrieval.masks import Mask, MaskRows, canonical_filters
-from genretrieval.request import RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
+from genretrieval.request import HistoryEvent, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.schemas import EXPOSURE
 from genretrieval.servable import Catalogue, Servable
 
@@ -92,15 +94,15 @@ class DenseItems:
     """What a dense head ranks.
 
     Attributes:
-        read: float32 ``[n_items, E]``, memory-mapped, what items are read by in a history.
-        ranked: float32 ``[n_items, E]``, what they are ranked by; memory-mapped where not all are compared.
+        read: by which items are read in a history, memory-mapped.
+        ranked: by which they are ranked; memory-mapped where not all are compared.
         candidates: int64, rows of the items that are compared beside what the search found. It hardly ever writes the
             IDs of items that training never saw (LIGER, arXiv 2411.18814), so those are always among them. In a
             catalogue of up to `COMPARED_ITEMS`, all items are.
     """
 
-    read: NDArray[np.float32]
-    ranked: NDArray[np.float32]
+    read: ItemVectors
+    ranked: ItemVectors
     candidates: NDArray[np.int64]
 
     @classmethod
@@ -114,7 +116,22 @@ class DenseItems:
         popularity = catalogue.table["popularity"].to_numpy()
         # Where all are compared, vectors that lie side by side are read faster.
         ranked = np.ascontiguousarray(vectors[:, 1]) if every else vectors[:, 1]
-        return cls(vectors[:, 0], ranked, np.flatnonzero((popularity == 0) | every))
+        candidates = np.flatnonzero((popularity == 0) | every)
+        return cls(ItemVectors.open(vectors[:, 0]), ItemVectors.open(ranked), candidates)
+
+    def on(self, catalogue: Catalogue) -> DenseItems:
+        """With the items that came after the bundle, which training never saw and which are always compared.
+
+        Each has the mean vectors of those that share most of its semantic ID.
+        """
+        n_bundle = len(self.read.of_bundle)
+        later = np.arange(n_bundle, len(catalogue.item_ids))
+        if not len(later) and not len(self.read.of_later):
+            return self
+        relatives = relatives_of(catalogue, n_bundle)
+        of_bundle = self.candidates[self.candidates < n_bundle]
+        candidates = np.concatenate([of_bundle, later])
+        return DenseItems(self.read.with_later(relatives), self.ranked.with_later(relatives), candidates)
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,16 @@ class Retriever:
         paths = reserved_paths(bundle.manifest.codebook_sizes, bundle.manifest.reserved_slots)
         self._keyword_places = {(int(p.argmax()), int(p.max())): place for place, p in enumerate(paths)}
 
+    def on(self, catalogue: Catalogue) -> Retriever:
+        """The same model on another state of its catalogue, which is one of this bundle; this one stays as it is."""
+        other = copy.copy(self)
+        other.catalogue = catalogue
+        other.masks = MaskRows(catalogue)
+        if catalogue.index is not self.catalogue.index:
+            other._index_inputs = graph_inputs(catalogue.index)
+            other.dense = None if self.dense is None else self.dense.on(catalogue)
+        return other
+
     def retrieve(
         self, requests: Sequence[RetrieveRequest], edits: Sequence[Edits] | None = None
     ) -> list[RetrieveResponse]:
@@ -221,6 +248,14 @@ class Retriever:
         """
         if request.filters is not None:
             self.catalogue.conditions(request.filters)
+
+    def history_read(self, request: RetrieveRequest) -> list[HistoryEvent]:
+        """The events of a request's history that the model reads: of the compressed past, then those in full."""
+        known, manifest = self._known(request), self.bundle.manifest
+        read = known.interactions[-manifest.max_history :]
+        past = known.before(read, manifest.max_past)
+        events = [event for event in request.history if event.item_id in self.catalogue.rows]
+        return [events[position] for position in (*past.tolist(), *read.tolist())]
 
     def beam_width(self, request: RetrieveRequest) -> int:
         """Beams that `request` is searched with."""

@@ -231,7 +231,7 @@ def conform(frame: pl.LazyFrame, table: Table) -> Conformed:
         if name is None:
             values.append(pl.lit(None, column.dtype).alias(column.name))
             continue
-        value = _read(pl.col(name), source[name], column.dtype)
+        value = read_as(pl.col(name), source[name], column.dtype)
         if value is None:
             reason = f"is {source[name]}, which cannot be read as {column.dtype} ({column.meaning})"
             problems.append(Problem(file=table.file, column=name, reason=reason, severity="fatal"))
@@ -280,8 +280,8 @@ def _source_names(source: pl.Schema, table: Table) -> tuple[dict[str, str], list
     return names, problems
 
 
-def _read(raw: pl.Expr, source: pl.DataType, target: pl.DataType) -> pl.Expr | None:
-    """`raw` as `target`, null where a value cannot be read; None where the type as a whole cannot."""
+def read_as(raw: pl.Expr, source: pl.DataType, target: pl.DataType) -> pl.Expr | None:
+    """`raw` as `target` as `conform` reads it, null where a value cannot be read; None where the type cannot."""
     if source == pl.Null:
         return raw.cast(target)
     if target == _INSTANT:
@@ -336,9 +336,9 @@ def _from_text(text: pl.Expr) -> pl.Expr:
 
 def _read_texts(raw: pl.Expr, source: pl.DataType) -> pl.Expr | None:
     if isinstance(source, pl.List):
-        inner = _read(pl.element(), _inner(source), _STRING)
+        inner = read_as(pl.element(), _inner(source), _STRING)
         return None if inner is None else raw.cast(_TEXTS)
-    one = _read(raw, source, _STRING)
+    one = read_as(raw, source, _STRING)
     return None if one is None else pl.when(raw.is_not_null()).then(pl.concat_list(one))
 
 

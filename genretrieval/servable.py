@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import polars as pl
@@ -16,8 +18,13 @@ from genretrieval.features import RequestFeatures
 from genretrieval.request import Filters
 from genretrieval.semantic_ids import SemanticIds
 
+if TYPE_CHECKING:
+    from genretrieval.catalogue_changes import CatalogueChanges
+
 # Columns of a catalogue that are no attributes.
-_NOT_FILTERED = frozenset({"item_id", "semantic_id", "popularity"})
+NO_ATTRIBUTES = frozenset({"item_id", "semantic_id", "popularity"})
+# A table in more pieces is put together: each batch of new items is one.
+_CHUNKS = 64
 
 
 class Servable(Protocol):
@@ -46,7 +53,7 @@ class Catalogue:
     """Items that can be retrieved: an immutable snapshot, kept by a request from its beginning to its end.
 
     Attributes:
-        table: the bundle's ``catalogue.parquet``.
+        table: the bundle's ``catalogue.parquet``, then the items that came while it was served, with what has changed.
         ids: semantic IDs by item row.
         index: the trie over them; items of a leaf are listed by falling popularity.
         rows: item id to item row.
@@ -70,9 +77,69 @@ class Catalogue:
         codes = table["semantic_id"].explode().to_numpy().astype(np.int32).reshape(len(table), -1)
         ids = SemanticIds(codes, bundle.manifest.codebook_sizes)
         reserved = reserved_paths(ids.codebook_sizes, bundle.manifest.reserved_slots)
-        index = build_index(ids, -table["popularity"].to_numpy().astype(np.int64), reserved)
+        index = _indexed(ids, table, reserved)
         item_ids = table["item_id"].to_list()
         return cls(table, ids, index, {item: row for row, item in enumerate(item_ids)}, item_ids)
+
+    def updated(self, changes: CatalogueChanges) -> Catalogue:
+        """The catalogue after `changes`, which were checked to fit it; this one stays as it is.
+
+        Rows never move: new items get the next ones, and those of removed items are kept as `gone`. Changes of items
+        that it does not have, and bring no semantic ID, are passed over.
+        """
+        new = changes.ids.filter(pl.Series(self.rows_of(changes.ids["item_id"]) < 0))
+        grown = self._with(new, changes) if len(new) else self
+        columns = []
+        for name, frame in changes.attributes.items():
+            rows = self.rows_of(frame["item_id"])
+            known = np.flatnonzero(rows >= 0)
+            if len(known):
+                columns.append(_with_values(grown.table[name], rows[known], frame["value"].gather(known)))
+        rows, removed = grown.rows_of(changes.removed["item_id"]), changes.removed["value"].to_numpy()
+        gone = np.union1d(grown.gone, rows[removed & (rows >= 0)])
+        return replace(
+            grown,
+            table=grown.table.with_columns(columns),
+            gone=np.setdiff1d(gone, rows[~removed], assume_unique=False),
+            revision=self.revision + changes.n_sets,
+        )
+
+    def rows_of(self, item_ids: pl.Series) -> NDArray[np.int64]:
+        """Item rows, int64 ``[len(item_ids)]``, -1 for items that it does not have."""
+        return np.fromiter(map(self.rows.get, item_ids.to_list(), repeat(-1)), np.int64, len(item_ids))
+
+    def way_to(self, codes: Sequence[int]) -> list[int]:
+        """Nodes of the index on the way to a semantic ID, one a level, as far as there are any."""
+        nodes: list[int] = []
+        parent = 0
+        for tokens, starts, code in zip(self.index.tokens, self.index.child_starts, codes, strict=False):
+            start, end = int(starts[parent]), int(starts[parent + 1])
+            parent = start + int(np.searchsorted(tokens[start:end], code))
+            if parent == end or tokens[parent] != code:
+                break
+            nodes.append(parent)
+        return nodes
+
+    def _with(self, new: pl.DataFrame, changes: CatalogueChanges) -> Catalogue:
+        """With items more, of popularity 0."""
+        rows = new.rename({"value": "semantic_id"})
+        for name, dtype in self.table.schema.items():
+            if name == "popularity":
+                rows = rows.with_columns(pl.lit(0, dtype).alias(name))
+            elif name in changes.attributes:
+                values = changes.attributes[name].rename({"value": name})
+                rows = rows.join(values, on="item_id", how="left", maintain_order="left")
+            elif name not in rows.columns:
+                rows = rows.with_columns(pl.lit(None, dtype).alias(name))
+        table = pl.concat([self.table, rows.select(self.table.columns).cast(self.table.schema)])
+        if table.n_chunks() > _CHUNKS:
+            table = table.rechunk()
+        codes = np.asarray(new["value"].explode().to_numpy(), np.int32).reshape(len(new), -1)
+        ids = SemanticIds(np.concatenate([self.ids.codes, codes]), self.ids.codebook_sizes)
+        index = _indexed(ids, table, self.index.leaf_codes(self.index.keyword_leaves))
+        item_ids = new["item_id"].to_list()
+        known = self.rows | {item: row for row, item in enumerate(item_ids, len(self.item_ids))}
+        return replace(self, table=table, ids=ids, index=index, rows=known, item_ids=self.item_ids + item_ids)
 
     def matching(self, filters: Filters) -> NDArray[np.bool_]:
         """Which items satisfy `filters`, bool ``[n_items]``.
@@ -91,7 +158,7 @@ class Catalogue:
             RequestError: a condition names an attribute that the catalogue does not have, or cannot compare.
         """
         conditions: list[pl.Expr] = []
-        schema = {name: type_ for name, type_ in self.table.schema.items() if name not in _NOT_FILTERED}
+        schema = {name: type_ for name, type_ in self.table.schema.items() if name not in NO_ATTRIBUTES}
         for name, values in filters.attributes.items():
             column = "categories" if name == "category" else name
             if column not in schema:
@@ -114,3 +181,14 @@ class Catalogue:
                 raise RequestError("filter on in_stock, but this catalogue has no boolean attribute 'in_stock'")
             conditions.append(pl.col("in_stock") == filters.in_stock)
         return conditions
+
+
+def _indexed(ids: SemanticIds, table: pl.DataFrame, reserved: NDArray[np.int32]) -> CatalogueIndex:
+    return build_index(ids, -table["popularity"].to_numpy().astype(np.int64), reserved)
+
+
+def _with_values(column: pl.Series, rows: NDArray[np.int64], values: pl.Series) -> pl.Series:
+    """A column with other values in some rows. Of every type, also lists, of which Polars sets none in place."""
+    source = np.arange(len(column))
+    source[rows] = len(column) + np.arange(len(rows))
+    return pl.concat([column, values.alias(column.name)]).gather(source)

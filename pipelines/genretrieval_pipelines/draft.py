@@ -115,6 +115,7 @@ def draft_bundle(recipe: Recipe, shop: Shop, ids: SemanticIds, features: Request
         n_items=ids.n_items,
         codebook_sizes=ids.codebook_sizes,
         reserved_slots=_reserved_slots(features.keywords, ids.n_levels),
+        dedup_level=recipe.collisions.method == "dedup",
         leaf_cap=recipe.collisions.cap,
         opset=OPSET,
         minimum_onnxruntime=MINIMUM_ONNXRUNTIME,

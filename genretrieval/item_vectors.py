@@ -1,0 +1,89 @@
+"""Vectors of items that a dense head has never met: those of a bundle, and of what came while it was served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genretrieval.servable import Catalogue
+
+# Of more items with a prefix, so many are taken, evenly from all; a mean of more is hardly another one.
+_RELATIVES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ItemVectors:
+    """Vectors by item row.
+
+    Attributes:
+        of_bundle: float32 ``[n, E]``, of the items that the bundle was exported with; may be memory-mapped.
+        of_later: float32 ``[m, E]``, of those that came after.
+    """
+
+    of_bundle: NDArray[np.float32]
+    of_later: NDArray[np.float32]
+
+    @classmethod
+    def open(cls, of_bundle: NDArray[np.float32]) -> ItemVectors:
+        """Those of a bundle alone."""
+        return cls(of_bundle, np.empty((0, of_bundle.shape[1]), np.float32))
+
+    def __len__(self) -> int:
+        """Items that have one."""
+        return len(self.of_bundle) + len(self.of_later)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Vectors of item rows of any shape, float32 ``[*rows.shape, E]``."""
+        later = rows >= len(self.of_bundle)
+        if not later.any():
+            return self.of_bundle[rows]
+        vectors = self.of_bundle[np.where(later, 0, rows)]
+        vectors[later] = self.of_later[rows[later] - len(self.of_bundle)]
+        return vectors
+
+    def __matmul__(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Products with one vector ``[E]``, float32 ``[len(self)]``."""
+        products: NDArray[np.float32] = self.of_bundle @ vector
+        return np.concatenate([products, self.of_later @ vector]) if len(self.of_later) else products
+
+    def with_later(self, relatives: list[NDArray[np.int64]]) -> ItemVectors:
+        """Each later item has the mean vector of its relatives, see `relatives_of`."""
+        means: list[NDArray[Any]] = [self.of_bundle[rows].mean(axis=0) for rows in relatives]
+        return ItemVectors(self.of_bundle, np.asarray(means, np.float32).reshape(len(means), -1))
+
+
+def relatives_of(catalogue: Catalogue, n_bundle: int) -> list[NDArray[np.int64]]:
+    """Of each item that came after the first `n_bundle`: those of the bundle that share most of its semantic ID.
+
+    They are all, or an even choice, of the items below the deepest node on its way that has any. So the vector of an
+    item depends on the bundle and its ID alone, and on nothing that came before it.
+    """
+    index = catalogue.index
+    ways = index.nodes_of(catalogue.ids.codes[n_bundle:])
+    n_later = len(catalogue.item_ids) - n_bundle
+    found: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * n_later
+    left = np.arange(n_later)
+    for level in range(index.n_levels - 1, -2, -1):
+        nodes = ways[level][left] if level >= 0 else np.zeros(len(left), np.int64)
+        for node in np.unique(nodes).tolist():
+            below = _items_below(catalogue, level, node)
+            below = below[below < n_bundle]
+            if len(below):
+                chosen = below[np.linspace(0, len(below) - 1, min(len(below), _RELATIVES)).astype(np.int64)]
+                for row in left[nodes == node].tolist():
+                    found[row] = chosen
+        left = np.asarray([row for row in left.tolist() if not len(found[row])], np.int64)
+        if not len(left):
+            break
+    return found
+
+
+def _items_below(catalogue: Catalogue, level: int, node: int) -> NDArray[np.int32]:
+    """Item rows under a node of a level; -1 is the level of the root."""
+    first, end = node, node + 1
+    for starts in catalogue.index.child_starts[level + 1 :]:
+        first, end = int(starts[first]), int(starts[end])
+    return catalogue.index.items_under(np.arange(first, end))[0]
