@@ -25,6 +25,7 @@ from genretrieval.errors import BundleError, BundleIncompleteError, InvalidInput
 from genretrieval.retrieval import Retriever
 from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.admin.tokens import JwtSettings
 from genretrieval_serving.app import Server, Settings, run_forever, serve
 from genretrieval_serving.client import Client
 
@@ -63,7 +64,7 @@ def health_of(running: Any) -> int:
         ({"auth": True}, "admin store"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_batch": 33}, "at most 32"),
-        ({"max_batch": 8, "max_queue": 4}, "max_queue"),
+        ({"max_wait": -0.1}, "max_wait"),
         ({"drain_seconds": -1}, "negative"),
     ],
 )
@@ -78,6 +79,12 @@ def test_loopback_needs_no_permission(host) -> None:
     assert Settings(host="0.0.0.0", insecure=True).insecure
     assert Settings(host=host, admin_port=0).admin_port == 0
     assert Settings(host="0.0.0.0", admin_port=0, auth=True).auth
+
+
+def test_tokens_are_permission(tmp_path) -> None:
+    jwt = JwtSettings("issuer", "shop", jwks_file=tmp_path / "jwks.json")
+    assert Settings(host="0.0.0.0", admin_port=0, jwt=jwt).jwt
+    assert Settings(auth=True, jwt=jwt).auth  # without an admin store
 
 
 def test_probes_answer_while_the_model_loads(start) -> None:

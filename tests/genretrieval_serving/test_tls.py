@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from genretrieval.errors import InvalidInputError, UnavailableError
 from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.app import Settings
 from genretrieval_serving.client import Client, ClientTls
 from genretrieval_serving.tls import Certificates, TlsSettings
 
@@ -113,7 +114,13 @@ def test_every_port_speaks_tls_and_probes_do_not(start, shop, tmp_path) -> None:
 def test_only_clients_of_the_authority_are_let_in(start, shop, visitors) -> None:
     known = ClientTls(shop.file, *visitors.issue("visitor"))
     strangers = [ClientTls(shop.file), ClientTls(shop.file, *shop.issue("stranger"))]
-    with start(tls=TlsSettings(*shop.issue("server"), visitors.file)) as running:
+    # Where only they can call, retrieval needs no key; changing what is retrieved does.
+    settings = TlsSettings(*shop.issue("server"), visitors.file)
+    assert Settings(host="0.0.0.0", tls=settings).tls
+    for exposed in ({"tls": TlsSettings(settings.cert, settings.key)}, {"tls": settings, "admin_port": 0}):
+        with pytest.raises(InvalidInputError, match="other machines"):
+            Settings(host="0.0.0.0", **exposed)
+    with start(tls=settings) as running:
         for url in (running.http, running.grpc):
             with Client(url, tls=known) as client:
                 assert client.retrieve(top_k=1).items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 
 import grpc
 import httpx
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -28,6 +31,7 @@ from genretrieval_serving.admin.auth import AWAY_SECONDS, CACHE_SECONDS, MAX_ASK
 from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.resources import Kind, Scope
 from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.admin.tokens import JwtSettings
 from genretrieval_serving.client import Client
 
 OPEN, RETRIEVE, READ, WRITE = "open", "retrieve", "admin.read", "admin.write"
@@ -87,12 +91,17 @@ CALLERS: dict[str, tuple[set[str], int]] = {
     "admin.read": ({OPEN, READ}, 403),
     "admin.write": ({OPEN, READ, WRITE}, 403),
     "retrieve and admin.read": ({OPEN, RETRIEVE, READ}, 403),
+    "with a token to retrieve": ({OPEN, RETRIEVE}, 403),
+    "with a token to write": ({OPEN, READ, WRITE}, 403),
+    "with a token for nothing": ({OPEN}, 403),
+    "with an expired token": ({OPEN}, 401),
+    "with a token for others": ({OPEN}, 401),
 }
 
 
 @dataclass
 class World:
-    """A server that needs keys, and a key of every kind."""
+    """A server that needs keys or tokens, and one of every kind."""
 
     running: Any
     store: SqlStore
@@ -111,8 +120,23 @@ def world(keyword_bundle: Any, serving: Any, tmp_path_factory: pytest.TempPathFa
     for name in ("retrieve", "admin.read", "admin.write", "retrieve and admin.read"):
         _, keys[name] = past.create_key(name, map(Scope, name.split(" and ")))
     past.close()
+    signer, jwks = ec.generate_private_key(ec.SECP256R1()), tmp_path_factory.mktemp("jwks") / "jwks.json"
+    published = jwt.get_algorithm_by_name("ES256").to_jwk(signer.public_key(), as_dict=True)
+    jwks.write_text(json.dumps({"keys": [published | {"kid": "1"}]}))
+
+    def token(**claims: Any) -> str:
+        whole = {"iss": "issuer", "aud": "shop", "sub": "ann", "exp": now + timedelta(hours=1)} | claims
+        return jwt.encode(whole, signer, "ES256", headers={"kid": "1"})
+
+    keys |= {
+        "with a token to retrieve": token(scope="openid retrieve"),
+        "with a token to write": token(scope="admin.write"),
+        "with a token for nothing": token(),
+        "with an expired token": token(scope="retrieve admin.write", exp=now - timedelta(hours=1)),
+        "with a token for others": token(scope="retrieve admin.write", aud="another shop"),
+    }
     store = SqlStore.open(str(past._engine.url))
-    with serving(keyword_bundle, store=store) as running:
+    with serving(keyword_bundle, store=store, jwt=JwtSettings("issuer", "shop", jwks_file=jwks)) as running:
         yield World(running, store, keys)
     store.close()
 
@@ -223,7 +247,9 @@ def test_clients_send_their_key_and_get_the_servers_errors(world) -> None:
     for url in (running.http, running.grpc):
         with Client(url, api_key=keys["retrieve"]) as client:
             assert client.retrieve(top_k=1).items
-        with Client(url) as client, pytest.raises(UnauthenticatedError, match="needs an API key"):
+        with Client(url, api_key=keys["with a token to retrieve"]) as client:
+            assert client.info()
+        with Client(url) as client, pytest.raises(UnauthenticatedError, match=r"needs a token .*; or an API key"):
             client.info()
         with Client(url, api_key=keys["admin.write"]) as client, pytest.raises(PermissionDeniedError, match="retrieve"):
             client.info()
@@ -238,10 +264,11 @@ def test_clients_send_their_key_and_get_the_servers_errors(world) -> None:
 
 
 def test_the_audit_names_who_holds_the_key(world) -> None:
-    with AdminClient(world.running.admin, api_key=world.keys["admin.write"]) as admin:
-        admin.create(Kind.KEYWORDS, {"text": "Labubu"})
-        event = next(admin.audit("keywords/labubu"))
-    assert (event.principal, event.action) == ("admin.write", "create")
+    for caller, name in (("admin.write", "admin.write"), ("with a token to write", "ann")):
+        with AdminClient(world.running.admin, api_key=world.keys[caller]) as admin:
+            admin.create(Kind.KEYWORDS, {"text": f"Labubu {name}", "id": name})
+            event = next(admin.audit(f"keywords/{name}"))
+        assert (event.principal, event.action) == (name, "create")
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Basic {key}", "{key}", "Bearer {key} {key}", "Bearer \xff"])
@@ -425,6 +452,36 @@ def test_a_silent_store_holds_up_nobody_it_knew_for_long(keys, monkeypatch) -> N
         await asyncio.gather(*auth._asking.values())
         with pytest.raises(UnauthenticatedError, match="revoked"):
             await auth.allow("Bearer grk_1", Scope.RETRIEVE)
+
+    asyncio.run(calls())
+
+
+def test_a_silent_store_that_had_no_key_holds_up_one_call_a_little(keys, monkeypatch) -> None:
+    monkeypatch.setattr("genretrieval_serving.admin.auth.PATIENCE_SECONDS", 0.01)
+    made: list[object] = []
+    gate = threading.Event()
+
+    def list_keys() -> list[object]:
+        keys.asked += 1
+        assert not made or gate.wait(10)
+        return made[1:]
+
+    monkeypatch.setattr(keys, "list_keys", list_keys)
+    ticks = Ticks()
+
+    async def calls() -> None:
+        auth = Authenticator(keys, clock=ticks)
+        made.append("silent from now on")
+        async with asyncio.timeout(5):
+            for ticks.now in (CACHE_SECONDS, 2 * CACHE_SECONDS, 3 * CACHE_SECONDS):
+                await auth.allow(None, Scope.RETRIEVE)
+        assert keys.asked == 2  # at the beginning, and the one that is not answered
+        made.append("a key")
+        gate.set()
+        assert auth._looking is not None
+        await auth._looking
+        with pytest.raises(UnauthenticatedError):
+            await auth.allow(None, Scope.RETRIEVE)
 
     asyncio.run(calls())
 
