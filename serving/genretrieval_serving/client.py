@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,9 @@ from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as st
 from genretrieval_serving.messages import (
     BatchRetrieveRequest,
     BatchRetrieveResponse,
+    FeedbackEvent,
+    RecordEventsRequest,
+    RecordEventsResponse,
     ServerInfo,
     error_from,
     error_from_status,
@@ -99,6 +102,7 @@ class ClientTls:
 class _Transport(Protocol):
     def retrieve(self, request: RetrieveRequest) -> RetrieveResponse: ...
     def batch_retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse | GenRetrievalError]: ...
+    def record_events(self, events: Sequence[FeedbackEvent]) -> RecordEventsResponse: ...
     def info(self) -> ServerInfo: ...
     def close(self) -> None: ...
 
@@ -158,6 +162,20 @@ class Client:
         """A response or an error for each request, in order; raises as `retrieve` if the call fails."""
         return self._transport.batch_retrieve(requests)
 
+    def record_events(self, events: Sequence[FeedbackEvent | Mapping[str, Any]]) -> RecordEventsResponse:
+        """Tell what somebody did with items; each event whole or by its fields.
+
+        Raises:
+            RequestError: an event is malformed, or the server keeps none.
+            OverloadedError: the server cannot write them fast enough; try again later.
+            GenRetrievalError: what `retrieve` raises.
+        """
+        try:
+            taken = [e if isinstance(e, FeedbackEvent) else FeedbackEvent.model_validate(e) for e in events]
+        except ValidationError as error:
+            raise request_error(error.errors()) from error
+        return self._transport.record_events(taken)
+
     def info(self) -> ServerInfo:
         """What is being served, and its limits."""
         return self._transport.info()
@@ -199,6 +217,9 @@ class _Grpc:
         message = pb.BatchRetrieveRequest(requests=[wire.request_to_proto(request) for request in requests])
         answer = self._call(self.stub.BatchRetrieve, message)
         return [wire.outcome_from_proto(result) for result in answer.results]
+
+    def record_events(self, events: Sequence[FeedbackEvent]) -> RecordEventsResponse:
+        return wire.recorded_from_proto(self._call(self.stub.RecordEvents, wire.events_to_proto(events)))
 
     def info(self) -> ServerInfo:
         return wire.info_from_proto(self._call(self.stub.GetInfo, pb.GetInfoRequest()))
@@ -253,6 +274,10 @@ class _Http:
             elif result.response is not None:
                 outcomes.append(result.response)
         return outcomes
+
+    def record_events(self, events: Sequence[FeedbackEvent]) -> RecordEventsResponse:
+        body = RecordEventsRequest.model_construct(events=list(events)).model_dump_json()
+        return RecordEventsResponse.model_validate_json(self._call("POST", "/v1/events", body))
 
     def info(self) -> ServerInfo:
         return ServerInfo.model_validate_json(self._call("GET", "/v1/info", None))

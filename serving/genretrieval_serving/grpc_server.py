@@ -50,6 +50,12 @@ class _Servicer(stubs.RetrievalServiceServicer):
 
         return await self._call("batchRetrieve", call, context)
 
+    async def RecordEvents(self, message: Any, context: Any) -> Any:  # noqa: N802
+        async def call(_: Principal) -> Any:
+            return wire.recorded_to_proto(await self.service.record_events(wire.events_from_proto(message)))
+
+        return await self._call("recordEvents", call, context)
+
     async def GetInfo(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call(_: Principal) -> Any:
             return wire.info_to_proto(self.service.info())

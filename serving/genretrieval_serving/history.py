@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from genretrieval.errors import DataError, InvalidInputError, MissingExtraError, UnavailableError
 from genretrieval.request import MAX_HISTORY_EVENTS, HistoryEvent, RetrieveRequest, RetrieveResponse
+from genretrieval_serving.messages import FeedbackEvent
 from genretrieval_serving.observability import Metrics
 
 if TYPE_CHECKING:
@@ -250,6 +251,22 @@ def _placed_own(own: Sequence[HistoryEvent]) -> _Placed:
             following = event.timestamp
         placed.append((following, event))
     return placed[::-1]
+
+
+def by_user(events: Iterable[FeedbackEvent], now: int) -> dict[str, list[HistoryEvent]]:
+    """What events add to the histories of their users.
+
+    Args:
+        events: those without a user add nothing.
+        now: unix seconds, the time of an event that has none.
+    """
+    added: dict[str, list[HistoryEvent]] = {}
+    for event in events:
+        if event.user_id:
+            at = now if event.timestamp is None else event.timestamp
+            read = HistoryEvent(item_id=event.item_id, event=event.event, timestamp=at)
+            added.setdefault(event.user_id, []).append(read)
+    return added
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from genretrieval.errors import GenRetrievalError, RequestError, UnavailableError
 from genretrieval.request import (
     MAX_BEAM_WIDTH,
     MAX_HISTORY_EVENTS,
+    MAX_TIMESTAMP,
     MAX_TOP_K,
+    Id,
     RetrieveRequest,
     RetrieveResponse,
 )
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_BATCH_REQUESTS = 32
+MAX_EVENTS = 1000
 
 
 class _Message(BaseModel):
@@ -70,13 +74,56 @@ class BatchRetrieveResponse(_Message):
     results: list[BatchResult]
 
 
+class FeedbackEvent(_Message):
+    """What somebody did with an item: it was seen, clicked, put into the cart, purchased."""
+
+    item_id: Id
+    event: str = Field(
+        min_length=1,
+        max_length=64,
+        description="Behaviour in the words of the training logs, e.g. click or purchase; exposure: it was seen.",
+    )
+    attribution_token: str | None = Field(
+        default=None, max_length=256, description="Of the answer that brought the item; none for what has no answer."
+    )
+    user_id: str | None = Field(
+        default=None, max_length=512, description="Whose history it joins; stored in logs as a keyed hash alone."
+    )
+    timestamp: int | None = Field(
+        default=None, ge=0, le=MAX_TIMESTAMP, strict=True, description="Unix seconds; by default when it arrived."
+    )
+    value: float | None = Field(default=None, allow_inf_nan=False, strict=True, description="Amount or quantity.")
+
+    @model_validator(mode="after")
+    def _belongs_somewhere(self) -> Self:
+        if not self.attribution_token and not self.user_id:
+            raise ValueError("needs an attribution_token or a user_id: without both it belongs to nothing")
+        return self
+
+
+class RecordEventsRequest(_Message):
+    """Events, sent back by whoever shows what was retrieved."""
+
+    events: list[FeedbackEvent] = Field(min_length=1, max_length=MAX_EVENTS)
+
+
+class RecordEventsResponse(_Message):
+    """The events were taken; they are in files within a minute."""
+
+    accepted: int
+    degraded: list[str] = Field(
+        default_factory=list, description="`history_unavailable`: some users' next requests will not see them."
+    )
+
+
 class Limits(_Message):
     """A request beyond one of these is refused."""
 
     max_top_k: int = MAX_TOP_K
     max_beam_width: int = MAX_BEAM_WIDTH
     max_history_events: int = MAX_HISTORY_EVENTS
-    max_batch_requests: int
+    max_events: int = MAX_EVENTS
+    max_batch_requests: int = MAX_BATCH_REQUESTS
     max_body_bytes: int = MAX_BODY_BYTES
 
 

@@ -12,7 +12,14 @@ from genretrieval.errors import DeadlineError, OverloadedError, RequestError, St
 from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval_serving.admin.auth import Authenticator, Principal
 from genretrieval_serving.admin.resources import Scope
-from genretrieval_serving.messages import BatchResult, BatchRetrieveRequest, BatchRetrieveResponse, ServerInfo
+from genretrieval_serving.messages import (
+    BatchResult,
+    BatchRetrieveRequest,
+    BatchRetrieveResponse,
+    RecordEventsRequest,
+    RecordEventsResponse,
+    ServerInfo,
+)
 from genretrieval_serving.service import RetrievalService, State
 from genretrieval_serving.web import application, guarded_router, open_application
 
@@ -65,6 +72,12 @@ async def batch_retrieve(
     """Several requests at once, each with its own result; a malformed one fails the whole call."""
     outcomes = await service.batch_retrieve(batch.requests, within, caller)
     return BatchRetrieveResponse(results=[BatchResult.of(outcome) for outcome in outcomes])
+
+
+@router.post("/v1/events", operation_id="recordEvents", status_code=202)
+async def record_events(batch: RecordEventsRequest, service: Service) -> RecordEventsResponse:
+    """What somebody did with items: it is logged, and joins the user's history before this answers."""
+    return await service.record_events(batch.events)
 
 
 @router.get("/v1/info", operation_id="getInfo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -16,7 +17,16 @@ from genretrieval.request import (
     Timings,
 )
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
-from genretrieval_serving.messages import BatchRetrieveRequest, Limits, ServerInfo, error_from, request_error
+from genretrieval_serving.messages import (
+    BatchRetrieveRequest,
+    FeedbackEvent,
+    Limits,
+    RecordEventsRequest,
+    RecordEventsResponse,
+    ServerInfo,
+    error_from,
+    request_error,
+)
 
 _EXCLUDE: dict[int, Literal["off", "purchased", "all"]] = {
     pb.EXCLUDE_HISTORY_OFF: "off",
@@ -79,6 +89,35 @@ def batch_from_proto(message: Any) -> list[RetrieveRequest]:
         return BatchRetrieveRequest.model_validate(fields).requests
     except ValidationError as error:
         raise request_error(error.errors()) from error
+
+
+def events_from_proto(message: Any) -> list[FeedbackEvent]:
+    """The events of a ``RecordEventsRequest`` message, validated.
+
+    Raises:
+        RequestError: an event is malformed, or there is none.
+    """
+    optional = ("attribution_token", "user_id", "timestamp", "value")
+    events = [{"item_id": e.item_id, "event": e.event} | _given(e, *optional) for e in message.events]
+    try:
+        return RecordEventsRequest.model_validate({"events": events}).events
+    except ValidationError as error:
+        raise request_error(error.errors()) from error
+
+
+def events_to_proto(events: Sequence[FeedbackEvent]) -> Any:
+    """A ``RecordEventsRequest`` message."""
+    return pb.RecordEventsRequest(events=[pb.FeedbackEvent(**event.model_dump()) for event in events])
+
+
+def recorded_to_proto(recorded: RecordEventsResponse) -> Any:
+    """A ``RecordEventsResponse`` message."""
+    return pb.RecordEventsResponse(**recorded.model_dump())
+
+
+def recorded_from_proto(message: Any) -> RecordEventsResponse:
+    """A ``RecordEventsResponse`` from its message."""
+    return RecordEventsResponse(accepted=message.accepted, degraded=list(message.degraded))
 
 
 def _event_to_proto(event: HistoryEvent) -> Any:

@@ -181,23 +181,55 @@ class BatchRetrieveResponse(_message.Message):
     results: _containers.RepeatedCompositeFieldContainer[BatchResult]
     def __init__(self, results: _Optional[_Iterable[_Union[BatchResult, _Mapping]]] = ...) -> None: ...
 
+class FeedbackEvent(_message.Message):
+    __slots__ = ("item_id", "event", "attribution_token", "user_id", "timestamp", "value")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTION_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    event: str
+    attribution_token: str
+    user_id: str
+    timestamp: int
+    value: float
+    def __init__(self, item_id: _Optional[str] = ..., event: _Optional[str] = ..., attribution_token: _Optional[str] = ..., user_id: _Optional[str] = ..., timestamp: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+
+class RecordEventsRequest(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[FeedbackEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[FeedbackEvent, _Mapping]]] = ...) -> None: ...
+
+class RecordEventsResponse(_message.Message):
+    __slots__ = ("accepted", "degraded")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    accepted: int
+    degraded: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, accepted: _Optional[int] = ..., degraded: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class GetInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_top_k", "max_beam_width", "max_history_events", "max_batch_requests", "max_body_bytes")
+    __slots__ = ("max_top_k", "max_beam_width", "max_history_events", "max_batch_requests", "max_body_bytes", "max_events")
     MAX_TOP_K_FIELD_NUMBER: _ClassVar[int]
     MAX_BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
     MAX_HISTORY_EVENTS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_EVENTS_FIELD_NUMBER: _ClassVar[int]
     max_top_k: int
     max_beam_width: int
     max_history_events: int
     max_batch_requests: int
     max_body_bytes: int
-    def __init__(self, max_top_k: _Optional[int] = ..., max_beam_width: _Optional[int] = ..., max_history_events: _Optional[int] = ..., max_batch_requests: _Optional[int] = ..., max_body_bytes: _Optional[int] = ...) -> None: ...
+    max_events: int
+    def __init__(self, max_top_k: _Optional[int] = ..., max_beam_width: _Optional[int] = ..., max_history_events: _Optional[int] = ..., max_batch_requests: _Optional[int] = ..., max_body_bytes: _Optional[int] = ..., max_events: _Optional[int] = ...) -> None: ...
 
 class GetInfoResponse(_message.Message):
     __slots__ = ("server_version", "bundle_version", "bundle_uuid", "n_items", "default_beam_width", "max_history", "reads_queries", "limits", "max_past", "scenarios")

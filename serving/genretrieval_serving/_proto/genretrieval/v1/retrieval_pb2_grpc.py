@@ -44,6 +44,11 @@ class RetrievalServiceStub:
                 request_serializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.BatchRetrieveRequest.SerializeToString,
                 response_deserializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.BatchRetrieveResponse.FromString,
                 _registered_method=True)
+        self.RecordEvents = channel.unary_unary(
+                '/genretrieval.v1.RetrievalService/RecordEvents',
+                request_serializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.RecordEventsRequest.SerializeToString,
+                response_deserializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.RecordEventsResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/genretrieval.v1.RetrievalService/GetInfo',
                 request_serializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.GetInfoRequest.SerializeToString,
@@ -68,6 +73,13 @@ class RetrievalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordEvents(self, request, context):
+        """What somebody did with items, to be logged and to join the user's history.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """What is being served, and its limits.
         """
@@ -87,6 +99,11 @@ def add_RetrievalServiceServicer_to_server(servicer, server):
                     servicer.BatchRetrieve,
                     request_deserializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.BatchRetrieveRequest.FromString,
                     response_serializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.BatchRetrieveResponse.SerializeToString,
+            ),
+            'RecordEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordEvents,
+                    request_deserializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.RecordEventsRequest.FromString,
+                    response_serializer=genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.RecordEventsResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -148,6 +165,33 @@ class RetrievalService:
             '/genretrieval.v1.RetrievalService/BatchRetrieve',
             genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.BatchRetrieveRequest.SerializeToString,
             genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.BatchRetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genretrieval.v1.RetrievalService/RecordEvents',
+            genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.RecordEventsRequest.SerializeToString,
+            genretrieval__serving_dot___proto_dot_genretrieval_dot_v1_dot_retrieval__pb2.RecordEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

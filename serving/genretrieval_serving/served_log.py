@@ -1,0 +1,310 @@
+"""What was answered and what came of it, written to Parquet beside the requests, not in their way.
+
+Rows wait in memory, a thread of its own turns them into Arrow and writes a file after a minute or `ROWS_PER_FILE` rows.
+A stop writes what waits; a process that is killed loses it, at most a minute. While files cannot be written, as on a
+full disk, rows are kept and tried again as long as there is room, then new ones are left out and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+import structlog
+
+from genretrieval.errors import InvalidInputError, OverloadedError
+from genretrieval.masks import canonical_filters
+from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval.served_logs import (
+    EVENTS,
+    EVENTS_FOLDER,
+    SERVED,
+    SERVED_FOLDER,
+    UserKeys,
+    remove_before,
+    write_table,
+)
+from genretrieval_serving.deployment import Answering
+from genretrieval_serving.messages import FeedbackEvent
+from genretrieval_serving.observability import Metrics
+
+log = structlog.get_logger(__name__)
+
+WRITE_SECONDS = 60.0
+ROWS_PER_FILE = 10_000
+# Rows that are no Arrow yet; the thread takes them away at once unless a disk hangs.
+MAX_WAITING = 5_000
+# Rows that could not be written yet.
+MAX_HELD = 4 * ROWS_PER_FILE
+RETRY_SECONDS = 5.0
+_TAKE_SECONDS = 0.25
+
+T = TypeVar("T")
+Count = Callable[[str, int], None]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """How to keep served logs.
+
+    Attributes:
+        folder: made if it is not there; several servers may share it.
+        sample: share of users whose answers are logged, so that what is logged of a user is whole; of answers, where
+            there is no user.
+        retention_days: files are removed when they are older; None keeps them.
+        keys: what stands for users; without, rows are of nobody.
+
+    Raises:
+        InvalidInputError: `sample` is no share, or `retention_days` not positive.
+    """
+
+    folder: Path
+    sample: float = 1.0
+    retention_days: int | None = None
+    keys: UserKeys | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse rather than adjust."""
+        if not 0 < self.sample <= 1:
+            raise InvalidInputError(f"log_sample is {self.sample:g}; give a share above 0, up to 1")
+        if self.retention_days is not None and self.retention_days < 1:
+            raise InvalidInputError(f"log_retention_days is {self.retention_days}; give 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer and what it was made of.
+
+    Attributes:
+        time: unix seconds at which the request came.
+        request: as it was answered, with what was stored of its user.
+        response: as it was sent.
+        answering: what answered.
+        arm: its name.
+    """
+
+    time: float
+    request: RetrieveRequest
+    response: RetrieveResponse
+    answering: Answering
+    arm: str
+
+
+class ServedLog:
+    """The served logs of one server."""
+
+    def __init__(self, settings: LogSettings, metrics: Metrics, *, write_seconds: float = WRITE_SECONDS) -> None:
+        """Open the folder and start to write.
+
+        Args:
+            settings: where and what.
+            metrics: counts what becomes of rows.
+            write_seconds: most seconds that a row waits for its file.
+
+        Raises:
+            InvalidInputError: nothing can be written to the folder.
+        """
+        self._settings = settings
+
+        def open_log(kind: str, schema: pa.Schema, as_row: Callable[[Any], Row], counter: Any) -> _ParquetLog[Any]:
+            def count(outcome: str, rows: int) -> None:
+                counter.labels(outcome).inc(rows)
+
+            folder = settings.folder / kind
+            return _ParquetLog(folder, schema, as_row, count, write_seconds, settings.retention_days)
+
+        self._answers = open_log(SERVED_FOLDER, SERVED, self._answer_row, metrics.served_log_records)
+        self._events = open_log(EVENTS_FOLDER, EVENTS, self._event_row, metrics.events)
+
+    def answered(self, answered: Answered) -> None:
+        """Log an answer, if its user is in the sample; one too many is left out and counted."""
+        if self._in_sample(answered):
+            self._answers.offer([answered])
+
+    def record(self, events: Sequence[FeedbackEvent], now: float) -> None:
+        """Log events that came at `now`, in unix seconds.
+
+        Raises:
+            OverloadedError: they cannot be written fast enough; none of them was taken.
+        """
+        if not self._events.offer([(event, now) for event in events]):
+            raise OverloadedError("events come faster than they can be written; none of these was taken: try again")
+
+    def close(self) -> None:
+        """Write what waits, then stop."""
+        self._answers.close()
+        self._events.close()
+
+    def _in_sample(self, answered: Answered) -> bool:
+        if self._settings.sample == 1.0:
+            return True
+        drawn_by = answered.request.user_id or answered.response.attribution_token
+        digest = hashlib.blake2b(drawn_by.encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "big") < self._settings.sample * 2**56
+
+    def _user_key(self, user_id: str | None) -> str | None:
+        keys = self._settings.keys
+        return keys.of(user_id) if user_id and keys is not None else None
+
+    def _answer_row(self, answered: Answered) -> Row:
+        request, response, answering = answered.request, answered.response, answered.answering
+        return {
+            "attribution_token": response.attribution_token,
+            "time": _instant(answered.time),
+            "user_key": self._user_key(request.user_id),
+            "bundle_version": response.bundle_version,
+            "arm": answered.arm,
+            "revision": response.revision,
+            "catalogue_revision": response.catalogue_revision,
+            "query": request.query,
+            "query_read": request.query if answering.edits.query is None else answering.edits.query,
+            "history_read": [event.model_dump() for event in answering.retriever.history_read(request)],
+            "scenario": request.scenario,
+            "profile": list(request.profile.items()),
+            "filters": None if request.filters is None else canonical_filters(request.filters),
+            "exclude_item_ids": request.exclude_item_ids,
+            "exclude_history": request.exclude_history,
+            "top_k": request.top_k,
+            "beam_width": answering.retriever.beam_width(request),
+            "items": [
+                {
+                    "item_id": item.item_id,
+                    "rank": rank,
+                    "score": item.score,
+                    "semantic_id": item.semantic_id,
+                    "touched_by": item.touched_by,
+                }
+                for rank, item in enumerate(response.items)
+            ],
+            "degraded": response.degraded,
+        }
+
+    def _event_row(self, received: tuple[FeedbackEvent, float]) -> Row:
+        event, now = received
+        return {
+            "attribution_token": event.attribution_token or None,
+            "user_key": self._user_key(event.user_id),
+            "item_id": event.item_id,
+            "event": event.event,
+            "time": _instant(now if event.timestamp is None else event.timestamp),
+            "value": event.value,
+            "received": _instant(now),
+        }
+
+
+def _instant(seconds: float) -> int:
+    """As Arrow takes it without loss or a time zone's help: microseconds."""
+    return round(seconds * 1e6)
+
+
+class _ParquetLog(Generic[T]):
+    """Rows of one kind on their way to files."""
+
+    def __init__(
+        self,
+        folder: Path,
+        schema: pa.Schema,
+        as_row: Callable[[T], Row],
+        count: Count,
+        write_seconds: float,
+        retention_days: int | None,
+    ) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{id(self)}-{time.time_ns()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InvalidInputError(
+                f"served logs cannot be written to {folder}: {error.strerror}; give a folder that can be"
+            ) from error
+        self._folder, self._schema, self._as_row, self._count = folder, schema, as_row, count
+        self._write_seconds, self._retention_days = write_seconds, retention_days
+        # The wall clock, and then no more of its jumps: one of a year would make every file too old.
+        self._epoch = time.time() - time.monotonic()
+        self._waiting: deque[T] = deque()
+        self._held: list[pa.RecordBatch] = []
+        self._held_since = 0.0
+        self._try_again = 0.0
+        self._swept = ""
+        self._closing = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name=f"log-{folder.name}", daemon=True)
+        self._thread.start()
+
+    def offer(self, records: Sequence[T]) -> bool:
+        """Take records, all or none; False, and counted as dropped, where there is no room. Never waits for a disk."""
+        with self._wake:
+            full = len(self._waiting) + len(records) > MAX_WAITING or self._n_held() > MAX_HELD
+            if not full and not self._closing and self._thread.is_alive():
+                self._waiting.extend(records)
+                return True
+        self._count("dropped", len(records))
+        return False
+
+    def close(self) -> None:
+        """Write what waits and end."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _n_held(self) -> int:
+        return sum(map(len, self._held))
+
+    def _work(self) -> None:
+        closing = False
+        while not closing:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing, timeout=_TAKE_SECONDS)
+                closing = self._closing
+                taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            now = time.monotonic()
+            if taken:
+                self._held_since = self._held_since if self._held else now
+                self._held.append(pa.RecordBatch.from_pylist(list(map(self._as_row, taken)), schema=self._schema))
+            due = now >= self._held_since + self._write_seconds or self._n_held() >= ROWS_PER_FILE
+            if self._held and (closing or (due and now >= self._try_again)):
+                self._write()
+            self._sweep()
+        if self._held:
+            self._count("dropped", self._n_held())
+            log.error("served_log_lost", folder=str(self._folder), rows=self._n_held())
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._epoch + time.monotonic(), UTC)
+
+    def _write(self) -> None:
+        rows = self._n_held()
+        try:
+            write_table(self._folder, pa.Table.from_batches(self._held, self._schema), self._now())
+        except OSError as error:
+            self._try_again = time.monotonic() + RETRY_SECONDS
+            self._count("failed", rows)
+            log.error("served_log_not_written", folder=str(self._folder), rows=rows, error=str(error))
+            return
+        self._held = []
+        self._count("written", rows)
+
+    def _sweep(self) -> None:
+        """Once a day, remove what is too old."""
+        today = f"{self._now():%Y-%m-%d}"
+        if self._retention_days is None or today == self._swept:
+            return
+        self._swept = today
+        try:
+            removed = remove_before(self._folder, (self._now() - timedelta(days=self._retention_days)).date())
+        except OSError as error:
+            log.warning("served_log_not_removed", folder=str(self._folder), error=str(error))
+            return
+        if removed:
+            log.info("served_log_removed", folder=str(self._folder), files=removed)
