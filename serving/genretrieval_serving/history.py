@@ -147,7 +147,7 @@ class RedisHistories:
             raise InvalidInputError(
                 "histories: the address is none of Redis; give redis://HOST:PORT/DATABASE"
             ) from None
-        self._redis: Redis = Redis(connection_pool=pool)
+        self._redis: Redis = Redis.from_pool(pool)
 
     async def get(self, user_id: str) -> list[HistoryEvent]:
         """See `HistoryProvider`."""

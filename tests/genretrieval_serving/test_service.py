@@ -38,7 +38,8 @@ ALL_ERRORS = sorted(set(kinds(errors.GenRetrievalError)), key=lambda kind: kind.
 
 
 def untimed(response: RetrieveResponse) -> RetrieveResponse:
-    return response.model_copy(update={"timings": Timings()})
+    """Without what is never twice the same."""
+    return response.model_copy(update={"timings": Timings(), "attribution_token": ""})
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +261,9 @@ def test_metrics(start, example, http) -> None:
     assert lines[f'{name}{{code="OK",method="retrieve",transport="grpc"}}'] == "1.0"
     assert lines['genretrieval_empty_results_total{arm="primary"}'] == "1.0"
     assert lines['genretrieval_results_returned_count{arm="primary"}'] == "2.0"
-    assert lines["genretrieval_batch_size_count"] == "2.0"
+    assert lines["genretrieval_batch_rows_sum"] == "2.0"
     assert lines["genretrieval_in_flight_requests"] == "0.0"
+    assert lines["genretrieval_in_flight_rows"] == "0.0"
     assert lines["genretrieval_queue_depth"] == "0.0"
     assert lines["genretrieval_queue_duration_seconds_count"] == "2.0"
     assert lines['genretrieval_inference_duration_seconds_count{arm="primary"}'] == "2.0"
@@ -270,16 +272,19 @@ def test_metrics(start, example, http) -> None:
     assert float(lines["process_open_fds"]) > 0
 
 
-def test_a_full_queue_rejects_at_once_and_what_waits_is_batched(start, backend, http) -> None:
-    with start(max_queue=2, max_batch=2) as running, ThreadPoolExecutor(4) as pool:
+def test_a_long_queue_rejects_at_once_and_what_waits_is_batched(start, backend, http) -> None:
+    with start(max_batch=2) as running, ThreadPoolExecutor(6) as pool:
         backend.gate.clear()
+        # As if rows took minutes: two full batches may wait, here the one that runs and another one.
+        running.batcher.row_seconds = 100.0
         with Client(running.http) as client, Client(running.grpc) as by_grpc:
             first = pool.submit(client.retrieve, top_k=1)
             assert backend.entered.acquire(timeout=10)
-            queued = [pool.submit(client.retrieve, top_k=1) for _ in range(2)]
-            wait_for(running, "genretrieval_queue_depth", 2)
+            queued = [pool.submit(client.retrieve, top_k=1) for _ in range(4)]
+            wait_for(running, "genretrieval_queue_depth", 4)
+            assert running.metric("genretrieval_in_flight_rows") == 5
             for overloaded in (client, by_grpc):
-                with pytest.raises(errors.OverloadedError, match="2 requests are waiting"):
+                with pytest.raises(errors.OverloadedError, match="4 rows wait already"):
                     overloaded.retrieve(top_k=1)
             assert http.get(f"{running.http}/livez").status_code == 200
             assert http.get(f"{running.http}/readyz").status_code == 200
@@ -287,11 +292,11 @@ def test_a_full_queue_rejects_at_once_and_what_waits_is_batched(start, backend, 
             assert all(len(future.result(10).items) == 1 for future in [first, *queued])
             text = http.get(f"{running.http}/metrics").text
         assert 'genretrieval_rejected_total{reason="OVERLOADED"} 2.0' in text
-    assert backend.batches == [1, 2]
+    assert backend.batches == [1, 2, 2]
 
 
 def wait_for(running: Any, metric: str, value: float) -> None:
-    while running.server.service.metrics.registry.get_sample_value(metric) != value:
+    while running.metric(metric) != value:
         time.sleep(0.005)
 
 
