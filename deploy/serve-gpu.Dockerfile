@@ -32,7 +32,8 @@ FROM ${BASE}
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libjemalloc2 python3 \
     && rm -rf /var/lib/apt/lists/* \
-    && ln -s /usr/lib/*-linux-gnu/libjemalloc.so.2 /usr/local/lib/libjemalloc.so.2
+    && ln -s /usr/lib/*-linux-gnu/libjemalloc.so.2 /usr/local/lib/libjemalloc.so.2 \
+    && install --directory --owner=10001 --group=10001 /changes /log
 COPY --from=environment /opt/genretrieval /opt/genretrieval
 ENV PATH=/opt/genretrieval/bin:$PATH \
     LD_PRELOAD=/usr/local/lib/libjemalloc.so.2 \

@@ -23,11 +23,13 @@ RUN python -m venv --without-pip /opt/genretrieval \
 
 FROM ${BASE}
 # jemalloc gives memory back that arrays of many sizes would leave in glibc's arenas. The link is the same on every CPU.
+# /changes and /log are there for volumes, which take over whose they are.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libjemalloc2 \
     && rm -rf /var/lib/apt/lists/* \
-    && ln -s /usr/lib/*-linux-gnu/libjemalloc.so.2 /usr/local/lib/libjemalloc.so.2
+    && ln -s /usr/lib/*-linux-gnu/libjemalloc.so.2 /usr/local/lib/libjemalloc.so.2 \
+    && install --directory --owner=10001 --group=10001 /changes /log
 COPY --from=environment /opt/genretrieval /opt/genretrieval
 ENV PATH=/opt/genretrieval/bin:$PATH \
     LD_PRELOAD=/usr/local/lib/libjemalloc.so.2 \
