@@ -1,8 +1,8 @@
-"""The verbs `keywords`, `rules`, `synonyms` and `keys` of the command line.
+"""The verbs `keywords`, `rules`, `synonyms`, `keys` and `admin` of the command line.
 
-All but `keys` talk to the admin API of a running server, with the API key or token in GENRETRIEVAL_API_KEY, and where
-that speaks TLS with the files in GENRETRIEVAL_CA, GENRETRIEVAL_CERT and GENRETRIEVAL_KEY. `keys` writes to the store
-itself, because the first key has to come from somewhere. Imports are local to each verb, as in the command.
+The first three talk to the admin API of a running server, with the API key or token in GENRETRIEVAL_API_KEY, and where
+that speaks TLS with the files in GENRETRIEVAL_CA, GENRETRIEVAL_CERT and GENRETRIEVAL_KEY. The others open the store
+itself: the first key has to come from somewhere. Imports are local to each verb, as in the command.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def groups() -> dict[str, typer.Typer]:
     keys.command("create")(_create_key)
     keys.command("list")(_list_keys)
     keys.command("revoke")(_revoke_key)
-    return {"keywords": keywords, "rules": rules, "synonyms": synonyms, "keys": keys}
+    admin = typer.Typer(no_args_is_help=True, help="The whole admin state as a file.")
+    admin.command("backup")(_backup)
+    admin.command("restore")(_restore)
+    return {"keywords": keywords, "rules": rules, "synonyms": synonyms, "keys": keys, "admin": admin}
 
 
 def client_options(endpoint: str) -> dict[str, Any]:
@@ -319,6 +322,31 @@ def _revoke_key(
     with _store(store) as opened:
         opened.revoke_key(id_)
     print(f"{id_} revoked")
+
+
+def _backup(
+    file: Annotated[Path, typer.Argument(help="File to write, for its owner alone; one that is there is replaced.")],
+    store: StoreUrl,
+) -> None:
+    """Write everything that a store holds to a file: resources, deleted ones too, slots, audit, hashes of keys."""
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).is_file():
+        raise InvalidInputError(f"there is no {store}, so nothing to back up; opening it would make an empty one")
+    with _store(store) as opened:
+        from genretrieval_serving.admin.backup import backup
+
+        contents = backup(opened, file)
+    print(json.dumps({"revision": contents.revision, "rows": contents.rows}))
+
+
+def _restore(
+    file: Annotated[Path, typer.Argument(help="What `admin backup` wrote, of a store of either kind.")], store: StoreUrl
+) -> None:
+    """Fill an empty store from a file; servers on it follow, and its revision goes on where it was."""
+    with _store(store) as opened:
+        from genretrieval_serving.admin.backup import restore
+
+        contents = restore(opened, file)
+    print(json.dumps({"revision": contents.revision, "rows": contents.rows}))
 
 
 def _binding(

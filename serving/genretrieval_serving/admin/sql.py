@@ -85,6 +85,10 @@ class _Utc(sa.TypeDecorator[datetime]):
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
+    @property
+    def python_type(self) -> type[datetime]:
+        return datetime
+
     def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC)
 
@@ -361,7 +365,8 @@ class SqlStore:
 
     def changes(self, since: int) -> Changes:
         """What changed after revision `since`, in the order of the changes; 0 for everything."""
-        query = _RESOURCES.where(_documents.c.revision > since)
+        # A later version may keep what this one does not know.
+        query = _RESOURCES.where(_documents.c.revision > since, _documents.c.kind.in_(list(Kind)))
         query = query.order_by(_documents.c.revision, _documents.c.kind, _documents.c.id)
 
         def work(connection: Connection) -> Changes:
@@ -507,6 +512,19 @@ class SqlStore:
             raise UnauthenticatedError(f"the API key {id_} has expired; ask an operator for a new one")
         return row.principal, frozenset(map(Scope, row.scopes))
 
+    def read_all(self, work: Callable[[Connection], _T]) -> _T:
+        """Run `work` on one snapshot of all tables, for a backup; again where the database asks for it."""
+        return self._transact(self._snapshot, work)
+
+    def write_all(self, work: Callable[[Connection], _T]) -> _T:
+        """Run `work` in one transaction, for a restoration; it locks the row of ``revision`` first, as writers do."""
+        return self._transact(self._writing, work)
+
+    @staticmethod
+    def known_schemas() -> set[str]:
+        """Versions of the tables that this program knows, oldest to newest."""
+        return {script.revision for script in _scripts()[1].walk_revisions()}
+
     def _pool(self) -> _Pool:
         return self._transact(self._reading, lambda connection: _Pool(connection, self._clock(), self._quarantine, {}))
 
@@ -572,21 +590,21 @@ class SqlStore:
         )
 
     def _migrate(self) -> None:
-        config = Config()
-        folder = str(Path(__file__).with_name("migrations"))
-        config.set_main_option("script_location", folder.replace("%", "%%"))
-        scripts = ScriptDirectory.from_config(config)
-        known = {script.revision for script in scripts.walk_revisions()}
+        config, scripts = _scripts()
+        known, head = self.known_schemas(), scripts.get_current_head()
 
         def is_current(connection: Connection) -> bool:
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None and current not in known:
+                # Versions with the same first digit only add to each other, so that the release before can go on.
+                if head is not None and len(current) == len(head) and current[0] == head[0] and current > head:
+                    return True
                 raise InvalidInputError(
                     f"the tables in {shown(self._engine.url)} have version {current}, which is not known "
                     "here: they are those of a newer genretrieval, or of another program. Update genretrieval, "
                     "or give it a database of its own"
                 )
-            return current == scripts.get_current_head()
+            return current == head
 
         def upgrade(connection: Connection) -> None:
             if self._is_postgresql:
@@ -597,6 +615,14 @@ class SqlStore:
 
         if not self._transact(self._reading, is_current):
             self._transact(self._writing, upgrade)
+
+
+def _scripts() -> tuple[Config, ScriptDirectory]:
+    """Alembic's, of the folder ``migrations``."""
+    config = Config()
+    folder = str(Path(__file__).with_name("migrations"))
+    config.set_main_option("script_location", folder.replace("%", "%%"))
+    return config, ScriptDirectory.from_config(config)
 
 
 class _Change:
@@ -633,7 +659,7 @@ class _Change:
             raise IdempotencyKeyReusedError(
                 f"the idempotency key {key!r} came with another request before; use a new key for a new request"
             )
-        return [_STORED[Kind(kind)].model_validate(resource) for kind, resource in row.response]
+        return [_STORED[Kind(kind)].model_validate(resource, extra="ignore") for kind, resource in row.response]
 
     def remember(self, key: str, fingerprint: str, resources: Sequence[Resource]) -> None:
         """Keep an answer for repetitions of the call."""
@@ -929,7 +955,8 @@ def _stored(row: Mapping[Any, Any], slot: SlotRef | None) -> Resource:
     added = {name: row[name] for name in ("id", "etag", "revision", "created_at", "updated_at", "deleted_at")}
     if kind is Kind.KEYWORDS:
         added["slot"] = slot
-    return _STORED[kind].model_validate({**row["body"], **added})
+    # A later release may have added fields.
+    return _STORED[kind].model_validate({**row["body"], **added}, extra="ignore")
 
 
 def _not_found(kind: Kind, id_: str) -> NotFoundError:

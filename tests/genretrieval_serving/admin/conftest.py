@@ -147,19 +147,29 @@ def postgres() -> Iterator[Engine]:
     server.dispose()
 
 
+@pytest.fixture
+def make_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """The URL of an empty database of a kind, ``sqlite`` or ``postgresql``."""
+
+    def make(kind: str) -> str:
+        name = f"test_{secrets.token_hex(6)}"
+        if kind == "sqlite":
+            return f"sqlite:///{tmp_path}/{name}.db"
+        engine: Engine = request.getfixturevalue("postgres")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"CREATE SCHEMA {name}")
+        # Nothing here depends on what is on disk.
+        options = f"-csearch_path={name} -csynchronous_commit=off"
+        url = engine.url.update_query_dict({"options": options}).set(drivername="postgresql")
+        return url.render_as_string(hide_password=False)
+
+    return make
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def database_url(request: pytest.FixtureRequest, make_database: Callable[[str], str]) -> str:
     """An empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/admin.db"
-    engine: Engine = request.getfixturevalue("postgres")
-    schema = f"test_{secrets.token_hex(6)}"
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
-    # Nothing here depends on what is on disk.
-    options = f"-csearch_path={schema} -csynchronous_commit=off"
-    url = engine.url.update_query_dict({"options": options}).set(drivername="postgresql")
-    return url.render_as_string(hide_password=False)
+    return make_database(request.param)
 
 
 @pytest.fixture
