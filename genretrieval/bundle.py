@@ -39,7 +39,8 @@ from genretrieval.errors import BundleError, BundleIncompleteError
 from genretrieval.features import RequestFeatures
 from genretrieval.keyword_codebook import KeywordCodebook
 
-SCHEMA_VERSION = 1
+# 2: the graph takes a compact index and what a request excludes.
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 GRAPH = "retriever.onnx"
 WEIGHTS = "generator.safetensors"
@@ -164,7 +165,7 @@ def load_bundle(path: Path) -> Bundle:
 
     Raises:
         BundleIncompleteError: the folder or its manifest is missing.
-        BundleError: the manifest cannot be read, its schema is newer, or a file is missing or changed.
+        BundleError: the manifest cannot be read, its schema is another, or a file is missing or changed.
     """
     manifest = read_manifest(path)
     for name in REQUIRED_FILES:
@@ -202,8 +203,13 @@ def read_manifest(folder: Path) -> Manifest:
         version = _SchemaVersion.model_validate_json(text).schema_version
         if version > SCHEMA_VERSION:
             raise BundleError(
-                f"{path.parent} has schema version {version}, this package reads up to {SCHEMA_VERSION}; "
+                f"{path.parent} has schema version {version}, this package reads {SCHEMA_VERSION}; "
                 "upgrade genretrieval on the server before the bundle"
+            )
+        if version < SCHEMA_VERSION:
+            raise BundleError(
+                f"{path.parent} has schema version {version}, this package reads {SCHEMA_VERSION}: its graph takes "
+                "other inputs. Export it again: `genretrieval run` reuses what its work folder holds"
             )
         return Manifest.model_validate_json(text)
     except ValidationError as error:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genretrieval.edits import Pin
+
+Rows = NDArray[np.integer[Any]]
+
+
+def contains(rows: Rows, asked: Rows) -> NDArray[np.bool_]:
+    """Which of `asked` are among the sorted `rows`, bool ``[len(asked)]``; costs what `asked` are."""
+    if not len(rows):
+        return np.zeros(len(asked), bool)
+    asked = asked.astype(rows.dtype, copy=False)
+    found: NDArray[np.bool_] = rows[np.minimum(np.searchsorted(rows, asked), len(rows) - 1)] == asked
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,37 @@ def with_blocks(order: list[int], blocks: Sequence[tuple[int, NDArray[np.bool_]]
     for place in sorted(set(moved.values()), reverse=True):
         result[place:place] = [position for position in order if moved.get(position) == place]
     return result
+
+
+def collapsed(
+    order: Sequence[int], rows: Rows, pins: Sequence[Pin], values: NDArray[np.int64], *, cap: int, top_k: int
+) -> tuple[list[int], list[Pin]]:
+    """`order` and `pins` without what comes after `cap` items of one value.
+
+    Pins that stand within the result count first, by their places; then the others, best first; then later pins.
+
+    Args:
+        order: positions in `rows`, best first.
+        rows: item rows; those of all pins are among them.
+        pins: as `with_pins` takes them.
+        values: ``[n]``, equal for items of one value; below 0 for an item that has none and counts alone.
+        cap: items of a value.
+        top_k: length of the result at most.
+    """
+    best_first = np.asarray(order, np.int64)
+    position_of = {pin.row: int(np.flatnonzero(rows == pin.row)[0]) for pin in pins}
+    by_place = sorted(pins, key=lambda pin: pin.position)
+    pinned = np.asarray(list(dict.fromkeys(position_of[pin.row] for pin in by_place)), np.int64)
+    n_shown = len({pin.row for pin in pins if pin.position < top_k})
+    others = best_first[~np.isin(best_first, pinned)]
+    counted = np.concatenate([pinned[:n_shown], others, pinned[n_shown:]])
+    of_value = values[counted]
+    by_value = np.argsort(of_value, kind="stable")
+    nth = np.empty(len(counted), np.int64)
+    nth[by_value] = np.arange(len(counted)) - np.searchsorted(of_value[by_value], of_value[by_value])
+    kept = np.zeros(len(rows), bool)
+    kept[counted] = (nth < cap) | (of_value < 0)
+    return best_first[kept[best_first]].tolist(), [pin for pin in pins if kept[position_of[pin.row]]]
 
 
 def with_pins(order: Sequence[int], rows: NDArray[np.int64], pins: Sequence[Pin], top_k: int) -> list[int]:

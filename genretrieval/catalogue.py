@@ -7,12 +7,15 @@ or, where semantic IDs collide, several. A keyword leaf, the path of a reserved 
 for is bound while the catalogue is served, and differs from request to request.
 
 What a request may see (stock, filters, deletions, closed keyword leaves) is one mechanism, a mask over leaves, which
-`allowed_nodes` lifts to every level so that a beam never enters a subtree in which nothing is allowed.
+`allowed_nodes` lifts to every level so that a beam never enters a subtree in which nothing is allowed. The few items
+that one request alone excludes get no mask: `closed_with` finds the nodes that close with them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,25 +27,42 @@ Nodes = NDArray[np.int64]
 Allowed = tuple[NDArray[np.bool_], ...]
 
 
+class Closed(NamedTuple):
+    """Nodes of one level that nothing is left under.
+
+    Attributes:
+        nodes: int64 ``[n]``, sorted.
+        parents: int64 ``[n]``, the node above each of them.
+    """
+
+    nodes: Nodes
+    parents: Nodes
+
+
 @dataclass(frozen=True, slots=True)
 class CatalogueIndex:
-    """An immutable snapshot of the trie over semantic IDs.
+    """An immutable snapshot of the trie over semantic IDs, in as few bytes an item as its numbers need.
 
     Attributes:
         codebook_sizes: codes of each level.
-        tokens: level l: int64 ``[n_nodes_l]``, the code that each node adds to its parent's prefix.
-        child_starts: level l: int64 ``[n_nodes_(l-1) + 1]``; node p of the level above has the children
+        tokens: level l: `token_type` ``[n_nodes_l]``, the code that each node adds to its parent's prefix.
+        child_starts: level l: int32 ``[n_nodes_(l-1) + 1]``; node p of the level above has the children
             ``[child_starts[l][p], child_starts[l][p + 1])``. Level 0 hangs under one root.
-        leaf_starts: int64 ``[n_leaves + 1]``, where each leaf's items lie in `leaf_items`.
+        max_children: largest number of children of any node above each level; what a search step has to look at.
         leaf_items: int32 ``[n_items]``, item rows, leaf after leaf, in the order they are to be listed.
+        uneven_leaves: int32, sorted, leaves that hold more items than one, or none. The others need no word.
+        uneven_shifts: int32 ``[len(uneven_leaves) + 1]``: behind the first n uneven leaves, the items of leaf k begin
+            at ``k + uneven_shifts[n]`` of `leaf_items`.
         keyword_leaves: int64 ``[n_reserved]``, the leaf of each reserved slot, in the order of `reserved_paths`.
     """
 
     codebook_sizes: tuple[int, ...]
-    tokens: tuple[Nodes, ...]
-    child_starts: tuple[Nodes, ...]
-    leaf_starts: Nodes
+    tokens: tuple[NDArray[np.integer[Any]], ...]
+    child_starts: tuple[NDArray[np.int32], ...]
+    max_children: tuple[int, ...]
     leaf_items: NDArray[np.int32]
+    uneven_leaves: NDArray[np.int32]
+    uneven_shifts: NDArray[np.int32]
     keyword_leaves: Nodes
 
     @property
@@ -61,9 +81,10 @@ class CatalogueIndex:
         return len(self.leaf_items)
 
     @property
-    def max_children(self) -> tuple[int, ...]:
-        """Largest number of children of any node above each level; what a search step has to look at."""
-        return tuple(int(np.diff(starts).max()) for starts in self.child_starts)
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        alone = (self.leaf_items, self.uneven_leaves, self.uneven_shifts, self.keyword_leaves)
+        return sum(array.nbytes for array in (*self.tokens, *self.child_starts, *alone))
 
     def item_nodes(self) -> Nodes:
         """int64 ``[n_items, n_levels]``: the path of every item row, as node ids."""
@@ -78,18 +99,42 @@ class CatalogueIndex:
             path[:, level - 1] = parents[level][path[:, level]]
         return path
 
+    def parents(self, level: int, nodes: Nodes) -> Nodes:
+        """int64: the node above each of `nodes`, quick for few of them; all of level 0 hang under root 0."""
+        # A key of another type would have the whole array copied into it.
+        found: Nodes = np.searchsorted(self.child_starts[level], nodes.astype(np.int32), side="right") - 1
+        return found
+
     def ancestors(self, leaves: Nodes) -> tuple[Nodes, ...]:
         """Level l: int64, node ids on the way to each of `leaves`; quick for few of them, as `paths` is for all."""
         levels = [np.asarray(leaves, np.int64)]
-        for starts in reversed(self.child_starts[1:]):
-            levels.append(np.searchsorted(starts, levels[-1], side="right") - 1)
+        for level in range(self.n_levels - 1, 0, -1):
+            levels.append(self.parents(level, levels[-1]))
         return tuple(reversed(levels))
 
     def item_leaves(self) -> Nodes:
         """int64 ``[n_items]``: the leaf of every item row."""
         leaves = np.empty(self.n_items, np.int64)
-        leaves[self.leaf_items] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts))
+        leaves[self.leaf_items] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts()))
         return leaves
+
+    def nodes_of(self, codes: NDArray[np.int32]) -> tuple[Nodes, ...]:
+        """Level l: int64 ``[n]``, node ids on the way to each semantic ID of ``[n, n_levels]``, which the index holds.
+
+        Quick for few of them, and without an array as long as the catalogue.
+        """
+        levels = []
+        nodes = np.zeros(len(codes), np.int64)
+        for level, (tokens, starts) in enumerate(zip(self.tokens, self.child_starts, strict=True)):
+            wanted = codes[:, level].astype(tokens.dtype)
+            last = starts[nodes + 1].astype(np.int64) - 1
+            nodes = starts[nodes].astype(np.int64)
+            # The last child whose code is not above the wanted one, by ever smaller steps.
+            for power in range((self.max_children[level] - 1).bit_length() - 1, -1, -1):
+                ahead = np.minimum(nodes + (1 << power), last)
+                np.copyto(nodes, ahead, where=tokens[ahead] <= wanted)
+            levels.append(nodes)
+        return tuple(levels)
 
     def leaf_codes(self, leaves: Nodes) -> NDArray[np.int32]:
         """int32 ``[len(leaves), n_levels]``: the semantic IDs of `leaves`."""
@@ -98,13 +143,30 @@ class CatalogueIndex:
             codes[:, level] = self.tokens[level][nodes]
         return codes
 
+    def leaf_starts(self, leaves: Nodes | None = None) -> Nodes:
+        """int64: where the items of `leaves` begin in `leaf_items`; by default all, and where the last one ends."""
+        if leaves is None:
+            behind = np.diff(self.uneven_leaves, prepend=-1, append=self.n_leaves)
+            return np.arange(self.n_leaves + 1) + np.repeat(self.uneven_shifts, behind)
+        return leaves + self.uneven_shifts[np.searchsorted(self.uneven_leaves, leaves.astype(np.int32))]
+
     def items_of(self, leaf: int) -> NDArray[np.int32]:
         """Item rows under `leaf`, in listing order."""
-        return self.leaf_items[self.leaf_starts[leaf] : self.leaf_starts[leaf + 1]]
+        return self.items_under(np.asarray([leaf]))[0]
+
+    def items_under(self, leaves: Nodes) -> tuple[NDArray[np.int32], Nodes]:
+        """Item rows under each of `leaves` in turn, in listing order, and the position in `leaves` of each row's."""
+        places, of_leaf = _ranges(self.leaf_starts(leaves), self.leaf_starts(leaves + 1))
+        return self.leaf_items[places], of_leaf
 
     def allowed_leaves(self, allowed_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Bool ``[n_leaves]``: leaves that hold at least one allowed item (``allowed_items`` is ``[n_items]``)."""
-        held = np.concatenate([[0], np.cumsum(allowed_items[self.leaf_items])])[self.leaf_starts]
+        listed = allowed_items[self.leaf_items]
+        if not len(self.uneven_leaves):
+            return listed
+        held = np.zeros(self.n_items + 1, np.int32)
+        np.cumsum(listed, out=held[1:])
+        held = held[self.leaf_starts()]
         return held[1:] > held[:-1]
 
     def allowed_nodes(self, allowed_leaves: NDArray[np.bool_]) -> Allowed:
@@ -120,6 +182,53 @@ class CatalogueIndex:
         for starts in reversed(self.child_starts[1:]):
             levels.append(np.logical_or.reduceat(levels[-1], starts[:-1]))
         return tuple(reversed(levels))
+
+    def closed_with(self, paths: Sequence[Nodes], allowed: Sequence[NDArray[np.bool_]]) -> tuple[Closed, ...]:
+        """What closes when a few leaves do: on each level the nodes under which nothing allowed is left.
+
+        Only the children of nodes above a closed one are looked at, so it costs what the leaves are, not the catalogue.
+
+        Args:
+            paths: level l: int64, the way to each of the leaves, which are sorted, each once.
+            allowed: level l: bool, at least ``[n_nodes_l]``, what is allowed before.
+
+        Returns:
+            Level l: nodes that were allowed and are not any more.
+        """
+        levels = [NOTHING_CLOSED] * self.n_levels
+        # One leaf below each node that closes stands for it.
+        below = np.flatnonzero(allowed[-1][paths[-1]])
+        for level in range(self.n_levels - 1, -1, -1):
+            if not len(below):
+                break
+            parents = paths[level - 1][below] if level else np.zeros(len(below), np.int64)
+            levels[level] = Closed(paths[level][below], parents)
+            first = np.append(True, parents[1:] != parents[:-1]).nonzero()[0]
+            above, gone = parents[first], np.append(first[1:], len(parents)) - first
+            starts = self.child_starts[level]
+            children, of_parent = _ranges(starts[above], starts[above + 1])
+            left = np.bincount(of_parent[allowed[level][children]], minlength=len(above))
+            below = below[first[left == gone]]
+        return tuple(levels)
+
+
+NOTHING_CLOSED = Closed(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def _ranges(starts: NDArray[np.integer[Any]], ends: NDArray[np.integer[Any]]) -> tuple[Nodes, Nodes]:
+    """The numbers of each range ``[starts[i], ends[i])`` in turn, and the i of each: int64."""
+    sizes = ends.astype(np.int64) - starts
+    behind = sizes.cumsum()
+    of_range = np.arange(len(sizes)).repeat(sizes)
+    return np.arange(len(of_range)) + (starts + sizes - behind)[of_range], of_range
+
+
+def token_type(codebook_size: int) -> type[np.integer[Any]]:
+    """The smallest integer that holds every code of a level and that both torch and ONNX Runtime gather."""
+    for kind in (np.uint8, np.int16):
+        if codebook_size - 1 <= np.iinfo(kind).max:
+            return kind
+    return np.int32
 
 
 def build_index(
@@ -138,41 +247,48 @@ def build_index(
     """
     if ids.n_items == 0:
         raise DataError("the catalogue has no items; an index needs at least one")
-    if order is None:
-        order = np.arange(ids.n_items)
     paths = ids
     if reserved is not None and len(reserved):
         paths = SemanticIds(np.concatenate([ids.codes, reserved]), ids.codebook_sizes)
-        order = np.concatenate([order, np.zeros(len(reserved), np.int64)])
-    by_key = np.lexsort((order, *_sort_key(paths)))
+        order = None if order is None else np.concatenate([order, np.zeros(len(reserved), np.int64)])
+    by_key = _sorted_rows(paths, order)
     codes = paths.codes[by_key]
-    new_node = np.ones(len(codes), bool)
-    new_node[1:] = False
-    tokens, child_starts = [], []
-    for level in range(ids.n_levels):
-        parent_first = np.flatnonzero(new_node)
-        new_node[1:] |= codes[1:, level] != codes[:-1, level]
+    new_node = np.zeros(len(codes), bool)
+    new_node[0] = True
+    tokens, child_starts, first = [], [], np.zeros(1, np.int64)
+    for level, size in enumerate(ids.codebook_sizes):
+        column = np.ascontiguousarray(codes[:, level], token_type(size))
+        parent_first = first
+        new_node[1:] |= column[1:] != column[:-1]
         first = np.flatnonzero(new_node)
-        tokens.append(codes[first, level].astype(np.int64))
+        tokens.append(column[first])
         # Root: one parent, the whole table. Afterwards a parent's children begin where its first row begins.
-        starts = np.searchsorted(first, parent_first)
-        child_starts.append(np.append(starts, len(first)).astype(np.int64))
-    leaf_starts = np.append(np.flatnonzero(new_node), len(codes)).astype(np.int64)
-    leaf_items, keyword_leaves = by_key, np.empty(0, np.int64)
-    if len(codes) > ids.n_items:
-        is_item = by_key < ids.n_items
-        keyword_leaves = np.empty(len(codes) - ids.n_items, np.int64)
-        keyword_leaves[by_key[~is_item] - ids.n_items] = (np.cumsum(new_node) - 1)[~is_item]
-        leaf_starts = np.concatenate([[0], np.cumsum(is_item)])[leaf_starts]
-        leaf_items = by_key[is_item]
+        starts = np.flatnonzero(_marked(len(codes), parent_first)[first])
+        child_starts.append(np.append(starts, len(first)).astype(np.int32))
+    is_item = by_key < ids.n_items
+    rows = np.diff(first, append=len(codes))
+    keyword_leaves = np.empty(len(codes) - ids.n_items, np.int64)
+    if len(keyword_leaves):
+        at = np.flatnonzero(~is_item)
+        keyword_leaves[by_key[at] - ids.n_items] = np.searchsorted(first, at, side="right") - 1
+        rows[keyword_leaves] -= 1
+    uneven = np.flatnonzero(rows != 1)
     return CatalogueIndex(
         codebook_sizes=ids.codebook_sizes,
         tokens=tuple(tokens),
         child_starts=tuple(child_starts),
-        leaf_starts=leaf_starts,
-        leaf_items=leaf_items.astype(np.int32),
+        max_children=tuple(int(np.diff(starts).max()) for starts in child_starts),
+        leaf_items=by_key[is_item].astype(np.int32),
+        uneven_leaves=uneven.astype(np.int32),
+        uneven_shifts=np.append(0, np.cumsum(rows[uneven] - 1)).astype(np.int32),
         keyword_leaves=keyword_leaves,
     )
+
+
+def _marked(n: int, places: Nodes) -> NDArray[np.bool_]:
+    marks = np.zeros(n, bool)
+    marks[places] = True
+    return marks
 
 
 def reserved_paths(codebook_sizes: tuple[int, ...], reserved_slots: tuple[int, ...]) -> NDArray[np.int32]:
@@ -190,26 +306,39 @@ def reserved_paths(codebook_sizes: tuple[int, ...], reserved_slots: tuple[int, .
     return paths
 
 
-def _sort_key(ids: SemanticIds) -> tuple[Nodes, ...]:
-    """Keys for `np.lexsort`, least significant first: one packed integer where the codebooks fit 62 bits."""
+def _sorted_rows(ids: SemanticIds, order: NDArray[np.int64] | None) -> Nodes:
+    """Rows by semantic ID, then `order`, then row."""
     bits = [max(1, int(size - 1).bit_length()) for size in ids.codebook_sizes]
-    if sum(bits) > 62:
-        return tuple(ids.codes[:, level].astype(np.int64) for level in range(ids.n_levels - 1, -1, -1))
+    low, high = (0, 0) if order is None else (int(order.min()), int(order.max()))
+    if sum(bits) + (high - low).bit_length() > 63:
+        columns = [ids.codes[:, level] for level in range(ids.n_levels - 1, -1, -1)]
+        return np.lexsort((*(() if order is None else (order,)), *columns))
     key = np.zeros(ids.n_items, np.int64)
     for level, width in enumerate(bits):
-        key = (key << width) | ids.codes[:, level]
-    return (key,)
+        key <<= width
+        key |= ids.codes[:, level]
+    if order is not None:
+        key <<= (high - low).bit_length()
+        key |= order - low
+    # Several times faster than a stable sort; what is equal is put right afterwards.
+    rows = np.argsort(key)
+    key = key[rows]
+    equal = np.flatnonzero(key[1:] == key[:-1])
+    if len(equal):
+        tied = np.union1d(equal, equal + 1)
+        rows[tied] = rows[tied][np.lexsort((rows[tied], key[tied]))]
+    return rows
 
 
-def graph_inputs(index: CatalogueIndex) -> dict[str, NDArray[np.int64]]:
+def graph_inputs(index: CatalogueIndex) -> dict[str, NDArray[np.integer[Any]]]:
     """The index as named inputs of the retrieval graph: ``token_l``, ``child_start_l`` and ``slot_l`` for every level.
 
-    ``slot_l`` is ``arange(max_children[l])``; its length tells the graph how many children to look at. Arrays are
+    ``slot_l`` is int64 ``arange(max_children[l])``; its length tells the graph how many children to look at. Arrays are
     padded to two entries, because an exported graph takes a dimension of one for a constant.
     """
-    inputs: dict[str, NDArray[np.int64]] = {}
+    inputs: dict[str, NDArray[np.integer[Any]]] = {}
     for level, (token, start) in enumerate(zip(index.tokens, index.child_starts, strict=True)):
-        inputs[f"token_{level}"] = np.pad(token, (0, max(0, 2 - len(token))))
+        inputs[f"token_{level}"] = token if len(token) > 1 else np.pad(token, (0, 1))
         inputs[f"child_start_{level}"] = start
         inputs[f"slot_{level}"] = np.arange(max(2, index.max_children[level]), dtype=np.int64)
     return inputs
@@ -221,3 +350,22 @@ def mask_inputs(rows: list[Allowed]) -> dict[str, NDArray[np.bool_]]:
         f"allowed_{level}": np.stack([np.pad(r[level], (0, max(0, 2 - len(r[level])))) for r in rows])
         for level in range(len(rows[0]))
     }
+
+
+def closed_inputs(searches: Sequence[tuple[Closed, ...]], index: CatalogueIndex) -> dict[str, Nodes]:
+    """What each search of a batch must not enter, as inputs of the retrieval graph.
+
+    ``closed_parent_l`` is int64 ``[n_searches, n]``, nodes of the level above (0, the root, above level 0);
+    ``closed_child_l`` of the same shape says which of its children is closed, counted from its first. The longest list
+    of the batch makes n, and at least two; -1 stands for none.
+    """
+    inputs: dict[str, Nodes] = {}
+    for level, starts in enumerate(index.child_starts):
+        longest = max([2, *(len(search[level].nodes) for search in searches)])
+        parent, child = (np.full((len(searches), longest), -1, np.int64) for _ in range(2))
+        for row, search in enumerate(searches):
+            nodes, parents = search[level]
+            parent[row, : len(nodes)] = parents
+            child[row, : len(nodes)] = nodes - starts[parents]
+        inputs[f"closed_parent_{level}"], inputs[f"closed_child_{level}"] = parent, child
+    return inputs

@@ -11,11 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from genretrieval.candidates import Rows, contains
+from genretrieval.catalogue import NOTHING_CLOSED, Closed
 from genretrieval.request import Filters
 from genretrieval.servable import Catalogue
 
-# Row 0 is always open: 32 searches of one batch may have 32 different masks.
+Key = tuple[str, tuple[int, ...], tuple[int, ...] | None, int]
+
+# Row 0 is the mask of everything: 32 searches of one batch may have 32 different masks.
 MASK_ROWS = 33
+# A share of the items up to which a mask is written by following each of them; above, whole levels at once are faster.
+_FEW = 0.01
+# A share of the items up to which each is looked up as a bit; above, unpacking all bits of a row is faster.
+_SINGLE = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +33,13 @@ class Mask:
     Attributes:
         filters: that items must satisfy.
         open: keyword leaves, by their place in `CatalogueIndex.keyword_leaves`; the others are closed.
-        within: int64, the only item rows that may be written; None for all.
+        within: sets of int64 item rows; only what is in one of them may be written. None for all items.
         without: int64, item rows that may not be written; None for none. They would use up the beams of the others.
     """
 
     filters: Filters | None = None
     open: tuple[int, ...] = ()
-    within: NDArray[np.int64] | None = None
+    within: tuple[NDArray[np.int64], ...] | None = None
     without: NDArray[np.int64] | None = None
 
     @property
@@ -40,9 +48,10 @@ class Mask:
         return self.filters is None and not self.open and self.within is None and self.without is None
 
     @property
-    def key(self) -> tuple[str, tuple[int, ...], int, int]:
+    def key(self) -> Key:
         """Equal for equal masks, as long as its arrays live: they are told by their identity."""
-        return canonical_filters(self.filters) if self.filters else "", self.open, id(self.within), id(self.without)
+        within = None if self.within is None else tuple(map(id, self.within))
+        return canonical_filters(self.filters) if self.filters else "", self.open, within, id(self.without)
 
 
 def canonical_filters(filters: Filters) -> str:
@@ -51,30 +60,32 @@ def canonical_filters(filters: Filters) -> str:
 
 
 class MaskRows:
-    """Distinct masks in preallocated rows, which the graph takes whole; row 0 allows every item.
+    """Distinct masks in preallocated rows, which the graph takes whole; row 0 allows every item that is not gone.
 
-    A row is not reused while a batch holds it. When all rows are held, a batch with a new mask waits.
+    A row is not reused while a batch holds it. When all rows are held, a batch with a new mask waits. It takes memory
+    when its first mask is written.
     """
 
     def __init__(self, catalogue: Catalogue, n_rows: int = MASK_ROWS) -> None:
-        """Allocate ``n_rows`` rows for every level of the index (`arrays`) and for its items (`items`)."""
+        """Allocate ``n_rows`` rows for every level of the index (`arrays`) and for its items, a bit for each."""
         self.catalogue = catalogue
         self.n_rows = n_rows
         widths = [max(2, len(tokens)) for tokens in catalogue.index.tokens]
-        self.arrays = {f"allowed_{level}": np.ones((n_rows, width), bool) for level, width in enumerate(widths)}
-        self.items = np.ones((n_rows, len(catalogue.table)), bool)
-        if len(catalogue.index.keyword_leaves):
-            every = catalogue.index.allowed_nodes(catalogue.index.allowed_leaves(self.items[0]))
-            for level, nodes in enumerate(every):
-                self.arrays[f"allowed_{level}"][0, : len(nodes)] = nodes
-        self._item_leaves = catalogue.index.item_leaves() if len(catalogue.index.keyword_leaves) else None
+        self.arrays = {f"allowed_{level}": np.empty((n_rows, width), bool) for level, width in enumerate(widths)}
+        self._items = np.empty((n_rows, (catalogue.index.n_items + 7) // 8), np.uint8)
+        self._write(0, Mask(), None)
         self._free = list(range(n_rows - 1, 0, -1))
         # With each row its mask: an array that its key names by identity must not be freed before the key.
-        self._rows: OrderedDict[tuple[str, tuple[int, ...], int, int], tuple[int, Mask]] = OrderedDict()
+        self._rows: OrderedDict[Key, tuple[int, Mask]] = OrderedDict()
         self._holders = [0] * n_rows
         self._changed = threading.Condition()
         # Batches take their rows one after another, so that no two half-served ones wait for each other.
         self._turn = threading.Lock()
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row: one for each node of the index, and one for eight items."""
+        return sum(array.shape[1] for array in self.arrays.values()) + self._items.shape[1]
 
     @contextmanager
     def hold(self, masks: Sequence[Mask]) -> Iterator[list[int]]:
@@ -91,6 +102,48 @@ class MaskRows:
                 for row in rows:
                     self._holders[row] -= 1 if row else 0
                 self._changed.notify()
+
+    def lets(self, row: int, items: Rows, excluded: Rows) -> NDArray[np.bool_]:
+        """Which of `items` the mask of a row lets through and are not among `excluded`, bool ``[len(items)]``.
+
+        Args:
+            row: one that is held.
+            items: int64 or int32, item rows.
+            excluded: item rows, sorted.
+        """
+        if len(items) > len(self.catalogue.item_ids) * _SINGLE:
+            allowed: NDArray[np.bool_] = np.unpackbits(self._items[row], bitorder="little").view(bool)
+            allowed[excluded] = False
+            return allowed[items]
+        bits = self._items[row, items >> 3] >> (items & 7).astype(np.uint8)
+        allowed = (bits & 1).astype(bool)
+        allowed &= ~contains(excluded, items)
+        return allowed
+
+    def closed(self, row: int, excluded: Rows) -> tuple[Closed, ...]:
+        """What a search by the mask of a row must not enter besides, where a request excludes a few items.
+
+        A leaf closes when all of its items that the mask lets through are excluded, a node with its last open child.
+
+        Args:
+            row: one that is held.
+            excluded: item rows, sorted, each once.
+
+        Returns:
+            Level l: see `genretrieval.catalogue.closed_inputs`.
+        """
+        if not len(excluded):
+            return (NOTHING_CLOSED,) * self.catalogue.index.n_levels
+        index = self.catalogue.index
+        paths = index.nodes_of(self.catalogue.ids.codes[excluded])
+        leaves, first = np.unique(paths[-1], return_index=True)
+        items, of_leaf = index.items_under(leaves)
+        left = np.bincount(of_leaf[self.lets(row, items, excluded)], minlength=len(leaves))
+        emptied = first[left == 0]
+        return index.closed_with([nodes[emptied] for nodes in paths], self._nodes(row))
+
+    def _nodes(self, row: int) -> list[NDArray[np.bool_]]:
+        return [array[row] for array in self.arrays.values()]
 
     def _acquire(self, mask: Mask) -> int:
         key = mask.key
@@ -110,24 +163,33 @@ class MaskRows:
     def _write(self, row: int, mask: Mask, filtered: NDArray[np.bool_] | None) -> None:
         """Fill a row: the items that a mask lets through, and the nodes of every level on the way to them.
 
-        A keyword's items and its leaf are few, so that without filters only the way to them is written.
+        Where it lets few items through, or leaves few out, only the way to those is followed.
         """
-        index, items = self.catalogue.index, self.items[row]
-        nodes = [self.arrays[f"allowed_{level}"][row] for level in range(index.n_levels)]
-        if mask.within is None:
-            items[:] = True if filtered is None else filtered
-        else:
-            items[:] = False
-            items[mask.within] = True if filtered is None else filtered[mask.within]
-        if mask.without is not None:
-            items[mask.without] = False
-        if mask.within is not None and self._item_leaves is not None:
-            for of_level, way in zip(nodes, index.ancestors(self._item_leaves[np.flatnonzero(items)]), strict=True):
+        index, codes, n = self.catalogue.index, self.catalogue.ids.codes, self.catalogue.index.n_items
+        items = np.ones(n, bool) if filtered is None else filtered.copy()
+        if mask.within is not None:
+            inside = np.zeros(n, bool)
+            for rows in mask.within:
+                inside[rows] = True
+            items &= inside
+        for left_out in (self.catalogue.gone, mask.without):
+            if left_out is not None:
+                items[left_out] = False
+        self._items[row] = np.packbits(items, bitorder="little")
+        n_left, nodes = int(np.count_nonzero(items)), self._nodes(row)
+        if n_left <= _FEW * n:
+            for of_level, way in zip(nodes, index.nodes_of(codes[items]), strict=True):
                 of_level[:] = False
                 of_level[way] = True
-        elif filtered is None and mask.within is None and mask.without is None:
-            for level, of_level in enumerate(nodes):
-                of_level[:] = self.arrays[f"allowed_{level}"][0]
+        elif n - n_left <= _FEW * n:
+            for of_level in nodes:
+                of_level[:] = True
+            left_out = index.nodes_of(codes[~items])[-1]
+            leaves = np.union1d(left_out, index.keyword_leaves)
+            under, of_leaf = index.items_under(leaves)
+            emptied = leaves[np.bincount(of_leaf[items[under]], minlength=len(leaves)) == 0]
+            for of_level, closed in zip(nodes, index.closed_with(index.ancestors(emptied), nodes), strict=True):
+                of_level[closed.nodes] = False
         else:
             for of_level, allowed in zip(nodes, index.allowed_nodes(index.allowed_leaves(items)), strict=True):
                 of_level[: len(allowed)] = allowed

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from genretrieval.candidates import Candidates, batches, in_order, with_blocks, with_pins
-from genretrieval.catalogue import graph_inputs, reserved_paths
+from genretrieval.candidates import Candidates, Rows, batches, collapsed, contains, in_order, with_blocks, with_pins
+from genretrieval.catalogue import closed_inputs, graph_inputs, reserved_paths
+from genretrieval.collapse import CollapseValues
 from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
 from genretrieval.histories import NO_TIME
 from genretrieval.item_vectors import ItemVectors, relatives_of
 from genretrieval.keywords import without_words
 from genretrieval.masks import Mask, MaskRows, canonical_filters
-from genretrieval.request import HistoryEvent, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
+from genretrieval.request import MAX_BEAM_WIDTH, HistoryEvent, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.schemas import EXPOSURE
 from genretrieval.servable import Catalogue, Servable
 
@@ -30,6 +32,10 @@ CLOSED_BELOW = -1e9
 # Items that the dense head compares one by one; above, only those that the search found and those it cannot find.
 COMPARED_ITEMS = 50_000
 PURCHASE = "purchase"
+# Beams of a search, times as many as of the last one, that may fill what collapsing left.
+WIDER = 4
+# Item rows, and sorted ones that are excluded besides: which of the former may be returned.
+Lets = Callable[[Rows, Rows], NDArray[np.bool_]]
 _ITEM_ID, _EVENT, _TIMESTAMP = attrgetter("item_id"), attrgetter("event"), attrgetter("timestamp")
 
 
@@ -142,22 +148,15 @@ class _Asked:
         request: as it came.
         edits: see `genretrieval.edits`.
         bound: keywords of the query whose binding the request wants.
-        within: int64, item rows that they stand for; None for none.
+        known: events of the history whose item the catalogue has.
+        excluded: int64, sorted item rows that the request itself leaves out.
     """
 
     request: RetrieveRequest
     edits: Edits
     bound: tuple[BoundKeyword, ...]
-    within: NDArray[np.int64] | None
-
-    @classmethod
-    def of(cls, request: RetrieveRequest, edits: Edits) -> _Asked:
-        """Put the two together."""
-        bound = () if request.bindings == "off" else tuple(k for k in edits.bound if len(k.rows))
-        sets = [keyword.rows for keyword in bound]
-        # Of one keyword it is the very array, by whose identity its mask is found again.
-        within = None if not sets else sets[0] if len(sets) == 1 else np.unique(np.concatenate(sets))
-        return cls(request, edits, bound, within)
+    known: KnownEvents
+    excluded: NDArray[np.int64]
 
     @property
     def query(self) -> str | None:
@@ -183,13 +182,20 @@ class _Asked:
         """Names of the bindings and rules that stand for an item, or move it."""
         sets = [(keyword.name, keyword.rows) for keyword in self.bound]
         sets += [(boost.name, boost.rows) for boost in self.edits.boosts]
-        names = [name for name, rows in sets if np.isin(row, rows)]
+        names = [name for name, rows in sets if contains(rows, np.asarray([row]))[0]]
         return names + [pin.name for pin in self.edits.pins if pin.row == row]
 
     @property
     def n_searches(self) -> int:
         """Among all items, and among what its keywords stand for."""
-        return 1 if self.within is None else 2
+        return 2 if self.bound else 1
+
+
+class _Answer(NamedTuple):
+    """A response, and whether a wider search might fill it: it has fewer than `top_k` items, and was cut off."""
+
+    response: RetrieveResponse
+    cut_short: bool
 
 
 class Retriever:
@@ -202,6 +208,7 @@ class Retriever:
         self.features = bundle.features()
         self.catalogue = Catalogue.open(bundle)
         self.masks = MaskRows(self.catalogue)
+        self.collapse = CollapseValues(self.catalogue)
         self.dense = DenseItems.open(bundle, self.catalogue)
         self._index_inputs = graph_inputs(self.catalogue.index)
         paths = reserved_paths(bundle.manifest.codebook_sizes, bundle.manifest.reserved_slots)
@@ -212,6 +219,7 @@ class Retriever:
         other = copy.copy(self)
         other.catalogue = catalogue
         other.masks = MaskRows(catalogue)
+        other.collapse = CollapseValues(catalogue)
         if catalogue.index is not self.catalogue.index:
             other._index_inputs = graph_inputs(catalogue.index)
             other.dense = None if self.dense is None else self.dense.on(catalogue)
@@ -229,15 +237,26 @@ class Retriever:
         Raises:
             RequestError: a request cannot be answered as asked.
         """
+        started = time.perf_counter()
         edits = edits or [NO_EDITS] * len(requests)
-        asked = [_Asked.of(request, edit) for request, edit in zip(requests, edits, strict=True)]
+        asked = [self._asked(request, edit) for request, edit in zip(requests, edits, strict=True)]
         responses: dict[int, RetrieveResponse] = {}
         # The leaf of a keyword takes a beam, and is no item.
-        widths = [max(self.beam_width(a.request), a.request.top_k + len(self._places(a.bound))) for a in asked]
-        for width in sorted(set(widths)):
-            same = [i for i, w in enumerate(widths) if w == width]
-            for rows in batches(same, [asked[i].n_searches for i in same], self.masks.n_rows - 1):
-                responses.update(zip(rows, self._retrieve([asked[i] for i in rows], width), strict=True))
+        widths = {
+            i: max(self.beam_width(ask.request), ask.request.top_k + len(self._places(ask.bound)))
+            for i, ask in enumerate(asked)
+        }
+        while widths:
+            wider: dict[int, int] = {}
+            for width in sorted(set(widths.values())):
+                same = [i for i, w in widths.items() if w == width]
+                for rows in batches(same, [asked[i].n_searches for i in same], self.masks.n_rows - 1):
+                    answers = self._retrieve([asked[i] for i in rows], width, started)
+                    for i, answer in zip(rows, answers, strict=True):
+                        responses[i] = answer.response
+                        if answer.cut_short and width < MAX_BEAM_WIDTH:
+                            wider[i] = min(WIDER * width, MAX_BEAM_WIDTH)
+            widths = wider
         return [responses[i] for i in range(len(requests))]
 
     def check(self, request: RetrieveRequest) -> None:
@@ -248,6 +267,8 @@ class Retriever:
         """
         if request.filters is not None:
             self.catalogue.conditions(request.filters)
+        if request.collapse_by is not None:
+            self.collapse.column(request.collapse_by)
 
     def history_read(self, request: RetrieveRequest) -> list[HistoryEvent]:
         """The events of a request's history that the model reads: of the compressed past, then those in full."""
@@ -261,30 +282,40 @@ class Retriever:
         """Beams that `request` is searched with."""
         return max(request.beam_width or self.bundle.manifest.beam_width, request.top_k)
 
-    def _retrieve(self, asked: Sequence[_Asked], width: int) -> list[RetrieveResponse]:
+    def _asked(self, request: RetrieveRequest, edits: Edits) -> _Asked:
+        """A request as this catalogue knows it."""
+        bound = () if request.bindings == "off" else tuple(k for k in edits.bound if len(k.rows))
+        known, rows = self._known(request), self.catalogue.rows
+        excluded = [rows[item] for item in request.exclude_item_ids if item in rows]
+        if request.exclude_history != "off":
+            past = known.rows if request.exclude_history == "all" else known.rows[known.purchased]
+            excluded += past.tolist()
+        return _Asked(request, edits, bound, known, np.unique(np.asarray(excluded, np.int64)))
+
+    def _retrieve(self, asked: Sequence[_Asked], width: int, started: float) -> list[_Answer]:
         """Answer requests by one run of the graph: a search for each, and one more among what its keywords bind."""
-        started = time.perf_counter()
-        known = [self._known(ask.request) for ask in asked]
-        bound = [i for i, ask in enumerate(asked) if ask.n_searches > 1]
+        bound = [ask for ask in asked if ask.bound]
         masks = [Mask(ask.request.filters, tuple(self._places(ask.bound)), None, ask.blocked) for ask in asked]
-        masks += [Mask(asked[i].request.filters, (), asked[i].within, asked[i].blocked) for i in bound]
+        masks += [
+            Mask(ask.request.filters, (), tuple(keyword.rows for keyword in ask.bound), ask.blocked) for ask in bound
+        ]
         tokens = [self.features.query_tokens(ask.query, ask.slots) for ask in asked]
-        tokens += [self.features.query_tokens(asked[i].rest) for i in bound]
-        rows = [*range(len(asked)), *bound]
+        tokens += [self.features.query_tokens(ask.rest) for ask in bound]
         with self.masks.hold(masks) as mask_rows:
-            of_rows = [asked[i].request for i in rows], [known[i] for i in rows]
-            inputs = self._graph_inputs(*of_rows, tokens, mask_rows, width)
+            inputs = self._graph_inputs([*asked, *bound], tokens, mask_rows, width)
             begun = time.perf_counter()
             found = self.backend.run(inputs)
-            ended = time.perf_counter()
-            second = {i: found.of(len(asked) + n) for n, i in enumerate(bound)}
-            responses = []
-            for i, ask in enumerate(asked):
-                items = self._items(ask, known[i], found.of(i), second.get(i), self.masks.items[mask_rows[i]])
-                total = (time.perf_counter() - started) * 1e3
-                timings = Timings(inference_ms=(ended - begun) * 1e3, total_ms=total)
-                responses.append(self._response(ask, known[i], items, timings))
-        return responses
+            inference_ms = (time.perf_counter() - begun) * 1e3
+            seconds = iter(range(len(asked), len(masks)))
+            answers = []
+            for i, (ask, row) in enumerate(zip(asked, mask_rows, strict=False)):
+                searches = [found.of(i), *(found.of(next(seconds)) for _ in ask.bound[:1])]
+                items = self._items(ask, searches, partial(self.masks.lets, row))
+                timings = Timings(inference_ms=inference_ms, total_ms=(time.perf_counter() - started) * 1e3)
+                cut_off = any(_real(search).all() for search in searches)
+                short = len(items) < ask.request.top_k
+                answers.append(_Answer(self._response(ask, items, timings), short and cut_off))
+        return answers
 
     def _places(self, keywords: Sequence[BoundKeyword]) -> list[int]:
         """Where the leaves of `keywords` stand among the index's keyword leaves; a bundle without slots has none."""
@@ -321,14 +352,15 @@ class Retriever:
 
     def _graph_inputs(
         self,
-        requests: Sequence[RetrieveRequest],
-        known: Sequence[KnownEvents],
+        asked: Sequence[_Asked],
         tokens: Sequence[NDArray[np.int64]],
         mask_rows: list[int],
         width: int,
     ) -> dict[str, NDArray[Any]]:
-        """Inputs of the graph for a batch; of those made here, the ones this bundle's graph has."""
+        """Inputs of the graph for a batch of searches; of those made here, the ones this bundle's graph has."""
         manifest = self.bundle.manifest
+        requests, known = [ask.request for ask in asked], [ask.known for ask in asked]
+        closed = [self.masks.closed(row, ask.excluded) for row, ask in zip(mask_rows, asked, strict=True)]
         read = [events.interactions[-manifest.max_history :] for events in known]
         past = [events.before(first, manifest.max_past) for events, first in zip(known, read, strict=True)]
         query = _stack(tokens)
@@ -345,6 +377,7 @@ class Retriever:
             "mask_row": np.asarray(mask_rows, np.int64),
             **self._index_inputs,
             **self.masks.arrays,
+            **closed_inputs(closed, self.catalogue.index),
         }
         return {name: made[name] for name in manifest.graph_inputs}
 
@@ -364,59 +397,69 @@ class Retriever:
             inputs[f"{part}_vectors"] = self.dense.read[stacked]
         return inputs
 
-    def _items(
-        self, ask: _Asked, known: KnownEvents, found: Leaves, second: Leaves | None, matching: NDArray[np.bool_]
-    ) -> list[RetrievedItem]:
+    def _items(self, ask: _Asked, searches: Sequence[Leaves], lets: Lets) -> list[RetrievedItem]:
         """The best items, in the order that `genretrieval.edits` defines; a dense head has its say in every score.
 
         Args:
             ask: the request.
-            known: its history.
-            found: leaves of the search among all that the request may get.
-            second: leaves of the search among what its keywords stand for.
-            matching: bool ``[n_items]``, items that match its filters and are not blocked.
+            searches: among all that the request may get, and for one with keywords among what those stand for.
+            lets: which items its mask lets through.
         """
-        allowed = self._allowed(ask, known, matching)
-        candidates, dense = self._candidates(found, allowed)
+        found, *second = searches
+        candidates, dense = self._candidates(found, ask.excluded, lets)
         blocks = self._blocks(ask, found, candidates)
-        if blocks and second is not None:
+        if blocks and second:
             # What a keyword stands for is scored by the search among it alone, which reads the query without the word.
-            inside = np.zeros_like(allowed)
-            inside[np.concatenate([rows for _, rows in blocks])] = True
-            bound, bound_dense = self._candidates(second, allowed & inside)
+            def lets_inside(rows: Rows, excluded: Rows) -> NDArray[np.bool_]:
+                allowed = lets(rows, excluded)
+                allowed &= np.any([contains(block, rows) for _, block in blocks], axis=0)
+                return allowed
+
+            bound, bound_dense = self._candidates(second[0], ask.excluded, lets_inside)
             dense = np.concatenate([bound_dense, dense[~np.isin(candidates.rows, bound.rows)]])
             candidates = bound.joined(candidates)
-        pins = [pin for pin in ask.edits.pins if allowed[pin.row]]
+        pinned = np.asarray([pin.row for pin in ask.edits.pins], np.int64)
+        pins = [pin for pin, ok in zip(ask.edits.pins, lets(pinned, ask.excluded), strict=True) if ok]
         if pins:
             unwritten = np.setdiff1d(np.asarray([pin.row for pin in pins], np.int64), candidates.rows)
             candidates = candidates.with_unwritten(unwritten, float(found.scores.min(where=_real(found), initial=0.0)))
             dense = np.concatenate([dense, self._dense(unwritten, found)])
         scores = candidates.logp + self.bundle.manifest.dense_weight * dense
         for boost in ask.edits.boosts:
-            scores = scores + np.where(np.isin(candidates.rows, boost.rows), boost.amount, 0.0)
-        order = with_blocks(in_order(scores), [(place, np.isin(candidates.rows, rows)) for place, rows in blocks])
+            scores = scores + np.where(contains(boost.rows, candidates.rows), boost.amount, 0.0)
+        order = with_blocks(in_order(scores), [(place, contains(rows, candidates.rows)) for place, rows in blocks])
+        if ask.request.collapse_by is not None:
+            values = self.collapse.of(ask.request.collapse_by, candidates.rows)
+            order, pins = collapsed(
+                order, candidates.rows, pins, values, cap=ask.request.collapse_cap, top_k=ask.request.top_k
+            )
         best = with_pins(order, candidates.rows, pins, ask.request.top_k)
         told = dense if self.dense is not None else None
         return [
             self._item(ask, candidates, i, float(scores[i]), None if told is None else float(told[i])) for i in best
         ]
 
-    def _candidates(self, found: Leaves, allowed: NDArray[np.bool_]) -> tuple[Candidates, NDArray[np.float32]]:
-        """Items of the found leaves, best leaf first, that are allowed, and what the dense head says of each.
+    def _candidates(self, found: Leaves, excluded: Rows, lets: Lets) -> tuple[Candidates, NDArray[np.float32]]:
+        """Items of the found leaves, best leaf first, that may be returned, and what the dense head says of each.
 
         Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. A dense
         head's own candidates join them.
         """
         beams = np.lexsort((found.leaves, -found.scores))
         beams = beams[_real(found)[beams]]
-        written = [(row, beam) for beam in beams.tolist() for row in self._leaf(int(found.leaves[beam]), allowed)]
-        rows, of_beam = np.asarray(written, np.int64).reshape(-1, 2).T
+        under, of_beam = self.catalogue.index.items_under(found.leaves[beams])
+        allowed = lets(under, excluded)
+        rows, of_beam = under[allowed].astype(np.int64), of_beam[allowed]
+        if (cap := self.bundle.manifest.leaf_cap) is not None:
+            # Rows of a leaf stand side by side: each counts from the first of its leaf on.
+            listed = np.arange(len(rows)) - np.searchsorted(of_beam, of_beam) < cap
+            rows, of_beam = rows[listed], of_beam[listed]
+        of_beam = beams[of_beam]
         candidates = Candidates(rows, found.scores[of_beam], of_beam, found.level_scores)
         if self.dense is not None and len(beams) == len(found.scores):
             # The search was cut off: what it did not reach is at best as probable as the last that it did.
-            beside = allowed.copy()
-            beside[rows] = False
-            further = self.dense.candidates[beside[self.dense.candidates]]
+            further = self.dense.candidates
+            further = further[lets(further, np.union1d(excluded, rows))]
             candidates = candidates.with_unwritten(further, float(found.scores[beams[-1]]))
         return candidates, self._dense(candidates.rows, found)
 
@@ -449,25 +492,6 @@ class Retriever:
                     blocks.append((before, keyword.rows))
         return blocks
 
-    def _allowed(self, ask: _Asked, known: KnownEvents, matching: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which items may be returned, bool ``[n_items]``: those that the mask lets through and nobody excluded."""
-        request, rows = ask.request, self.catalogue.rows
-        excluded = [rows[item] for item in request.exclude_item_ids if item in rows]
-        if request.exclude_history != "off":
-            gone = known.rows if request.exclude_history == "all" else known.rows[known.purchased]
-            excluded += gone.tolist()
-        if not excluded:
-            return matching
-        allowed = matching.copy()
-        allowed[excluded] = False
-        return allowed
-
-    def _leaf(self, leaf: int, allowed: NDArray[np.bool_]) -> list[int]:
-        """Items of a leaf that may be returned, in listing order, as many as the cap lets through."""
-        rows = self.catalogue.index.items_of(leaf)
-        listed: list[int] = rows[allowed[rows]].tolist()
-        return listed[: self.bundle.manifest.leaf_cap]
-
     def _item(self, ask: _Asked, candidates: Candidates, i: int, score: float, dense: float | None) -> RetrievedItem:
         """A candidate as it is returned."""
         row, beam = int(candidates.rows[i]), int(candidates.beams[i])
@@ -485,10 +509,8 @@ class Retriever:
             touched_by=ask.touched(row),
         )
 
-    def _response(
-        self, ask: _Asked, known: KnownEvents, items: list[RetrievedItem], timings: Timings
-    ) -> RetrieveResponse:
-        request, rows, manifest = ask.request, self.catalogue.rows, self.bundle.manifest
+    def _response(self, ask: _Asked, items: list[RetrievedItem], timings: Timings) -> RetrieveResponse:
+        request, rows, manifest, known = ask.request, self.catalogue.rows, self.bundle.manifest, ask.known
         missing = known.missing + [item for item in request.exclude_item_ids if item not in rows]
         degraded = []
         if len(items) < request.top_k:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
+from genretrieval.catalogue import token_type
 from genretrieval.model import Generator
 from genretrieval.model.generator import request_tensors
 from genretrieval.model.search import IndexTensors, RetrievalGraph, Retrieved
@@ -32,7 +33,7 @@ class NamedGraph(nn.Module):
     Args:
         graph: called with the request tensors by name, ``beams`` and the index.
         request_names: request tensors that the graph reads, in order.
-        n_levels: codes of a semantic ID.
+        codebook_sizes: codes of each level.
         vector_dim: width of the item vectors that the graph reads and of the user vector that it returns; 0 for none.
     """
 
@@ -40,14 +41,19 @@ class NamedGraph(nn.Module):
         self,
         graph: nn.Module,
         request_names: tuple[str, ...],
-        n_levels: int,
+        codebook_sizes: tuple[int, ...],
         vector_dim: int = 0,
     ) -> None:
         super().__init__()
         self.retrieval = graph
         self.request_names = request_names
-        self.n_levels = n_levels
+        self.codebook_sizes = codebook_sizes
         self.vector_dim = vector_dim
+
+    @property
+    def n_levels(self) -> int:
+        """Codes of a semantic ID."""
+        return len(self.codebook_sizes)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -57,9 +63,8 @@ class NamedGraph(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all inputs, in order."""
-        index = [
-            f"{kind}_{level}" for kind in ("token", "child_start", "slot", "allowed") for level in range(self.n_levels)
-        ]
+        kinds = ("token", "child_start", "slot", "allowed", "closed_parent", "closed_child")
+        index = [f"{kind}_{level}" for kind in kinds for level in range(self.n_levels)]
         return (*self.request_names, "beams", "mask_row", *index)
 
     def forward(self, *inputs: Tensor) -> Retrieved:
@@ -73,6 +78,7 @@ class NamedGraph(nn.Module):
             slots=[given[f"slot_{level}"] for level in levels],
             allowed=[given[f"allowed_{level}"] for level in levels],
             mask_row_B=given["mask_row"],
+            closed=[(given[f"closed_parent_{level}"], given[f"closed_child_{level}"]) for level in levels],
         )
         return self.retrieval(request, given["beams"], index)
 
@@ -81,12 +87,12 @@ def named_graph(generator: Generator) -> NamedGraph:
     """The retrieval graph of a generator, with the inputs that it reads and no others."""
     config = generator.config
     vector_dim = 2 * config.d_model if config.n_items else 0
-    return NamedGraph(RetrievalGraph(generator).eval(), request_tensors(config), config.n_levels, vector_dim)
+    return NamedGraph(RetrievalGraph(generator).eval(), request_tensors(config), config.codebook_sizes, vector_dim)
 
 
 def example_inputs(graph: NamedGraph, n_profile_features: int) -> dict[str, Tensor]:
     """Small inputs to trace with; every dynamic dimension differs from the others and from one."""
-    rows, length, past, query, beams, mask_rows = 3, 5, 8, 4, 6, 2
+    rows, length, past, query, beams, mask_rows, closed = 3, 5, 8, 4, 6, 2, 7
     given: dict[str, Tensor] = {
         "context_tokens": torch.ones(rows, length, dtype=torch.long),
         "history_codes": torch.zeros(rows, length, graph.n_levels, dtype=torch.long),
@@ -106,12 +112,14 @@ def example_inputs(graph: NamedGraph, n_profile_features: int) -> dict[str, Tens
         "mask_row": torch.zeros(rows, dtype=torch.long),
     }
     n_nodes = 1
-    for level in range(graph.n_levels):
-        given[f"child_start_{level}"] = torch.arange(n_nodes + 1) * 2
+    for level, size in enumerate(graph.codebook_sizes):
+        given[f"child_start_{level}"] = torch.arange(n_nodes + 1, dtype=torch.int32) * 2
         n_nodes *= 2
-        given[f"token_{level}"] = torch.arange(n_nodes) % 2
+        given[f"token_{level}"] = torch.from_numpy((np.arange(n_nodes) % 2).astype(token_type(size)))
         given[f"slot_{level}"] = torch.arange(2)
         given[f"allowed_{level}"] = torch.ones(mask_rows, n_nodes, dtype=torch.bool)
+        for part in ("parent", "child"):
+            given[f"closed_{part}_{level}"] = torch.full((rows, closed), -1)
     return {name: given[name] for name in graph.names}
 
 

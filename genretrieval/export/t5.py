@@ -86,7 +86,7 @@ def t5_graph(model: T5ForConditionalGeneration, codebook_sizes: tuple[int, ...])
         InvalidInputError: as `T5RetrievalGraph`.
     """
     graph = T5RetrievalGraph(model, codebook_sizes).eval()
-    return NamedGraph(graph, REQUEST_INPUTS, len(codebook_sizes))
+    return NamedGraph(graph, REQUEST_INPUTS, codebook_sizes)
 
 
 def _check(model: T5ForConditionalGeneration, codebook_sizes: tuple[int, ...]) -> None:

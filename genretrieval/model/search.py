@@ -32,11 +32,13 @@ class IndexTensors(NamedTuple):
     """A catalogue index and its mask rows, level after level; see `genretrieval.catalogue.graph_inputs`.
 
     Attributes:
-        tokens: int64 ``[n_nodes_l]``.
-        child_starts: int64 ``[n_nodes_(l-1) + 1]``.
+        tokens: `genretrieval.catalogue.token_type` ``[n_nodes_l]``.
+        child_starts: int32 ``[n_nodes_(l-1) + 1]``.
         slots: int64 ``[max_children_l]``.
         allowed: bool ``[n_mask_rows, n_nodes_l]``.
         mask_row_B: int64 ``[B]``, the mask row of each request.
+        closed: int64 ``[B, E_l]`` twice, parents and which of their children each request must not enter; see
+            `genretrieval.catalogue.closed_inputs`. None where no request has any.
     """
 
     tokens: list[Tensor]
@@ -44,6 +46,7 @@ class IndexTensors(NamedTuple):
     slots: list[Tensor]
     allowed: list[Tensor]
     mask_row_B: Tensor
+    closed: list[tuple[Tensor, Tensor]] | None = None
 
 
 class Retrieved(NamedTuple):
@@ -252,7 +255,10 @@ class BeamSearch(nn.Module):
             candidates = torch.where(open_BQC, score_BQ[..., None] + logp_BQC, CLOSED).flatten(1)
             # Fillers let fewer candidates than beams through; they end under every real score.
             filler = candidates.new_full((n_rows, n_beams), CLOSED)
-            score_BQ, chosen_BK = torch.cat([candidates, filler], 1).topk(n_beams, -1)
+            filled = torch.cat([candidates, filler], 1)
+            if index.closed is not None:
+                filled = self._close(filled, node_BQ, child_BQC.shape[-1], *index.closed[level])
+            score_BQ, chosen_BK = filled.topk(n_beams, -1)
             chosen_BK = chosen_BK.clamp(max=candidates.shape[1] - 1)
             parent_BK = torch.div(chosen_BK, logp_BQC.shape[-1], rounding_mode="floor")
             node_BQ = child_BQC.flatten(1).gather(1, chosen_BK)
@@ -278,21 +284,33 @@ class BeamSearch(nn.Module):
         positions = torch.arange(level + 1, device=x_ND.device)
         return attend_path(q, *paths[i], self.bias(positions[-1:], positions)[0, :, 0].T)
 
+    @staticmethod
+    def _close(filled_BX: Tensor, node_BQ: Tensor, n_slots: int, parent_BE: Tensor, child_BE: Tensor) -> Tensor:
+        """Take what a request must not enter out of its candidates, which the fillers follow.
+
+        A beam that ended short may stand at the node of a live one, but behind it: the first that matches counts.
+        """
+        beam_BE = (parent_BE[..., None] == node_BQ[:, None]).to(torch.uint8).argmax(-1)
+        entered_BE = node_BQ.gather(1, beam_BE) == parent_BE
+        # What no beam stands above closes a filler, which is closed anyway.
+        place_BE = torch.where(entered_BE, beam_BE * n_slots + child_BE, node_BQ.shape[1] * n_slots)
+        return filled_BX.scatter(1, place_BE, CLOSED)
+
     def _tokens(self, level: int, node_BQ: Tensor, index: IndexTensors) -> Tensor:
         """Flat token of each node."""
-        return take(index.tokens[level], node_BQ) + self.level_offsets[level]
+        return take(index.tokens[level], node_BQ).long() + self.level_offsets[level]
 
     def _children(
         self, x_BQD: Tensor, level: int, node_BQ: Tensor, index: IndexTensors
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Children of each beam's node: their node ids, log-probabilities and whether they exist and are allowed."""
         starts = index.child_starts[level]
-        end_BQ1 = take(starts, node_BQ + 1)[..., None]
-        child = take(starts, node_BQ)[..., None] + index.slots[level]
+        end_BQ1 = take(starts, node_BQ + 1)[..., None].long()
+        child = take(starts, node_BQ)[..., None].long() + index.slots[level]
         exists = child < end_BQ1
         # Slots past a node's last child look at that child again, and count for nothing.
         child = torch.minimum(child, end_BQ1 - 1)
-        token = take(index.tokens[level], child)
+        token = take(index.tokens[level], child).long()
         if self.normalise == "vocabulary":
             logits = linear(x_BQD, self.heads[0]).log_softmax(-1)
             logp = logits.gather(-1, token + self.level_offsets[level])

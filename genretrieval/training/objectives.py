@@ -92,8 +92,8 @@ class NextItemObjective(nn.Module):
         self.codebook_sizes = index.codebook_sizes
         self.max_children = index.max_children
         for level in range(index.n_levels):
-            self.register_buffer(f"token_{level}", torch.from_numpy(index.tokens[level]))
-            self.register_buffer(f"child_start_{level}", torch.from_numpy(index.child_starts[level]))
+            self.register_buffer(f"token_{level}", torch.from_numpy(index.tokens[level]).long())
+            self.register_buffer(f"child_start_{level}", torch.from_numpy(index.child_starts[level]).long())
 
     def existing_codes(self, items_N: Tensor, level: int) -> Tensor:
         """Bool ``[N, V]``: codes of `level` that some item has under the prefix of each of `items_N`."""

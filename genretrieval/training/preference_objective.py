@@ -161,7 +161,7 @@ class Preference(nn.Module):
         self.reference = copy.deepcopy(model).requires_grad_(requires_grad=False).eval()
         self.register_buffer("learners_X", learners)
         nodes_IL = next_item.item_nodes
-        codes = [torch.from_numpy(index.tokens[level])[nodes_IL[:, level]] for level in range(index.n_levels)]
+        codes = [torch.from_numpy(index.tokens[level]).long()[nodes_IL[:, level]] for level in range(index.n_levels)]
         self.register_buffer("codes_IL", torch.stack(codes, 1))
         self.measured: dict[str, float] = {}
         self.last_kl = 0.0

@@ -59,7 +59,7 @@ class RolloutSearch(nn.Module):
             self.register_buffer(name, torch.from_numpy(array))
         self.register_buffer("codes_XL", torch.from_numpy(index.leaf_codes(np.arange(index.n_leaves))).long())
         # A keyword leaf has no item and stays closed.
-        first = index.leaf_items[np.minimum(index.leaf_starts[:-1], index.n_items - 1)]
+        first = index.leaf_items[np.minimum(index.leaf_starts()[:-1], index.n_items - 1)]
         self.register_buffer("first_item_X", torch.from_numpy(first).long())
         every = index.allowed_nodes(index.allowed_leaves(np.ones(index.n_items, bool)))
         for name, allowed in mask_inputs([every]).items():

@@ -25,7 +25,14 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from genretrieval.bundle import GRAPH, load_bundle
-from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs, mask_inputs
+from genretrieval.catalogue import (
+    NOTHING_CLOSED,
+    CatalogueIndex,
+    build_index,
+    closed_inputs,
+    graph_inputs,
+    mask_inputs,
+)
 from genretrieval.errors import GenRetrievalError
 from genretrieval.export.onnx import NamedGraph, example_inputs, export_graph, named_graph
 from genretrieval.export.t5 import REQUEST_INPUTS, T5RetrievalGraph, t5_graph, t5_level_offsets
@@ -323,7 +330,7 @@ class FreeBeamSearch(BeamSearch):
 def free_t5_graph(model: T5ForConditionalGeneration, codebook_sizes: tuple[int, ...]) -> NamedGraph:
     """`t5_graph` with `FreeBeamSearch`; its leaves are codes of the last level, its index inputs are not read."""
     graph = T5RetrievalGraph(model, codebook_sizes, FreeBeamSearch).eval()
-    return NamedGraph(graph, REQUEST_INPUTS, len(codebook_sizes))
+    return NamedGraph(graph, REQUEST_INPUTS, codebook_sizes)
 
 
 # --- catalogues and requests ---
@@ -342,7 +349,13 @@ def random_index(n_items: int, codebook_sizes: tuple[int, ...], *, skewed: bool 
 def open_catalogue(index: CatalogueIndex, batch: int) -> Inputs:
     """The index with everything allowed, as inputs of a graph."""
     everything = index.allowed_nodes(np.ones(index.n_leaves, bool))
-    return {"mask_row": np.zeros(batch, np.int64), **graph_inputs(index), **mask_inputs([everything])}
+    nothing = (NOTHING_CLOSED,) * index.n_levels
+    return {
+        "mask_row": np.zeros(batch, np.int64),
+        **graph_inputs(index),
+        **mask_inputs([everything]),
+        **closed_inputs([nothing] * batch, index),
+    }
 
 
 def generator_inputs(index: CatalogueIndex, batch: int, beams: int) -> Inputs:
@@ -452,7 +465,7 @@ def prefix_table(index: CatalogueIndex, level_offsets: tuple[int, ...]) -> dict[
     table: dict[tuple[int, ...], list[int]] = {}
     prefixes: list[tuple[int, ...]] = [()]
     for tokens, starts, offset in zip(index.tokens, index.child_starts, level_offsets, strict=True):
-        flat, bounds = (tokens + offset).tolist(), starts.tolist()
+        flat, bounds = (tokens.astype(np.int64) + offset).tolist(), starts.tolist()
         children = [flat[bounds[i] : bounds[i + 1]] for i in range(len(prefixes))]
         table.update(zip(prefixes, children, strict=True))
         prefixes = [

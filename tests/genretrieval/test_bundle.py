@@ -11,7 +11,17 @@ import numpy as np
 import polars as pl
 import pytest
 
-from genretrieval.bundle import CATALOGUE, GRAPH, KEYWORDS, MANIFEST, Manifest, load_bundle, sha256, write_bundle
+from genretrieval.bundle import (
+    CATALOGUE,
+    GRAPH,
+    KEYWORDS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    load_bundle,
+    sha256,
+    write_bundle,
+)
 from genretrieval.errors import BundleError, BundleIncompleteError
 from genretrieval.keyword_codebook import KeywordCodebook
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
@@ -100,8 +110,14 @@ def test_a_manifest_cannot_point_outside_its_folder(path, name) -> None:
 
 
 def test_a_newer_schema_is_refused_as_newer_whatever_else_it_holds(path) -> None:
-    edit_manifest(path, schema_version=2, a_field_of_the_future=[1])
-    with pytest.raises(BundleError, match=r"schema version 2.*upgrade genretrieval on the server"):
+    edit_manifest(path, schema_version=SCHEMA_VERSION + 1, a_field_of_the_future=[1])
+    with pytest.raises(BundleError, match=rf"version {SCHEMA_VERSION + 1}.*upgrade genretrieval on the server"):
+        load_bundle(path)
+
+
+def test_an_older_schema_is_refused_whatever_it_lacks(path) -> None:
+    edit_manifest(path, schema_version=1, graph_inputs=None)
+    with pytest.raises(BundleError, match=r"schema version 1.*Export it again"):
         load_bundle(path)
 
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genretrieval import catalogue
 from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs, mask_inputs
 from genretrieval.errors import DataError
 from genretrieval.semantic_ids import SemanticIds
@@ -66,6 +65,8 @@ def test_children_and_leaves_are_those_of_a_dict_trie(ids: SemanticIds) -> None:
     )
     every = np.arange(index.n_leaves)
     assert list(map(tuple, index.leaf_codes(every).tolist())) == levels[-1]
+    for found, nodes in zip(index.nodes_of(ids.codes), index.item_nodes().T, strict=True):
+        assert found.tolist() == nodes.tolist()
     assert index.leaf_codes(every[::-2]).tolist() == index.leaf_codes(every)[::-2].tolist()
 
 
@@ -79,6 +80,40 @@ def test_every_item_is_on_its_path_and_in_its_leaf(ids: SemanticIds) -> None:
         ]
         assert row in index.items_of(int(nodes[row, -1]))
     assert sorted(index.leaf_items.tolist()) == list(range(ids.n_items))
+    assert index.leaf_starts().tolist() == [*index.leaf_starts(np.arange(index.n_leaves)).tolist(), ids.n_items]
+    rows, of_leaf = index.items_under(np.arange(index.n_leaves)[::-1])
+    assert (nodes[rows, -1] == index.n_leaves - 1 - of_leaf).all()
+    assert len(rows) == ids.n_items
+
+
+@given(catalogues(), st.data())
+def test_a_node_closes_with_the_last_allowed_leaf_below_it(ids: SemanticIds, data: st.DataObject) -> None:
+    index = build_index(ids)
+    before, after = (
+        np.array(data.draw(st.lists(st.booleans(), min_size=index.n_leaves, max_size=index.n_leaves))) for _ in range(2)
+    )
+    allowed, left = index.allowed_nodes(before), index.allowed_nodes(before & after)
+    closed = index.closed_with(index.ancestors(np.flatnonzero(~after)), allowed)
+    for level, (nodes, parents) in enumerate(closed):
+        assert nodes.tolist() == np.flatnonzero(allowed[level] & ~left[level]).tolist()
+        children = [index.child_starts[level][parents], index.child_starts[level][parents + 1]]
+        assert ((children[0] <= nodes) & (nodes < children[1])).all()
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, "uint8"), (256, "uint8"), (257, "int16"), (2**15, "int16"),
+                                                (2**15 + 1, "int32")])  # fmt: skip
+def test_a_code_takes_as_few_bytes_as_its_codebook_needs(size: int, expected: str) -> None:
+    index = build_index(SemanticIds(np.array([[0], [size - 1]], np.int32), (size,)))
+    assert index.tokens[0].dtype == expected
+    assert index.tokens[0][-1] == size - 1
+
+
+def test_bytes_of_an_index_by_hand() -> None:
+    """A code of a byte and a start of four on each level, four bytes an item; the shared leaf costs what it shares."""
+    alone = build_index(SemanticIds(np.array([[0, 0], [0, 1], [1, 0]], np.int32), (3, 3)))
+    assert alone.nbytes == (2 + 3) * 1 + (2 + 3) * 4 + 3 * 4 + 4
+    shared = build_index(SemanticIds(np.array([[0, 0], [0, 0], [1, 0]], np.int32), (3, 3)))
+    assert shared.nbytes == (2 + 2) * 1 + (2 + 3) * 4 + 3 * 4 + (4 + 4) + 4
 
 
 @given(catalogues())
@@ -102,17 +137,16 @@ def test_a_node_is_allowed_when_a_leaf_below_is(ids: SemanticIds, data: st.DataO
         assert nodes.tolist() == [any(i[: level + 1] == prefix for i in open_ids) for prefix in levels[level]]
 
 
-@given(catalogues())
-def test_packed_keys_and_plain_sorting_build_the_same(ids: SemanticIds) -> None:
-    # Codebooks of 2**31 entries do not fit one key, so the second index is sorted level by level.
+@given(catalogues(), st.booleans())
+def test_packed_keys_and_plain_sorting_build_the_same(ids: SemanticIds, ordered: bool) -> None:
+    # Of more than two levels, codebooks of 2**31 entries do not fit one key: the second index is sorted by columns.
     wide = SemanticIds(ids.codes, tuple(2**31 - 1 for _ in ids.codebook_sizes))
-    assert len(catalogue._sort_key(ids)) == 1
-    assert len(catalogue._sort_key(wide)) == (1 if ids.n_levels <= 2 else ids.n_levels)
-    packed, plain = build_index(ids), build_index(wide)
+    order = None if not ordered else np.random.default_rng(ids.n_items).integers(-2, 2, ids.n_items)
+    packed, plain = build_index(ids, order), build_index(wide, order)
     for one, other in zip(packed.tokens + packed.child_starts, plain.tokens + plain.child_starts, strict=True):
         assert one.tolist() == other.tolist()
-    assert packed.leaf_starts.tolist() == plain.leaf_starts.tolist()
-    assert packed.leaf_items.tolist() == plain.leaf_items.tolist()
+    for name in ("leaf_items", "uneven_leaves", "uneven_shifts"):
+        assert getattr(packed, name).tolist() == getattr(plain, name).tolist()
 
 
 def test_one_item_by_hand() -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from genretrieval.catalogue import build_index, graph_inputs, mask_inputs
+from genretrieval.catalogue import build_index, closed_inputs, graph_inputs, mask_inputs
 from genretrieval.export.onnx import OPSET, OUTPUTS, GraphBackend, NamedGraph, example_inputs, export_graph, named_graph
 from genretrieval.model import GeneratorConfig
 from genretrieval.retrieval import CLOSED_BELOW, Leaves
@@ -78,12 +78,17 @@ def assert_parity(
     index = build_index(make_ids(n_items, seed=n_items, sizes=sizes))
     rng = np.random.default_rng(width)
     masks = [rng.random(index.n_leaves) < share for share in np.linspace(1.0, 0.05, n_masks)]
+    nodes = [index.allowed_nodes(mask) for mask in masks]
+    mask_row = rng.integers(0, n_masks, len(requests["history_codes"]))
+    entered = rng.random((len(mask_row), index.n_leaves)) < rng.choice([0.3, 0.9, 1.0], (len(mask_row), 1))
+    excluded = [index.ancestors(np.flatnonzero(~row)) for row in entered]
     inputs = {
         **requests,
         **graph_inputs(index),
-        **mask_inputs([index.allowed_nodes(mask) for mask in masks]),
+        **mask_inputs(nodes),
+        **closed_inputs([index.closed_with(x, nodes[m]) for x, m in zip(excluded, mask_row, strict=True)], index),
         "beams": np.arange(width),
-        "mask_row": rng.integers(0, n_masks, len(requests["history_codes"])),
+        "mask_row": mask_row,
     }
     expected, found = GraphBackend(exported.graph).run(inputs), exported.run(inputs)
     for one, other in zip(expected, found, strict=True):
@@ -99,9 +104,10 @@ def assert_parity(
     clear = live & (-gaps[:, :-1] > 1e-5) & (-gaps[:, 1:] > 1e-5)
     assert np.array_equal(found.leaves[clear], expected.leaves[clear])
     np.testing.assert_allclose(found.level_scores[clear], expected.level_scores[clear], rtol=0, atol=1e-4)
-    for leaves, alive, row in zip(found.leaves, live, inputs["mask_row"], strict=True):
-        assert masks[row][leaves[alive]].all()
-        assert alive.sum() == len(set(leaves[alive])) <= min(width, masks[row].sum())
+    for leaves, alive, row, own in zip(found.leaves, live, mask_row, entered, strict=True):
+        allowed = masks[row] & own
+        assert allowed[leaves[alive]].all()
+        assert alive.sum() == len(set(leaves[alive])) <= min(width, allowed.sum())
 
 
 @pytest.mark.parametrize(
@@ -232,6 +238,7 @@ def test_the_example_has_no_two_equal_dimensions(make_generator: Any) -> None:
         example["query_tokens"].shape[1],
         len(example["beams"]),
         len(example["allowed_0"]),
+        example["closed_child_0"].shape[1],
     ]
     assert len({*sizes, 1}) == len(sizes) + 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -14,6 +16,7 @@ from genretrieval.request import Filters
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.servable import Catalogue
 
+NOBODY = np.empty(0, np.int64)
 SIZES, RESERVED = (4, 4, 3), (1, 1, 0)
 
 
@@ -31,26 +34,36 @@ items = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 
 @given(items, st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_row_holds_what_its_mask_lets_through(codes, data) -> None:
-    made = catalogue(codes)
-    masks, n = MaskRows(made, n_rows=3), len(codes)
+    gone = data.draw(st.sets(st.integers(0, len(codes) - 1)))
+    made = replace(catalogue(codes), gone=np.asarray(sorted(gone), np.int64))
+    few = data.draw(st.sampled_from([0.0, 0.4, 1.0]))
+    with pytest.MonkeyPatch.context() as patched:
+        # Whatever is followed one by one.
+        patched.setattr("genretrieval.masks._FEW", few)
+        hold_and_compare(made, data)
+
+
+def hold_and_compare(made: Catalogue, data: st.DataObject) -> None:
+    masks, n, gone = MaskRows(made, n_rows=3), len(made.item_ids), made.gone.tolist()
+    assert masks.lets(0, np.arange(n), NOBODY).tolist() == (~np.isin(np.arange(n), gone)).tolist()
     for _ in range(3):
         low = data.draw(st.none() | st.integers(0, n))
-        within = data.draw(st.none() | st.lists(st.integers(0, n - 1), unique=True, max_size=n))
+        within = data.draw(st.none() | st.lists(st.lists(st.integers(0, n - 1), unique=True, max_size=n), max_size=2))
         opened = tuple(data.draw(st.lists(st.integers(0, 1), unique=True)))
-        rows = None if within is None else np.asarray(sorted(within), np.int64)
+        sets = None if within is None else tuple(np.asarray(sorted(rows), np.int64) for rows in within)
         without = data.draw(st.none() | st.lists(st.integers(0, n - 1), unique=True, min_size=1))
         blocked = None if without is None else np.asarray(sorted(without), np.int64)
-        mask = Mask(None if low is None else Filters(min_price=low), opened, rows, blocked)
+        mask = Mask(None if low is None else Filters(min_price=low), opened, sets, blocked)
         matching = np.arange(n) >= (low or 0)
-        matching &= ~np.isin(np.arange(n), without or [])
+        matching &= ~np.isin(np.arange(n), [*(without or []), *gone])
         if within is not None:
-            matching &= np.isin(np.arange(n), within)
+            matching &= np.isin(np.arange(n), [row for rows in within for row in rows])
         leaves = np.zeros(made.index.n_leaves, bool)
         for leaf in range(made.index.n_leaves):
             leaves[leaf] = bool(matching[made.index.items_of(leaf)].any())
         leaves[made.index.keyword_leaves[list(opened)]] = True
         with masks.hold([mask]) as (row,):
-            assert masks.items[row].tolist() == matching.tolist()
+            assert masks.lets(row, np.arange(n), NOBODY).tolist() == matching.tolist()
             for level, allowed in enumerate(made.index.allowed_nodes(leaves)):
                 assert masks.arrays[f"allowed_{level}"][row, : len(allowed)].tolist() == allowed.tolist()
 
@@ -63,10 +76,33 @@ def test_ancestors_are_the_way_to_a_leaf(codes) -> None:
     assert index.item_leaves().tolist() == index.item_nodes()[:, -1].tolist()
 
 
+@given(items, st.data())
+@settings(max_examples=100, deadline=None)
+def test_what_a_request_excludes_closes_what_a_mask_without_it_would(codes, data) -> None:
+    """Also where a leaf has other items that the mask lets through, or that it does not."""
+    made, n = catalogue(codes), len(codes)
+    excluded, low = data.draw(st.sets(st.integers(0, n - 1))), data.draw(st.none() | st.integers(0, n))
+    rows = np.asarray(sorted(excluded), np.int64)
+    filters = None if low is None else Filters(min_price=low)
+    masks = MaskRows(made, n_rows=4)
+    with masks.hold([Mask(filters), Mask(filters, without=rows)]) as (row, expected):
+        closed = masks.closed(row, rows)
+        for level, array in enumerate(masks.arrays.values()):
+            n_nodes = len(made.index.tokens[level])
+            left = array[row].copy()
+            left[closed[level].nodes] = False
+            assert left[:n_nodes].tolist() == array[expected, :n_nodes].tolist()
+        for share in (0.0, 1.0):
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr("genretrieval.masks._SINGLE", share)
+                found = masks.lets(row, np.arange(n), rows)
+            assert found.tolist() == masks.lets(expected, np.arange(n), NOBODY).tolist()
+
+
 def test_a_mask_is_found_again_by_its_array_and_not_by_an_equal_one() -> None:
     masks = MaskRows(catalogue([(0, 0, 0), (1, 1, 0)]), n_rows=4)
     rows = np.asarray([1])
-    with masks.hold([Mask(within=rows), Mask(within=rows), Mask(within=rows.copy())]) as (one, same, other):
+    with masks.hold([Mask(within=(rows,)), Mask(within=(rows,)), Mask(within=(rows.copy(),))]) as (one, same, other):
         assert one == same != other
 
 

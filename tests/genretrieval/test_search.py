@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from genretrieval import __version__
 from genretrieval.bundle import Manifest
-from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs, mask_inputs
+from genretrieval.catalogue import CatalogueIndex, build_index, closed_inputs, graph_inputs, mask_inputs
 from genretrieval.export.onnx import GraphBackend, named_graph
 from genretrieval.features import RequestFeatures
 from genretrieval.model import Generator
@@ -52,14 +52,22 @@ def search(
     index: CatalogueIndex,
     width: int,
     allowed: NDArray[np.bool_] | None = None,
+    entered: NDArray[np.bool_] | None = None,
 ) -> list[Ranking]:
-    """Leaves and scores of every request, best first; `allowed` is a leaf mask for each request."""
+    """Leaves and scores of every request, best first.
+
+    `allowed` is a leaf mask for each request, `entered` leaves which it does not exclude.
+    """
     n = len(requests["history_codes"])
-    masks = np.ones((n, index.n_leaves), bool) if allowed is None else allowed
+    every = np.ones((n, index.n_leaves), bool)
+    masks = [index.allowed_nodes(mask) for mask in (every if allowed is None else allowed)]
+    excluded = [index.ancestors(np.flatnonzero(~row)) for row in (every if entered is None else entered)]
+    closed = [index.closed_with(paths, mask) for paths, mask in zip(excluded, masks, strict=True)]
     inputs = {
         **requests,
         **graph_inputs(index),
-        **mask_inputs([index.allowed_nodes(mask) for mask in masks]),
+        **mask_inputs(masks),
+        **closed_inputs(closed, index),
         "beams": np.arange(width),
         "mask_row": np.arange(n),
     }
@@ -217,6 +225,34 @@ def test_hugging_face_generate_finds_the_same(
     theirs = hugging_face(generator, requests, index, width)
     for ours, expected in zip(search(generator, requests, index, width), theirs, strict=True):
         assert_same(ours, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n_items=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    width=st.integers(1, 12),
+    allowed_share=st.sampled_from([0.2, 0.7, 1.0]),
+    entered_share=st.sampled_from([0.0, 0.2, 0.7, 0.95]),
+)
+def test_what_a_request_excludes_is_as_if_its_mask_left_it_out(
+    generator: Generator,
+    make_ids: Any,
+    make_requests: Any,
+    n_items: int,
+    seed: int,
+    width: int,
+    allowed_share: float,
+    entered_share: float,
+) -> None:
+    """To the bit; and so no beam ends at a node under which nothing is left."""
+    index = build_index(make_ids(n_items, seed))
+    requests = make_requests(generator.config, 3, seed=seed)
+    rng = np.random.default_rng(seed)
+    allowed, entered = (rng.random((3, index.n_leaves)) < share for share in (allowed_share, entered_share))
+    found = search(generator, requests, index, width, allowed, entered)
+    assert found == search(generator, requests, index, width, allowed & entered)
+    assert [len(ranking) for ranking in found] == np.minimum((allowed & entered).sum(1), width).tolist()
 
 
 def test_a_batch_answers_like_its_requests_alone(generator: Generator, make_ids: Any, make_requests: Any) -> None:

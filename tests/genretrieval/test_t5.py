@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import T5Config, T5ForConditionalGeneration
 
-from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs, mask_inputs
+from genretrieval.catalogue import NOTHING_CLOSED, CatalogueIndex, build_index, closed_inputs, graph_inputs, mask_inputs
 from genretrieval.errors import InvalidInputError
 from genretrieval.export.onnx import GraphBackend, NamedGraph, example_inputs, export_graph
 from genretrieval.export.t5 import t5_graph, t5_level_offsets
@@ -71,6 +71,7 @@ def request(index: CatalogueIndex, n_rows: int, length: int, beams: int) -> dict
         "mask_row": np.arange(n_rows) % 2,
         **graph_inputs(index),
         **mask_inputs(masks),
+        **closed_inputs([(NOTHING_CLOSED,) * index.n_levels] * n_rows, index),
     }
 
 
