@@ -1,4 +1,4 @@
-"""Write what is generated and committed: the gRPC code beside retrieval.proto, and docs/openapi*.json.
+"""Write what is generated and committed: the code beside the .proto files, and docs/openapi*.json.
 
 Run from anywhere: ``python serving/generate.py``. Needs grpcio-tools (dependency group ``dev``).
 """
@@ -18,14 +18,16 @@ from genretrieval_serving.admin import api
 SERVING = Path(__file__).resolve().parent
 # Relative to the import root: generated code says `from genretrieval_serving._proto...`.
 PROTO = "genretrieval_serving/_proto/genretrieval/v1/retrieval.proto"
+FORMAT = "genretrieval_serving/_proto/genretrieval/onnx_weights.proto"
 DOCS = SERVING.parent / "docs"
 
 
 def generate_grpc(output: Path) -> None:
     """Generate messages, stubs and type stubs under `output`, which stands for ``serving/``."""
-    outputs = [f"--{kind}_out={output}" for kind in ("python", "pyi", "grpc_python")]
-    if protoc.main(["protoc", f"-I{SERVING}", *outputs, str(SERVING / PROTO)]):
-        raise GenRetrievalError(f"protoc could not compile {PROTO}; it printed why")
+    for source, kinds in ((PROTO, ("python", "pyi", "grpc_python")), (FORMAT, ("python", "pyi"))):
+        outputs = [f"--{kind}_out={output}" for kind in kinds]
+        if protoc.main(["protoc", f"-I{SERVING}", *outputs, str(SERVING / source)]):
+            raise GenRetrievalError(f"protoc could not compile {source}; it printed why")
 
 
 def generate_openapi(folder: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx.parser
 import pytest
+from numpy.typing import NDArray
 
 from genretrieval.errors import BundleError, InvalidInputError
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
-from genretrieval_serving.backend import OnnxBackend, usable_cpus
+from genretrieval_serving.backend import OnnxBackend, SentInputs, usable_cpus
 
 
 @pytest.fixture
@@ -51,15 +55,82 @@ def test_the_graph_runs_with_one_thread_and_answers_by_hand(bundle) -> None:
     np.testing.assert_allclose(scores, [-0.03, -0.03, -1.03], rtol=1e-6)
 
 
+def graph(path: Path, body: str, version: int = 18) -> Path:
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : {version}]> made {body}'), path)
+    return path
+
+
 def test_what_is_no_retrieval_graph_is_refused(tmp_path) -> None:
     path = tmp_path / "retriever.onnx"
     path.write_bytes(b"not a graph")
+    with pytest.raises(BundleError, match="is no ONNX file"):
+        OnnxBackend(path, threads=1)
+    path.write_bytes(b"")
     with pytest.raises(BundleError, match="cannot be loaded by onnxruntime"):
         OnnxBackend(path, threads=1)
-    other = '<ir_version: 9, opset_import: ["" : 18]> other (float[1] x) => (float[1] leaves) {leaves = Neg(x)}'
-    onnx.save(onnx.parser.parse_model(other), path)
+    graph(path, "(float[1] x) => (float[1] leaves) {leaves = Neg(x)}")
     with pytest.raises(BundleError, match="lacks the outputs level_scores, scores"):
         OnnxBackend(path, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_weights_that_a_cpu_cannot_use_are_refused_before_onnxruntime_reads_them(tmp_path, kind, monkeypatch) -> None:
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("was read"))
+    path = graph(tmp_path / "half.onnx", f"(float[1] x) => (float[1] y) <{kind}[2] w = {{1, 2}}> {{y = Neg(x)}}")
+    with pytest.raises(BundleError, match=f"(?s)weights in {kind}, .* --device cuda"):
+        OnnxBackend(path)
+
+
+def test_a_bundle_for_a_newer_onnxruntime_is_refused(bundle, tmp_path) -> None:
+    newer = replace(bundle, manifest=bundle.manifest.model_copy(update={"minimum_onnxruntime": "99.1"}))
+    with pytest.raises(BundleError, match=r"needs onnxruntime 99\.1 or newer"):
+        OnnxBackend.of(newer)
+    path = graph(tmp_path / "retriever.onnx", "(float[1] x) => (float[1] leaves) {leaves = Neg(x)}", version=99)
+    with pytest.raises(BundleError, match=r"(?s)Opset 99.*minimum_onnxruntime"):
+        OnnxBackend(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"graph_inputs": ("history_codes", "history_mask", "beams", "mask_row", "past_codes")},
+            "allowed_2, past_codes",
+        ),
+        ({"codebook_sizes": (8, 8)}, "IDs of 3 codes and the manifest has 2"),
+    ],
+)
+def test_a_graph_that_is_not_the_manifests_is_refused(bundle, changes, message) -> None:
+    other = replace(bundle, manifest=bundle.manifest.model_copy(update=changes))
+    with pytest.raises(BundleError, match=message):
+        OnnxBackend.of(other, threads=1)
+
+
+def test_what_was_sent_to_a_device_is_not_sent_again_and_answers_alike(bundle) -> None:
+    fed = OnnxBackend.of(bundle, threads=1)
+    sent = SentInputs(fed.session, fed.outputs, "cpu")
+    rng = np.random.default_rng(0)
+
+    def inputs(allowed: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+        return {
+            "history_codes": rng.integers(0, 8, (2, 3, 3)),
+            "history_mask": np.ones((2, 3), bool),
+            "beams": np.arange(5),
+            "mask_row": np.asarray([0, 1]),
+            "allowed_2": allowed,
+        }
+
+    allowed = rng.random((2, 20)) < 0.5
+    there = []
+    for row in (allowed, allowed, allowed[:]):
+        given = inputs(row)
+        for expected, found in zip(fed.session.run(fed.outputs, given), sent.run(given), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        there.append(sent.there["allowed_2"])
+        allowed[0, 0] ^= True
+    # The second time it was the very array; the third a view of it, which says that it was written into.
+    assert there[0] is there[1]
+    assert there[2] is not there[1]
 
 
 def test_a_device_that_is_not_there_is_refused(bundle, monkeypatch) -> None:

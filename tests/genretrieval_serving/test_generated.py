@@ -26,6 +26,8 @@ def test_grpc_code_is_fresh(generate, tmp_path) -> None:
     generate.generate_grpc(tmp_path)
     written = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert [path.name for path in written] == [
+        "onnx_weights_pb2.py",
+        "onnx_weights_pb2.pyi",
         "retrieval_pb2.py",
         "retrieval_pb2.pyi",
         "retrieval_pb2_grpc.py",
