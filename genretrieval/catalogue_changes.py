@@ -384,7 +384,7 @@ class _Checked:
     def _with_encoded(
         self, ids: pl.Series, attributes: Mapping[str, pl.Series], unknown: NDArray[np.bool_]
     ) -> pl.Series:
-        """IDs, with those that words make: where all levels of the bundle are slots of words, or the last one a number."""
+        """IDs, with those that words make: where every level of the bundle is of words, or the last one numbers."""
         numbered = self.manifest.dedup_level
         if self.keywords is None or self.keywords.n_groups + numbered != len(self.manifest.codebook_sizes):
             return ids

@@ -1,0 +1,404 @@
+"""The catalogue while it is served: a folder of changes that every server on it follows.
+
+The catalogue of a bundle is that of its export with all files of the folder in the order of their names, see
+`genretrieval.catalogue_changes`. Names begin with the time in UTC, as in ``20260131T120000-stock.parquet``. Files are
+added and never changed; each is applied whole or not at all, and several that are found together are one swap. One that
+sorts before others that were applied has the catalogue built again, so that servers agree whatever they saw first.
+Only `compact` takes files away.
+
+A folder may lie on a network file system, which tells nobody of new files, so it is looked into once a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import structlog
+
+from genretrieval.bundle import CODEBOOKS
+from genretrieval.catalogue_changes import SUFFIX, CatalogueChanges, ChangeChecker, ChangesFile
+from genretrieval.errors import (
+    DataError,
+    IdempotencyKeyReusedError,
+    InvalidInputError,
+    RequestError,
+    UnavailableError,
+)
+from genretrieval.retrieval import Retriever
+from genretrieval.servable import Catalogue, Servable
+from genretrieval_serving.deployment import Arm, Deployment
+from genretrieval_serving.observability import Metrics
+
+log = structlog.get_logger(__name__)
+
+POLL_SECONDS = 1.0
+# A file that cannot be read and was written to so lately is taken for one that is still being written.
+YOUNG_SECONDS = 30.0
+# Idempotency keys hold so long, and younger files are not compacted, because they keep them.
+KEPT = timedelta(days=1)
+# So many groups of rows that wait for an item's ID are put together.
+_WAITING = 64
+_NAME = re.compile(r"(\d{8}T\d{6})(?!\d)")
+_TIME = "%Y%m%dT%H%M%S"
+# What is known of a bundle's catalogue is given up when no arm has served it for so long; loading takes less.
+_UNSERVED_SECONDS = 600.0
+_TOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What a change by a call came to.
+
+    Attributes:
+        revision: of the catalogue in which it is in force here.
+        file: name of the file that it was written to; empty where it was only checked.
+        n_upserted: items that were added or changed.
+        n_removed: items that were removed.
+        missing_ids: items that were to be removed and are not there.
+    """
+
+    revision: int
+    file: str
+    n_upserted: int
+    n_removed: int
+    missing_ids: list[str]
+
+
+class CatalogueFeed:
+    """Follows a folder in a thread of its own: `follow`, then `stop`. Thread-safe."""
+
+    def __init__(self, folder: Path, metrics: Metrics) -> None:
+        """A feed that has read nothing yet.
+
+        Args:
+            folder: where changes are, and are written to.
+            metrics: where refusals are counted.
+
+        Raises:
+            InvalidInputError: there is no such folder. It is not made, because a slip of the pen in its name would
+                leave a server without any changes.
+        """
+        if not folder.is_dir():
+            raise InvalidInputError(f"{folder} is no folder; make it, or give the one that changes are put into")
+        self.folder = folder
+        self._metrics = metrics
+        self._deployment: Deployment | None = None
+        self._of_bundle: dict[str, _Followed] = {}
+        # One state follows another: whoever applies files holds it until they are served.
+        self._turn = threading.RLock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="catalogue-feed", daemon=True)
+        self._failing = False
+
+    def current(self, retriever: Retriever) -> Retriever:
+        """A freshly opened one on its catalogue with all changes so far; it is followed from here on."""
+        with self._turn:
+            followed = _Followed(retriever, retriever.catalogue, self._metrics)
+            self._of_bundle[retriever.bundle.manifest.uuid] = followed
+            followed.catch_up(self.folder, self._names())
+            return retriever if followed.catalogue is retriever.catalogue else retriever.on(followed.catalogue)
+
+    def follow(self, deployment: Deployment) -> None:
+        """Begin to show every change on all arms."""
+        self._deployment = deployment
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop following; the catalogues stay as they are."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def refresh(self) -> None:
+        """Apply and show what is new now.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        assert self._deployment is not None, "follow comes first"
+        with self._turn:
+            names, arms = self._names(), self._deployment.arms
+            for arm in arms:
+                followed = self._followed(arm)
+                followed.catch_up(self.folder, names)
+                if followed.catalogue is not arm.retriever.catalogue:
+                    self._show(arm, followed.catalogue)
+                followed.served_at = time.monotonic()
+            latest = time.monotonic() - _UNSERVED_SECONDS
+            self._of_bundle = {uuid_: one for uuid_, one in self._of_bundle.items() if one.served_at > latest}
+
+    def change(
+        self,
+        table: Callable[[Catalogue], pl.DataFrame],
+        *,
+        call: Mapping[str, str],
+        key: str | None = None,
+        validate_only: bool = False,
+        note: Callable[[Changed], object] = lambda _: None,
+    ) -> Changed:
+        """Change the catalogue of every server on the folder, of this one at once.
+
+        Args:
+            table: makes the changes, for the catalogue that they are checked against.
+            call: who asks, kept in the file; ``fingerprint`` tells requests apart that come with one key.
+            key: of a repeated call, which changes nothing more.
+            validate_only: check and answer, and write nothing.
+            note: told of what is about to be changed; if it raises, nothing is.
+
+        Raises:
+            RequestError: the changes do not fit the catalogue that is served.
+            IdempotencyKeyReusedError: the key came before with another request.
+            UnavailableError: the folder cannot be read or written to.
+        """
+        assert self._deployment is not None, "follow comes first"
+        with self._turn:
+            try:
+                self.refresh()
+                return self._change(self._deployment.primary, table, dict(call), key, validate_only, note)
+            except OSError as error:
+                raise UnavailableError(
+                    f"the folder of catalogue changes cannot be used ({error.strerror}), so nothing was changed; "
+                    "see that it is there and not full, then try again"
+                ) from error
+
+    def _change(
+        self,
+        arm: Arm,
+        table: Callable[[Catalogue], pl.DataFrame],
+        call: dict[str, str],
+        key: str | None,
+        validate_only: bool,
+        note: Callable[[Changed], object],
+    ) -> Changed:
+        names = self._names()
+        token = uuid.uuid4().hex if key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
+        catalogue = arm.retriever.catalogue
+        if key is not None and (before := next((name for name in names if token in name), None)):
+            file = ChangesFile.read(self.folder / before)
+            if file.call.get("fingerprint") != call.get("fingerprint"):
+                raise IdempotencyKeyReusedError(
+                    "the idempotency key came with another request before; use a new key for a new request"
+                )
+            return _changed(_Followed.checker(arm.retriever, catalogue).check(file, "items"), catalogue, before)
+        checker = _Followed.checker(arm.retriever, catalogue, strict=True)
+        try:
+            changes = checker.check(ChangesFile(table(catalogue)), "items")
+        except DataError as error:
+            raise RequestError(str(error)) from error
+        if validate_only:
+            return _changed(changes, catalogue, "")
+        name = _next_name(names, token)
+        note(_changed(changes, catalogue, name))
+        codebooks = arm.manifest.files.get(CODEBOOKS)
+        ChangesFile(changes.table(), codebooks, call=call).write(self.folder / name)
+        self.refresh()
+        return _changed(changes, arm.retriever.catalogue, name)
+
+    def _show(self, arm: Arm, catalogue: Catalogue) -> None:
+        begun = time.monotonic()
+        arm.show(catalogue)
+        items = len(catalogue.item_ids) - len(catalogue.gone)
+        seconds = round(time.monotonic() - begun, 3)
+        log.info("catalogue_shown", arm=arm.name, revision=catalogue.revision, items=items, seconds=seconds)
+
+    def _followed(self, arm: Arm) -> _Followed:
+        """What is known of an arm's bundle; of one that nobody asked `current` for, found out now."""
+        uuid_ = arm.manifest.uuid
+        if uuid_ not in self._of_bundle:
+            catalogue = Catalogue.open(arm.retriever.bundle)
+            self._of_bundle[uuid_] = _Followed(arm.retriever, catalogue, self._metrics)
+        return self._of_bundle[uuid_]
+
+    def _names(self) -> list[str]:
+        """Files of the folder that are complete, as far as names say, in order."""
+        with os.scandir(self.folder) as entries:
+            return sorted(e.name for e in entries if e.name.endswith(SUFFIX) and not e.name.startswith("."))
+
+    def _poll(self) -> None:
+        while not self._stopping.wait(POLL_SECONDS):
+            try:
+                self.refresh()
+            except Exception as error:
+                if not self._failing:
+                    log.error("catalogue_changes_not_followed", folder=str(self.folder), exc_info=error)
+                self._failing = True
+            else:
+                if self._failing:
+                    log.info("catalogue_changes_followed_again", folder=str(self.folder))
+                self._failing = False
+
+
+class _Followed:
+    """The catalogue of one bundle, with all files that were found so far.
+
+    Attributes:
+        catalogue: as it is now.
+        served_at: when an arm last served it, by the monotonic clock.
+    """
+
+    def __init__(self, retriever: Retriever, exported: Catalogue, metrics: Metrics) -> None:
+        self.catalogue = exported
+        self.served_at = time.monotonic()
+        self._files = self.checker(retriever, exported)
+        self._metrics = metrics
+        self._applied: set[str] = set()
+        # Of items that the catalogue does not have; an ID may come for them.
+        self._waiting: list[CatalogueChanges] = []
+        # Name to what a file was when it was refused, so that it is read again when it is another one.
+        self._refused: dict[str, tuple[int, int]] = {}
+        self._vanished: set[str] = set()
+
+    @staticmethod
+    def checker(retriever: Retriever, catalogue: Catalogue, *, strict: bool = False) -> ChangeChecker:
+        """Of changes of a bundle's catalogue."""
+        return ChangeChecker(catalogue, retriever.bundle.manifest, retriever.features.keywords, strict)
+
+    def catch_up(self, folder: Path, names: Sequence[str]) -> None:
+        """Apply what is new among the files of the folder."""
+        self._tell_of_vanished(names)
+        found = self._read(folder, [name for name in names if name not in self._applied])
+        if not found:
+            return
+        merged = {name for file, _ in found.values() for name in file.merges}
+        if self._applied and (min(found) < max(self._applied) or merged & self._applied):
+            log.info("catalogue_built_again", late=sorted(found)[:_TOLD])
+            found |= self._read(folder, [name for name in names if name in self._applied])
+            self.catalogue, self._waiting, self._applied = self._files.catalogue, [], set()
+        merged = {name for file, _ in found.values() for name in file.merges}
+        applied = {name: changes for name, (_, changes) in sorted(found.items()) if name not in merged}
+        self._apply(CatalogueChanges.merged(list(applied.values())))
+        self._applied |= {*applied, *merged}
+        self._vanished |= merged
+        log.info(
+            "catalogue_changes_applied",
+            files=len(applied),
+            last=max(applied),
+            revision=self.catalogue.revision,
+            unlisted=sum(changes.unlisted for changes in applied.values()),
+        )
+
+    def _apply(self, changes: CatalogueChanges) -> None:
+        early = [part.only(changes.ids["item_id"]) for part in self._waiting] if len(changes.ids) else []
+        self.catalogue = self.catalogue.updated(CatalogueChanges.merged([*early, changes]))
+        items = changes.removed["item_id"]
+        unknown = items.filter(pl.Series(self.catalogue.rows_of(items) < 0))
+        if len(unknown):
+            self._waiting.append(changes.only(unknown))
+            log.info("catalogue_items_unknown", items=len(unknown), first=unknown.head(_TOLD).to_list())
+        if len(self._waiting) > _WAITING:
+            self._waiting = [CatalogueChanges.merged(self._waiting)]
+
+    def _read(self, folder: Path, names: Sequence[str]) -> dict[str, tuple[ChangesFile, CatalogueChanges]]:
+        """Files that can be applied; the others are logged and counted, once for each state that they are in."""
+        found = {}
+        for name in names:
+            path = folder / name
+            try:
+                status = path.stat()
+                state = (status.st_mtime_ns, status.st_size)
+                if self._refused.get(name) == state:
+                    continue
+                if _time_of(name) is None:
+                    raise DataError(
+                        f"{name} does not begin with a time in UTC, by which files are ordered; name it as in "
+                        f"{datetime.now(UTC):{_TIME}}-{name}"
+                    )
+                try:
+                    file = ChangesFile.read(path)
+                except DataError:
+                    if time.time() - status.st_mtime < YOUNG_SECONDS:
+                        continue
+                    raise
+                found[name] = file, self._files.check(file, name)
+                self._refused.pop(name, None)
+            except FileNotFoundError:
+                continue
+            except DataError as error:
+                self._refused[name] = state
+                self._metrics.catalogue_changes_refused.inc()
+                log.warning("catalogue_changes_refused", file=name, why=str(error))
+        return found
+
+    def _tell_of_vanished(self, names: Sequence[str]) -> None:
+        """What was applied stays in force: a folder that is not mounted must not put back what is sold out."""
+        vanished = self._applied.difference(names)
+        if new := vanished - self._vanished:
+            log.info("catalogue_changes_vanished", files=len(new), first=sorted(new)[:_TOLD])
+        self._vanished = vanished
+
+
+def _changed(changes: CatalogueChanges, catalogue: Catalogue, file: str) -> Changed:
+    items, removed = changes.removed["item_id"], changes.removed["value"]
+    taken = items.filter(removed)
+    missing = taken.filter(pl.Series(catalogue.rows_of(taken) < 0)).to_list()
+    return Changed(catalogue.revision, file, len(items) - len(taken), len(taken) - len(missing), missing)
+
+
+def _next_name(names: Sequence[str], token: str) -> str:
+    """A name that sorts behind all others, also those of a server whose clock is ahead."""
+    now = datetime.now(UTC)
+    name = f"{now:{_TIME}.%f}Z-{token}{SUFFIX}"
+    last = max((other for other in names if _time_of(other)), default="")
+    latest = _time_of(last)
+    if latest is not None and last >= name:
+        name = f"{latest + timedelta(seconds=1):{_TIME}.%f}Z-{token}{SUFFIX}"
+    return name
+
+
+def _time_of(name: str) -> datetime | None:
+    """The time with which a file's name begins, if it does."""
+    found = _NAME.match(name)
+    try:
+        return None if found is None else datetime.strptime(found[1], _TIME).replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def compact(folder: Path, bundle: Servable, older_than: timedelta = KEPT) -> tuple[str, int] | None:
+    """Merge the older files of a folder into one, which takes the place of the last of them.
+
+    Servers that run are not disturbed, and one that starts in the middle finds the same catalogue.
+
+    Args:
+        folder: that servers follow.
+        bundle: that they serve; semantic IDs that it makes of words are written down.
+        older_than: age of the files; younger ones keep the idempotency keys of their calls.
+
+    Returns:
+        Name of the file, and how many it stands for; None where fewer than two are old enough.
+
+    Raises:
+        DataError: a file is refused, or its semantic IDs are of other codebooks than the bundle's.
+    """
+    latest = time.time() - older_than.total_seconds()
+    names = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    young = next((i for i, name in enumerate(names) if (folder / name).stat().st_mtime > latest), len(names))
+    files = {name: ChangesFile.read(folder / name) for name in names[:young]}
+    merged = {name for file in files.values() for name in file.merges}
+    files = {name: file for name, file in files.items() if name not in merged}
+    if len(files) < 2:
+        return None
+    codebooks = bundle.manifest.files.get(CODEBOOKS)
+    if strangers := [name for name, file in files.items() if file.codebooks not in (None, codebooks)]:
+        raise DataError(
+            f"{', '.join(strangers[:_TOLD])}: semantic IDs of other codebooks than the bundle's, which would be lost; "
+            "give the bundle that they are of, or move the files away if it is served no more. Nothing was changed"
+        )
+    checker = ChangeChecker(Catalogue.open(bundle), bundle.manifest, bundle.features().keywords)
+    changes = CatalogueChanges.merged([checker.check(file, name) for name, file in files.items()])
+    *others, last = files
+    replaced = sorted({*others, *merged})
+    ChangesFile(changes.table(), codebooks, changes.n_sets, tuple(replaced)).write(folder / last)
+    for name in replaced:
+        (folder / name).unlink(missing_ok=True)
+    return last, len(files)
