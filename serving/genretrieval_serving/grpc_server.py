@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from genretrieval.errors import GenRetrievalError
-from genretrieval_serving import wire
+from genretrieval_serving import tracing, wire
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
 from genretrieval_serving.admin.auth import Authenticator, Principal
@@ -21,19 +21,22 @@ from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.messages import MAX_BODY_BYTES
 from genretrieval_serving.observability import request_id
 from genretrieval_serving.service import RetrievalService
+from genretrieval_serving.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
 # The names a health check may ask for: the server as a whole, and its one service.
 HEALTH_NAMES = (health.OVERALL_HEALTH, SERVICE)
+# Codes of a call that failed by no fault of its caller.
+FAULTS = frozenset({"UNKNOWN", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
 
 
 class _Servicer(stubs.RetrievalServiceServicer):
     """Between messages and `RetrievalService`."""
 
-    def __init__(self, service: RetrievalService, auth: Authenticator, *, quiet: bool) -> None:
-        self.service, self.auth, self.quiet = service, auth, quiet
+    def __init__(self, service: RetrievalService, auth: Authenticator, *, quiet: bool, tracer: Tracer | None) -> None:
+        self.service, self.auth, self.quiet, self.tracer = service, auth, quiet, tracer
 
     async def Retrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call(caller: Principal) -> Any:
@@ -68,7 +71,7 @@ class _Servicer(stubs.RetrievalServiceServicer):
         id_ = request_id(metadata.get("x-request-id"))
         # What gRPC answers for an error that is none of ours.
         code, begun = "UNKNOWN", time.perf_counter()
-        with structlog.contextvars.bound_contextvars(request_id=id_):
+        with tracing.call(self.tracer, "grpc", metadata, id_) as traced:
             try:
                 try:
                     caller = await self.auth.allow(metadata.get("authorization"), Scope.RETRIEVE)
@@ -88,12 +91,13 @@ class _Servicer(stubs.RetrievalServiceServicer):
             finally:
                 seconds = time.perf_counter() - begun
                 self.service.metrics.request_duration.labels("grpc", method, code).observe(seconds)
+                traced.ended(method, code, failed=code in FAULTS)
                 if not self.quiet:
                     log.info("request", transport="grpc", method=method, code=code, ms=round(seconds * 1e3, 3))
 
 
 def create_server(
-    service: RetrievalService, auth: Authenticator, *, quiet: bool = False
+    service: RetrievalService, auth: Authenticator, *, quiet: bool = False, tracer: Tracer | None = None
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """The gRPC server over `service`, without a port, and its health, which says not serving."""
     server = grpc.aio.server(
@@ -103,7 +107,7 @@ def create_server(
             ("grpc.so_reuseport", 0),
         ]
     )
-    servicer = _Servicer(service, auth, quiet=quiet)
+    servicer = _Servicer(service, auth, quiet=quiet, tracer=tracer)
     stubs.add_RetrievalServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     probes = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(probes, server)

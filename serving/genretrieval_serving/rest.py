@@ -21,6 +21,7 @@ from genretrieval_serving.messages import (
     ServerInfo,
 )
 from genretrieval_serving.service import RetrievalService, State
+from genretrieval_serving.tracing import Tracer
 from genretrieval_serving.web import application, guarded_router, open_application
 
 
@@ -106,12 +107,17 @@ async def metrics(service: Service) -> Response:
 
 
 def create_app(
-    service: RetrievalService, auth: Authenticator, *, quiet: bool = False, probes_here: bool = True
+    service: RetrievalService,
+    auth: Authenticator,
+    *,
+    quiet: bool = False,
+    probes_here: bool = True,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The REST application over `service`; `quiet` leaves out the log line of every request."""
     app = _application(probes) if probes_here else _application()
     app.state.service = service
-    return open_application(app, auth, service.metrics, transport="rest", quiet=quiet)
+    return open_application(app, auth, service.metrics, transport="rest", quiet=quiet, tracer=tracer)
 
 
 def create_probes(service: RetrievalService) -> FastAPI:

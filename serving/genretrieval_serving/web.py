@@ -22,10 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from genretrieval.errors import GenRetrievalError, PermissionDeniedError, RequestError
+from genretrieval_serving import tracing
 from genretrieval_serving.admin.auth import ANONYMOUS, Authenticator
 from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.messages import MAX_BODY_BYTES, Problem, request_error
 from genretrieval_serving.observability import Metrics, request_id
+from genretrieval_serving.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -146,15 +148,17 @@ def application(title: str, routers: Sequence[APIRouter], models: Sequence[type[
     return app
 
 
-def open_application(app: FastAPI, auth: Authenticator, metrics: Metrics, *, transport: str, quiet: bool) -> FastAPI:
-    """Let `app` take calls, counted and logged as `transport`; `quiet` leaves out the log lines."""
+def open_application(
+    app: FastAPI, auth: Authenticator, metrics: Metrics, *, transport: str, quiet: bool, tracer: Tracer | None = None
+) -> FastAPI:
+    """Let `app` take calls, counted, logged and traced as `transport`; `quiet` leaves out the log lines."""
     app.state.auth = auth
     app.state.parameters = {
         operation["operationId"]: frozenset(p["name"] for p in operation.get("parameters", ()) if p["in"] == "query")
         for operations in app.openapi()["paths"].values()
         for operation in operations.values()
     }
-    app.add_middleware(_Calls, metrics=metrics, transport=transport, quiet=quiet)
+    app.add_middleware(_Calls, metrics=metrics, transport=transport, quiet=quiet, tracer=tracer)
     return app
 
 
@@ -198,8 +202,8 @@ async def _on_fault(request: Request, error: Exception) -> JSONResponse:
 class _Calls:
     """Around every call: its request id, the limit on its body, its metric and its log line."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, transport: str, quiet: bool) -> None:
-        self.app, self.metrics, self.transport, self.quiet = app, metrics, transport, quiet
+    def __init__(self, app: ASGIApp, metrics: Metrics, transport: str, quiet: bool, tracer: Tracer | None) -> None:
+        self.app, self.metrics, self.transport, self.quiet, self.tracer = app, metrics, transport, quiet, tracer
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
@@ -225,7 +229,8 @@ class _Calls:
                 message["headers"] = [*message["headers"], (b"x-request-id", id_.encode())]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=id_):
+        carrier = {name: headers.get(name.encode(), b"").decode("latin-1") for name in tracing.CARRIED}
+        with tracing.call(self.tracer, self.transport, carrier, id_) as call:
             try:
                 await self.app(scope, limited_receive, noting_send)
             finally:
@@ -233,6 +238,7 @@ class _Calls:
                 route = scope.get("route")
                 method = getattr(route, "operation_id", None) or "none"
                 self.metrics.request_duration.labels(self.transport, method, str(status)).observe(seconds)
+                call.ended(method, str(status), failed=status >= 500)
                 if not self.quiet:
                     log.info(
                         "request", transport=self.transport, method=method, code=status, ms=round(seconds * 1e3, 3)
