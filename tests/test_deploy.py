@@ -178,7 +178,7 @@ def test_docker_compose_takes_it(tmp_path) -> None:
     if not shutil.which(command[0]) or subprocess.run([*command, "version"], capture_output=True).returncode:
         missing("docker compose")
     file = ["--file", DEPLOY / "compose.yaml", "--profile", "*"]
-    tool(*command, *file, "config", "--quiet", env={**os.environ, "BUNDLES": str(tmp_path)})
+    tool(*command, *file, "config", "--quiet", env={**os.environ, "BUNDLE": str(tmp_path)})
 
 
 # --- the chart ---

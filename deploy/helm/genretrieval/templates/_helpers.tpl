@@ -18,6 +18,32 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
 {{- end }}
 
+{{- define "genretrieval.bundles" -}}
+/bundles{{ with .Values.bundles.path }}/{{ . }}{{ end }}
+{{- end }}
+
+{{- /* Secrets reach the process by its environment, which is not seen where command lines are. */}}
+{{- define "genretrieval.env" -}}
+{{- range $name, $from := dict "GENRETRIEVAL_ADMIN_STORE" .Values.adminStore "GENRETRIEVAL_HISTORIES" .Values.histories "GENRETRIEVAL_LOG_KEY" .Values.servedLog }}
+{{- with $from.existingSecret }}
+- name: {{ $name }}
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $from.key }}}}
+{{- end }}
+{{- end }}
+{{- with .Values.server.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "genretrieval.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
 {{- define "genretrieval.securityContext" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
@@ -32,6 +58,14 @@ capabilities: {drop: [ALL]}
 {{- if not (or .Values.adminStore.existingSecret .Values.auth.jwt.issuer .Values.tls.clientCa .Values.auth.insecure) }}
 {{- fail "nobody could be told apart: give adminStore.existingSecret, auth.jwt or tls.clientCa, or allow it with auth.insecure" }}
 {{- end }}
+{{- with .Values.bundles }}
+{{- if and .alias (not $.Values.adminStore.existingSecret) }}
+{{- fail "bundles.alias is part of the admin state: give adminStore.existingSecret" }}
+{{- end }}
+{{- if and .first (not (and .alias .volume)) }}
+{{- fail "bundles.first is the bundle of bundles.alias on bundles.volume: give both" }}
+{{- end }}
+{{- end }}
 {{- if and .Values.tls.clientCa (not .Values.tls.existingSecret) }}
 {{- fail "tls.clientCa needs tls.existingSecret, which holds ca.crt" }}
 {{- end }}
@@ -43,7 +77,12 @@ capabilities: {drop: [ALL]}
 {{- define "genretrieval.args" -}}
 {{- $server := .Values.server -}}
 - serve
-- --bundle=/bundles{{ with .Values.bundles.path }}/{{ . }}{{ end }}
+{{- if .Values.bundles.alias }}
+- --bundles={{ include "genretrieval.bundles" . }}
+- --alias={{ .Values.bundles.alias }}
+{{- else }}
+- --bundle={{ include "genretrieval.bundles" . }}
+{{- end }}
 - --host=0.0.0.0
 - --http-port=8080
 - --grpc-port=8081
@@ -65,6 +104,9 @@ capabilities: {drop: [ALL]}
 - --jwt-audience={{ .audience }}
 - --jwt-jwks-url={{ .jwksUrl }}
 {{- end }}
+{{- end }}
+{{- if .Values.servedLog.volume }}
+- --log-folder=/log
 {{- end }}
 {{- if .Values.tls.existingSecret }}
 - --tls-cert=/tls/tls.crt
