@@ -24,6 +24,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 from genretrieval.bundle import GRAPH, Bundle, Manifest
 from genretrieval.errors import BundleError, InvalidInputError
 from genretrieval.retrieval import Leaves
+from genretrieval_serving import tracing
 from genretrieval_serving._proto.genretrieval.onnx_weights_pb2 import Model, Tensor
 
 OUTPUTS = [name for name in Leaves._fields if name not in Leaves._field_defaults]
@@ -115,7 +116,8 @@ class OnnxBackend:
 
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
         """Run one batch."""
-        leaves, *scores = self.session.run(self.outputs, inputs) if self._sent is None else self._sent.run(inputs)
+        with tracing.inside("inference"):
+            leaves, *scores = self.session.run(self.outputs, inputs) if self._sent is None else self._sent.run(inputs)
         return Leaves(leaves, *(np.asarray(part, np.float32) for part in scores))
 
     def _check(self, manifest: Manifest) -> None:

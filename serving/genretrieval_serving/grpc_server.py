@@ -9,10 +9,12 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from genretrieval.errors import GenRetrievalError
+from genretrieval.errors import GenRetrievalError, RequestError
 from genretrieval_serving import tracing, wire
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
@@ -43,7 +45,7 @@ class _Servicer(stubs.RetrievalServiceServicer):
             request = wire.request_from_proto(message)
             return wire.response_to_proto(await self.service.retrieve(request, context.time_remaining(), caller))
 
-        return await self._call("retrieve", call, context)
+        return await self._call("retrieve", message, call, context)
 
     async def BatchRetrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call(caller: Principal) -> Any:
@@ -51,21 +53,21 @@ class _Servicer(stubs.RetrievalServiceServicer):
             outcomes = await self.service.batch_retrieve(requests, context.time_remaining(), caller)
             return pb.BatchRetrieveResponse(results=[wire.outcome_to_proto(outcome) for outcome in outcomes])
 
-        return await self._call("batchRetrieve", call, context)
+        return await self._call("batchRetrieve", message, call, context)
 
     async def RecordEvents(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call(_: Principal) -> Any:
             return wire.recorded_to_proto(await self.service.record_events(wire.events_from_proto(message)))
 
-        return await self._call("recordEvents", call, context)
+        return await self._call("recordEvents", message, call, context)
 
     async def GetInfo(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call(_: Principal) -> Any:
             return wire.info_to_proto(self.service.info())
 
-        return await self._call("getInfo", call, context)
+        return await self._call("getInfo", message, call, context)
 
-    async def _call(self, method: str, call: Callable[[Principal], Awaitable[Any]], context: Any) -> Any:
+    async def _call(self, method: str, message: Any, call: Callable[[Principal], Awaitable[Any]], context: Any) -> Any:
         """Around every call: who calls, its request id, its error's code, its metric and its log line."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         id_ = request_id(metadata.get("x-request-id"))
@@ -75,6 +77,8 @@ class _Servicer(stubs.RetrievalServiceServicer):
             try:
                 try:
                     caller = await self.auth.allow(metadata.get("authorization"), Scope.RETRIEVE)
+                    if isinstance(message, DecodeError):
+                        raise RequestError(f"the message is no protobuf of this call: {message}")
                     answer = await call(caller)
                 except GenRetrievalError as error:
                     code = error.grpc_code
@@ -96,6 +100,31 @@ class _Servicer(stubs.RetrievalServiceServicer):
                     log.info("request", transport="grpc", method=method, code=code, ms=round(seconds * 1e3, 3))
 
 
+def _handlers(servicer: _Servicer) -> dict[str, Any]:
+    """As the generated code would register the servicer, but bytes that are no message are the caller's fault.
+
+    gRPC takes an exception of a deserialiser for the server's.
+    """
+
+    def decode(kind: Any) -> Callable[[bytes], Any]:
+        def decoded(content: bytes) -> Any:
+            try:
+                return kind.FromString(content)
+            except DecodeError as error:
+                return error
+
+        return decoded
+
+    return {
+        method.name: grpc.unary_unary_rpc_method_handler(
+            getattr(servicer, method.name),
+            request_deserializer=decode(GetMessageClass(method.input_type)),
+            response_serializer=GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in pb.DESCRIPTOR.services_by_name["RetrievalService"].methods
+    }
+
+
 def create_server(
     service: RetrievalService, auth: Authenticator, *, quiet: bool = False, tracer: Tracer | None = None
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
@@ -108,7 +137,7 @@ def create_server(
         ]
     )
     servicer = _Servicer(service, auth, quiet=quiet, tracer=tracer)
-    stubs.add_RetrievalServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    server.add_registered_method_handlers(SERVICE, _handlers(servicer))
     probes = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(probes, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
-
-from structlog.contextvars import bound_contextvars
 
 from genretrieval.errors import InvalidInputError, MissingExtraError
 
@@ -80,9 +78,7 @@ class Tracer:
 
         return self._tracer.start_span(name, context=self._extract(carrier), kind=SpanKind.SERVER)
 
-    def below(
-        self, parent: Span, name: str, since: float | None = None, links: Sequence[Span] = (), **more: Any
-    ) -> Span:
+    def below(self, parent: Span, name: str, since: float | None = None, links: Sequence[Span] = ()) -> Span:
         """A span below another one, begun now or at a time of `time.perf_counter`."""
         from opentelemetry.trace import Link, set_span_in_context
 
@@ -90,7 +86,6 @@ class Tracer:
             name,
             context=set_span_in_context(parent),
             links=[Link(span.get_span_context()) for span in links],
-            attributes=more,
             start_time=None if since is None else time.time_ns() - int((time.perf_counter() - since) * 1e9),
         )
 
@@ -142,6 +137,8 @@ def call(tracer: Tracer | None, transport: str, carrier: Mapping[str, str], requ
         carrier: those of the call's headers that `CARRIED` names.
         request_id: see `genretrieval_serving.observability.request_id`.
     """
+    from structlog.contextvars import bound_contextvars  # not where a graph is run without a server
+
     if tracer is None:
         known = _TRACEPARENT.fullmatch(carrier.get("traceparent", ""))
         with bound_contextvars(request_id=request_id, **({"trace_id": known[1]} if known else {})):
@@ -160,18 +157,20 @@ def inside(name: str) -> AbstractContextManager[None]:
     return nullcontext() if now is None else _within(now.tracer, now.tracer.below(now.span, name))
 
 
-def batch(members: Sequence[tuple[Traced | None, float]], **attributes: Any) -> AbstractContextManager[None]:
+def batch(members: Sequence[tuple[Traced | None, float]], *, requests: int, rows: int) -> AbstractContextManager[None]:
     """Around the run of a batch.
 
     Args:
         members: the span of each request, and since when it waited, by `time.perf_counter`.
-        attributes: of the batch.
+        requests: in the batch.
+        rows: in the batch.
     """
     traced = [(member, since) for member, since in members if member is not None and member.span.is_recording()]
     if not traced:
         return nullcontext()
     first, _ = traced[0]
-    span = first.tracer.below(first.span, "batch", links=[member.span for member, _ in traced], **attributes)
+    span = first.tracer.below(first.span, "batch", links=[member.span for member, _ in traced])
+    span.set_attributes({"genretrieval.requests": requests, "genretrieval.rows": rows})
     for member, since in traced:
         member.tracer.below(member.span, "queue", since, links=[span]).end()
     return _within(first.tracer, span)
