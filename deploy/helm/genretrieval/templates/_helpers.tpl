@@ -105,6 +105,9 @@ capabilities: {drop: [ALL]}
 - --jwt-jwks-url={{ .jwksUrl }}
 {{- end }}
 {{- end }}
+{{- if .Values.catalogueChanges.volume }}
+- --catalogue-changes=/changes
+{{- end }}
 {{- if .Values.servedLog.volume }}
 - --log-folder=/log
 {{- end }}
