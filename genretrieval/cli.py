@@ -18,6 +18,7 @@ from rich.console import Console
 
 from genretrieval import __version__
 from genretrieval.errors import BundleError, GenRetrievalError, InvalidInputError, MissingExtraError, RecipeError
+from genretrieval_serving import bundle_commands, item_commands
 from genretrieval_serving.admin.commands import client_options, groups
 
 if TYPE_CHECKING:
@@ -33,12 +34,23 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against named 
 app.add_typer(data_app, name="data")
 app.add_typer(tokenize_app, name="tokenize")
 app.add_typer(bench_app, name="bench")
-for _name, _group in groups().items():
+for _name, _group in {**groups(), "bundles": bundle_commands.group(), "items": item_commands.group()}.items():
     app.add_typer(_group, name=_name)
 
 Data = Annotated[Path, typer.Option(help="Folder of house Parquet: items.parquet and, if any, interactions.parquet.")]
 BundleFolder = Annotated[Path, typer.Option(help="Folder that `genretrieval run` wrote.")]
 Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
+LogKeyFile = Annotated[
+    Path | None,
+    typer.Option(help="Secret that hashes user ids in logs; else GENRETRIEVAL_LOG_KEY. Without, none are kept."),
+]
+HistoryStore = Annotated[
+    str | None,
+    typer.Option(
+        envvar="GENRETRIEVAL_HISTORIES",  # as with the admin store
+        help="Histories by user id: memory, or redis://HOST:PORT/DATABASE.",
+    ),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 
 
@@ -331,17 +343,23 @@ def import_(
 
 @app.command()
 def serve(
-    bundle: BundleFolder,
+    bundle: Annotated[Path | None, typer.Option(help="Folder that `genretrieval run` wrote.")] = None,
+    bundles: Annotated[
+        Path | None, typer.Option(help="In place of --bundle: folder of bundles, of which --alias says the one.")
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option(help="Of the admin store; where it moves, this server follows, see `bundles`.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; beyond loopback needs API keys, or --insecure.")
     ] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="REST; 0 takes a free port.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free port.")] = 8081,
     threads: Annotated[int | None, typer.Option(help="Cores a request may use; by default the CPU quota.")] = None,
-    max_queue: Annotated[
-        int, typer.Option(help="Requests waiting; one more is rejected at once rather than answered too late.")
-    ] = 256,
-    max_batch: Annotated[int, typer.Option(help="Requests answered together, at most 32.")] = 32,
+    max_wait: Annotated[
+        float, typer.Option(help="Seconds; a request that would wait longer is refused at once, not answered too late.")
+    ] = 0.25,
+    max_batch: Annotated[int, typer.Option(help="Rows run together, at most 32; a usual request is one.")] = 8,
     drain_delay: Annotated[
         float, typer.Option(help="Seconds between a failing /readyz and closed ports, for load balancers to notice.")
     ] = 0.0,
@@ -387,12 +405,33 @@ def serve(
     jwt_jwks_url: Annotated[str | None, typer.Option(help="Where the issuer publishes its keys: https://...")] = None,
     jwt_jwks_file: Annotated[Path | None, typer.Option(help="The same as a file.")] = None,
     jwt_scope_claim: Annotated[str, typer.Option(help="Claim that holds the scopes of a token.")] = "scope",
+    trace_endpoint: Annotated[
+        str | None, typer.Option(help="Send traces to an OpenTelemetry collector: http://HOST:4318; extra `otel`.")
+    ] = None,
+    histories: HistoryStore = None,
+    log_folder: Annotated[
+        Path | None, typer.Option(help="Log answers, and events of POST /v1/events, as Parquet in this folder.")
+    ] = None,
+    log_sample: Annotated[float, typer.Option(help="Share of users whose answers are logged.")] = 1.0,
+    log_key_file: LogKeyFile = None,
+    log_retention_days: Annotated[
+        int, typer.Option(help="Remove logs that are older; 0 keeps them until you remove them.")
+    ] = 90,
+    catalogue_changes: Annotated[
+        Path | None,
+        typer.Option(help="Folder of changes of the catalogue, applied as they come; needed to change `items`."),
+    ] = None,
 ) -> None:
     """Serve a bundle by gRPC and REST until SIGTERM."""
     with _extra("serve"):
         from genretrieval_serving.admin.tokens import JwtSettings
         from genretrieval_serving.app import serve as serve_bundle
+        from genretrieval_serving.served_log import LogSettings
         from genretrieval_serving.tls import TlsSettings
+    from genretrieval.served_logs import UserKeys
+
+    if log_folder is None and log_key_file is not None:
+        raise InvalidInputError("--log-key-file is for served logs, and without --log-folder there are none; give both")
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
         raise InvalidInputError("TLS needs --tls-cert and --tls-key, also for --tls-client-ca; give both")
     if (jwt_issuer is None) != (jwt_audience is None) or (jwt_issuer is None and (jwt_jwks_url or jwt_jwks_file)):
@@ -402,8 +441,10 @@ def serve(
         host=host,
         http_port=http_port,
         grpc_port=grpc_port,
+        bundles=bundles,
+        alias=alias,
         threads=threads,
-        max_queue=max_queue,
+        max_wait=max_wait,
         max_batch=max_batch,
         drain_delay=drain_delay,
         drain_seconds=drain_seconds,
@@ -421,6 +462,12 @@ def serve(
         if jwt_issuer is None or jwt_audience is None
         else JwtSettings(jwt_issuer, jwt_audience, jwt_jwks_url, jwt_jwks_file, jwt_scope_claim),
         probe_port=probe_port,
+        trace_endpoint=trace_endpoint,
+        histories=histories,
+        served_log=None
+        if log_folder is None
+        else LogSettings(log_folder, log_sample, log_retention_days or None, UserKeys.load(log_key_file)),
+        catalogue_changes=catalogue_changes,
     )
 
 

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from genretrieval.bundle import GRAPH, load_bundle
 from genretrieval.errors import InvalidInputError
 from genretrieval.masks import MASK_ROWS
 from genretrieval.retrieval import Retriever
 from genretrieval_serving import grpc_server, rest
 from genretrieval_serving.admin import api
 from genretrieval_serving.admin.auth import Authenticator
-from genretrieval_serving.admin.live import Live, preferred_levels, reserved_slots
+from genretrieval_serving.admin.live import Live
 from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.tokens import JwtSettings, Tokens
-from genretrieval_serving.backend import Device, OnnxBackend
+from genretrieval_serving.backend import Device
 from genretrieval_serving.batcher import Batcher
-from genretrieval_serving.deployment import Arm, Deployment
+from genretrieval_serving.bundle_folder import BundleFolder, open_retriever
+from genretrieval_serving.catalogue_feed import CatalogueFeed
+from genretrieval_serving.deployment import Arm, Deployment, preferred_levels, reserved_slots
+from genretrieval_serving.history import Histories, open_histories
 from genretrieval_serving.observability import Metrics, configure_logging
+from genretrieval_serving.rollout import Followed, Rollout
+from genretrieval_serving.served_log import LogSettings, ServedLog
 from genretrieval_serving.service import RetrievalService, State
 from genretrieval_serving.tls import Certificates, TlsSettings
+from genretrieval_serving.tracing import Tracer
 from genretrieval_serving.web import is_loopback
 
 log = structlog.get_logger(__name__)
@@ -46,8 +53,8 @@ class Settings:
         host: address to listen on.
         http_port: port of REST, probes and metrics; 0 takes a free one.
         grpc_port: port of gRPC; 0 takes a free one.
-        max_queue: requests that may wait; one more is rejected.
-        max_batch: most requests the graph runs at once, and most of one batch request.
+        max_wait: seconds that a request may wait, see `Batcher`; one that would wait longer is refused at once.
+        max_batch: most rows that the graph runs at once, see `Batcher`.
         drain_delay: seconds between a failing /readyz and closed ports, for load balancers to notice.
         drain_seconds: most seconds to finish requests after that.
         quiet: no log line for every request.
@@ -60,6 +67,10 @@ class Settings:
         tls: certificate of all ports but the one for probes; None is without TLS.
         jwt: tokens that are taken beside API keys; with it calls need one or the other.
         probe_port: port of probes and metrics alone, in plain HTTP; 0 takes a free one. None has them on `http_port`.
+        trace_endpoint: of an OpenTelemetry collector, see `Tracer`; None makes no traces.
+        histories: where histories of users are, see `open_histories`; None knows those of requests alone.
+        served_log: logs answers and events; None keeps none.
+        catalogue_changes: folder of changes of the catalogue that is followed, see `CatalogueFeed`; None for none.
 
     Raises:
         InvalidInputError: the settings contradict each other, or expose the server to whoever can reach it.
@@ -68,8 +79,8 @@ class Settings:
     host: str = "127.0.0.1"
     http_port: int = 8080
     grpc_port: int = 8081
-    max_queue: int = 256
-    max_batch: int = 32
+    max_wait: float = 0.25
+    max_batch: int = 8
     drain_delay: float = 0.0
     drain_seconds: float = 20.0
     quiet: bool = False
@@ -81,6 +92,10 @@ class Settings:
     tls: TlsSettings | None = None
     jwt: JwtSettings | None = None
     probe_port: int | None = None
+    trace_endpoint: str | None = None
+    histories: str | None = field(default=None, repr=False)  # a URL may have a password
+    served_log: LogSettings | None = None
+    catalogue_changes: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse rather than adjust."""
@@ -100,11 +115,13 @@ class Settings:
                 "anyone could read the catalogue. Give an admin store and require API keys with `auth`, serve on "
                 "127.0.0.1 behind a proxy that authenticates, or allow it with `insecure`"
             )
-        if not 1 <= self.max_batch <= min(self.max_queue, MASK_ROWS - 1):
+        if not 1 <= self.max_batch <= MASK_ROWS - 1:
             raise InvalidInputError(
-                f"max_batch is {self.max_batch}; it must lie between 1 and max_queue ({self.max_queue}), "
-                f"and be at most {MASK_ROWS - 1}, the filters that one batch may carry"
+                f"max_batch is {self.max_batch}; it must lie between 1 and {MASK_ROWS - 1}, the filters that one batch "
+                "may carry"
             )
+        if not 0 <= self.max_wait < math.inf:
+            raise InvalidInputError(f"max_wait is {self.max_wait:g}; it is a number of seconds, not negative")
         if self.drain_delay < 0 or self.drain_seconds < 0:
             raise InvalidInputError("drain_delay and drain_seconds must not be negative")
 
@@ -169,31 +186,41 @@ class Server:
     """A server in the running event loop: `start`, then `stop`."""
 
     def __init__(
-        self, open_retriever: Callable[[], Retriever], settings: Settings, store: SqlStore | None = None
+        self, model: Callable[[], Retriever] | Followed, settings: Settings, store: SqlStore | None = None
     ) -> None:
         """A server that is not listening yet.
 
         Args:
-            open_retriever: loads the model; called once, in a thread, when probes already answer.
+            model: loads the model; called once, in a thread, when probes already answer. Or the alias that says which,
+                now and later; it needs a store.
             settings: how to serve.
             store: admin state and API keys, where `settings` have an admin port.
         """
         self.settings = settings
-        self._open_retriever, self._store = open_retriever, store
+        self._model, self._store = model, store
         self._live = Live()
         self._replica: Replica | None = None
+        self._rollout: Rollout | None = None
         metrics = Metrics()
-        self.service = RetrievalService(metrics, settings.max_batch)
-        self._batcher = Batcher(metrics, max_queue=settings.max_queue, max_batch=settings.max_batch)
+        histories = None if settings.histories is None else Histories(open_histories(settings.histories), metrics)
+        served_log = None if settings.served_log is None else ServedLog(settings.served_log, metrics)
+        self.service = RetrievalService(metrics, histories, served_log)
+        self._batcher = Batcher(metrics, max_wait=settings.max_wait, max_batch=settings.max_batch)
+        changes = settings.catalogue_changes
+        self._feed = None if changes is None else CatalogueFeed(changes, metrics)
         tokens = None if settings.jwt is None else Tokens(settings.jwt)
         self.auth = Authenticator(store, tokens=tokens, always=settings.auth)
-        self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=settings.quiet)
+        tracer = self._tracer = None if settings.trace_endpoint is None else Tracer(settings.trace_endpoint)
+        quiet = settings.quiet
+        self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=quiet, tracer=tracer)
         self._certificates = None if settings.tls is None else Certificates(settings.tls)
         probes_here = settings.probe_port is None
-        app = rest.create_app(self.service, self.auth, quiet=settings.quiet, probes_here=probes_here)
+        app = rest.create_app(self.service, self.auth, quiet=quiet, probes_here=probes_here, tracer=tracer)
         self._http = {"http": _Http(app, settings.http_port, settings.drain_seconds, self._certificates)}
         if store is not None and settings.admin_port is not None:
-            app = api.create_app(store, self._live, self.auth, self.service.metrics, quiet=settings.quiet)
+            app = api.create_app(
+                store, self._live, self.auth, self.service.metrics, feed=self._feed, quiet=quiet, tracer=tracer
+            )
             self._http["admin"] = _Http(app, settings.admin_port, settings.drain_seconds, self._certificates)
         if settings.probe_port is not None:
             # Plain, because what asks for probes shows no certificate.
@@ -248,30 +275,43 @@ class Server:
     async def load(self) -> None:
         """Load and warm the model, then become ready."""
         await self.auth.prepare()
-        retriever = await asyncio.to_thread(self._open_retriever)
         if self._store is not None:
             self._replica = Replica(self._store, self.service.metrics, listen=self.settings.listen)
             await self._replica.start()
-        arm = await asyncio.to_thread(self._arm, retriever)
-        await self._batcher.warm_up(retriever)
+        deployment = await asyncio.to_thread(self._deploy)
+        await self._batcher.warm_up(deployment.primary.retriever)
         await self._batcher.start()
-        deployment = Deployment(arm)
+        if self._feed is not None:
+            self._feed.follow(deployment)
         if self._replica is not None:
-            self._live.open(self._batcher, deployment, self._replica)
+            self._live.open(self._batcher, deployment, self._replica, self._rollout)
         self.service.open(self._batcher, deployment)
         await grpc_server.set_health(self._health, serving=True)
         addresses = {name: http.url for name, http in self._http.items()} | {"grpc": self.grpc_url}
-        log.info("ready", **addresses, bundle_version=retriever.bundle.manifest.version, auth=self.auth.required)
+        version = deployment.primary.manifest.version
+        log.info("ready", **addresses, bundle_version=version, auth=self.auth.required)
+        if self._rollout is not None:
+            self._rollout.start()
 
-    def _arm(self, retriever: Retriever) -> Arm:
+    def _deploy(self) -> Deployment:
         """Take over what is bound, then tell the store which slots the bundle has.
 
         In this order, so that a server that is refused leaves the slots as those that run have them.
         """
+        if isinstance(self._model, Followed):
+            assert self._store is not None
+            assert self._replica is not None
+            self._rollout = Rollout(self._model, self._replica, self._store, self.service.metrics, self._current)
+            return self._rollout.begin()
+        retriever = self._current(self._model())
         arm = Arm("primary", retriever, self._replica, allow_unbound=self.settings.allow_unbound)
         if self._store is not None:
-            self._store.sync_slots(reserved_slots(retriever), preferred_levels(retriever))
-        return arm
+            self._store.sync_slots(reserved_slots(arm.manifest), preferred_levels(retriever))
+        return Deployment(arm)
+
+    def _current(self, retriever: Retriever) -> Retriever:
+        """A bundle just opened, on its catalogue as it is now."""
+        return retriever if self._feed is None else self._feed.current(retriever)
 
     async def stop(self) -> None:
         """Stop being ready, stop listening, finish what was accepted."""
@@ -290,8 +330,15 @@ class Server:
             await http.stop()
         if loaded:
             await self._batcher.stop(max(0.0, latest - loop.time()))
+        await self.service.close()
+        if self._feed is not None:
+            await asyncio.to_thread(self._feed.stop)
+        if self._rollout is not None:
+            await asyncio.to_thread(self._rollout.stop, max(0.0, latest - loop.time()))
         if self._replica is not None:
             await self._replica.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         log.info("stopped")
 
 
@@ -340,15 +387,17 @@ def run_forever(server_of: Callable[[], Server]) -> None:
 
 
 def serve(
-    bundle: Path,
+    bundle: Path | None,
     host: str = "127.0.0.1",
     http_port: int = 8080,
     grpc_port: int = 8081,
     *,
+    bundles: Path | None = None,
+    alias: str | None = None,
     threads: int | None = None,
     device: Device = "cpu",
-    max_queue: int = 256,
-    max_batch: int = 32,
+    max_wait: float = 0.25,
+    max_batch: int = 8,
     drain_delay: float = 0.0,
     drain_seconds: float = 20.0,
     log_level: str = "info",
@@ -363,18 +412,24 @@ def serve(
     tls: TlsSettings | None = None,
     jwt: JwtSettings | None = None,
     probe_port: int | None = None,
+    trace_endpoint: str | None = None,
+    histories: str | None = None,
+    served_log: LogSettings | None = None,
+    catalogue_changes: Path | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or SIGINT; returns when all accepted requests are answered.
 
     Args:
-        bundle: folder of the bundle.
+        bundle: folder of the bundle; None where an alias says which.
         host: see `Settings`, as for all that is not described here.
         http_port: 0 takes a free port; the log line ``ready`` says which.
         grpc_port: as `http_port`.
+        bundles: folder of the folders of bundles.
+        alias: resource of the admin state that says which of them is served; another one takes over while it runs.
         threads: threads of the graph; by default the CPUs this process may use.
         device: ``cpu`` or ``cuda``.
-        max_queue: requests that may wait.
-        max_batch: most requests of one batch.
+        max_wait: seconds that a request may wait.
+        max_batch: most rows of one batch.
         drain_delay: seconds between a failing /readyz and closed ports.
         drain_seconds: most seconds to finish requests.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
@@ -389,6 +444,10 @@ def serve(
         tls: see `Settings`.
         jwt: see `Settings`.
         probe_port: as `http_port`; not opened by default.
+        trace_endpoint: see `Settings`.
+        histories: see `Settings`.
+        served_log: see `Settings`.
+        catalogue_changes: see `Settings`.
 
     Raises:
         BundleError: the bundle cannot be served.
@@ -402,7 +461,7 @@ def serve(
             host,
             http_port,
             grpc_port,
-            max_queue,
+            max_wait,
             max_batch,
             drain_delay,
             drain_seconds,
@@ -415,20 +474,32 @@ def serve(
             tls=tls,
             jwt=jwt,
             probe_port=probe_port,
+            trace_endpoint=trace_endpoint,
+            histories=histories,
+            served_log=served_log,
+            catalogue_changes=catalogue_changes,
         )
 
-    def open_retriever() -> Retriever:
-        opened = load_bundle(bundle)
-        return Retriever(opened, OnnxBackend(opened.path / GRAPH, threads, device))
+    def opener(path: Path) -> Retriever:
+        return open_retriever(path, threads, device)
 
+    if bundle is not None and (bundles, alias) == (None, None):
+        model: Callable[[], Retriever] | Followed = partial(opener, bundle)
+    elif bundle is None and bundles is not None and alias is not None and admin_store is not None:
+        model = Followed(BundleFolder(bundles, opener, max_batch), alias)
+    else:
+        raise InvalidInputError(
+            "say what to serve: --bundle FOLDER, or --bundles FOLDER with the --alias that says which of them, and the "
+            "--admin-store that knows the alias"
+        )
     configure_logging(log_level)
     if admin_store is None:
         chosen = settings(admin=False, keys=auth)
-        run_forever(lambda: Server(open_retriever, chosen))
+        run_forever(lambda: Server(model, chosen))
         return
     if slot_quarantine < 0:
         raise InvalidInputError(f"slot_quarantine is {slot_quarantine:g} seconds; give 0 or more")
     quarantine = timedelta(seconds=slot_quarantine)
     with closing(SqlStore.open(admin_store, quarantine=quarantine, notify=notify)) as store:
         chosen = settings(admin=True, keys=auth or bool(store.list_keys()))
-        run_forever(lambda: Server(open_retriever, chosen, store))
+        run_forever(lambda: Server(model, chosen, store))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 import structlog
 
 from genretrieval.bundle import Manifest
+from genretrieval.catalogue import reserved_paths
 from genretrieval.edits import NO_EDITS, Edits
+from genretrieval.keywords import AttributeType
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
 from genretrieval.servable import Catalogue
 from genretrieval_serving.admin.replica import Replica, View
+from genretrieval_serving.admin.resources import SlotRef
 from genretrieval_serving.admin.snapshot import Items
 
 log = structlog.get_logger(__name__)
@@ -46,7 +51,8 @@ class Arm:
     """A bundle that takes requests: its model, its catalogue as it is now, and the admin state on that.
 
     Attributes:
-        name: ``primary`` or ``canary``.
+        name: ``primary`` or ``canary``; ``loaded`` before it is one of them.
+        since: when it came to be that.
         replica: admin state; None for a server without.
         shown: what answers now; replaced whole.
     """
@@ -65,7 +71,7 @@ class Arm:
         Raises:
             BundleError: some cannot, and `allow_unbound` does not leave them out.
         """
-        self.name = name
+        self.name, self.since = name, datetime.now(UTC)
         self.replica = replica
         view = None
         if replica is not None:
@@ -116,20 +122,67 @@ class Arm:
         return Answering(shown.retriever, shown.view.edits(request), shown.view.stale)
 
 
+class Split(NamedTuple):
+    """Arms, and the share of the users that the canary answers."""
+
+    primary: Arm
+    canary: Arm | None = None
+    share: float = 0.0
+
+
 class Deployment:
-    """The arms of a server."""
+    """The arms of a server.
+
+    Attributes:
+        split: replaced whole.
+    """
 
     def __init__(self, primary: Arm) -> None:
-        self.primary = primary
+        """One arm that answers everybody."""
+        self.become(Split(primary))
+
+    @property
+    def primary(self) -> Arm:
+        """The arm that answers all that no canary does."""
+        return self.split.primary
 
     @property
     def arms(self) -> list[Arm]:
         """All that take requests."""
-        return [self.primary]
+        return [arm for arm in self.split[:2] if arm is not None]
+
+    def become(self, split: Split) -> None:
+        """From now on requests go to these arms; those that have begun stay where they are."""
+        for name, arm in (("primary", split.primary), ("canary", split.canary)):
+            if arm is not None and arm.name != name:
+                arm.name, arm.since = name, datetime.now(UTC)
+        self.split = split
 
     def arm_for(self, request: RetrieveRequest) -> Arm:
-        """The arm that answers a request; of one user always the same."""
-        return self.primary
+        """The arm that answers a request; of one user always the same, on all replicas.
+
+        Whoever a share takes in, a larger one does, too. Another canary takes in others.
+        """
+        primary, canary, share = self.split
+        if canary is None:
+            return primary
+        who = request.user_id or request.model_dump_json()
+        salted = f"{canary.manifest.uuid} {who}".encode("utf-8", "surrogatepass")
+        place = int.from_bytes(hashlib.blake2b(salted, digest_size=8).digest(), "big") / 2**64
+        return canary if place < share else primary
+
+
+def reserved_slots(manifest: Manifest) -> list[SlotRef]:
+    """The slots that a bundle keeps for bindings."""
+    paths = reserved_paths(manifest.codebook_sizes, manifest.reserved_slots)
+    return [SlotRef(level=int(path.argmax()), code=int(path.max())) for path in paths]
+
+
+def preferred_levels(retriever: Retriever) -> dict[AttributeType, int]:
+    """The level whose keywords are of a type; a new one of that type is bound there first."""
+    codebook = retriever.features.keywords
+    groups = codebook.groups if codebook else ()
+    return {type_: level for level, group in enumerate(groups) for type_ in group}
 
 
 def _prepare(items: Items) -> None:

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 import structlog
@@ -20,9 +20,12 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from genretrieval.request import RetrieveResponse
+    from genretrieval_serving.deployment import Arm
 
 # Finer below 5 ms than the usual buckets: a small model answers in a few.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -54,7 +57,6 @@ class Metrics:
         self.inference_duration = histogram(
             "inference_duration_seconds", "Time the graph ran for the batch that a request was in.", "arm"
         )
-        self.batch_size = histogram("batch_size", "Requests in a batch.", buckets=COUNTS)
         self.batch_rows = histogram("batch_rows", "Rows in a batch; a request is one or several.", buckets=COUNTS)
         self.in_flight = gauge("in_flight_requests", "Requests accepted and not yet answered.")
         self.in_flight_rows = gauge("in_flight_rows", "Rows accepted and not yet answered.")
@@ -63,10 +65,7 @@ class Metrics:
         self.results_returned = histogram("results_returned", "Items in a response.", "arm", buckets=COUNTS)
         self.empty_results = counter("empty_results", "Responses without an item.", "arm")
 
-        self.bundle_info = gauge("bundle_info", "1 for a bundle being served.", "arm", "version", "uuid")
         self.bundle_load_failures = counter("bundle_load_failures", "Bundles that could not take over.")
-        self.catalogue_revision = gauge("catalogue_revision", "Revision of the catalogue being served.", "arm")
-        self.catalogue_items = gauge("catalogue_items", "Items that can be retrieved.", "arm")
         self.catalogue_changes_refused = counter(
             "catalogue_changes_refused", "Changes of the catalogue that could not be made; the log names them."
         )
@@ -90,17 +89,43 @@ class Metrics:
         if not response.items:
             self.empty_results.labels(arm).inc()
 
-    def watch_queue(self, depth: Callable[[], float]) -> None:
-        """Read the queue's depth when metrics are scraped."""
+    def watch_queue(self, depth: Callable[[], float], rows: Callable[[], float]) -> None:
+        """Read what waits, and the rows of that and of what runs, when metrics are scraped."""
         self.queue_depth.set_function(depth)
+        self.in_flight_rows.set_function(rows)
 
     def watch_admin_lag(self, lag: Callable[[], float]) -> None:
         """Read when the admin state was last read when metrics are scraped."""
         self.admin_revision_lag.set_function(lag)
 
+    def watch_arms(self, arms: Callable[[], Iterable[Arm]]) -> None:
+        """Look what is served when metrics are scraped."""
+        self.registry.register(_Arms(arms))
+
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _Arms(Collector):
+    """Metrics of what is served; of a bundle that is served no more there are none."""
+
+    def __init__(self, arms: Callable[[], Iterable[Arm]]) -> None:
+        self._arms = arms
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ("arm", "version", "uuid")
+        info = GaugeMetricFamily("genretrieval_bundle_info", "1 for a bundle being served.", labels=labels)
+        revision = GaugeMetricFamily(
+            "genretrieval_catalogue_revision", "Revision of the catalogue being served.", labels=labels[:1]
+        )
+        items = GaugeMetricFamily("genretrieval_catalogue_items", "Items that can be retrieved.", labels=labels[:1])
+        for arm in self._arms():
+            catalogue = arm.retriever.catalogue
+            info.add_metric((arm.name, arm.manifest.version, arm.manifest.uuid), 1)
+            revision.add_metric((arm.name,), catalogue.revision)
+            items.add_metric((arm.name,), len(catalogue.item_ids) - len(catalogue.gone))
+        return info, revision, items
 
 
 def request_id(given: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,17 @@ from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval_serving.admin.auth import ANONYMOUS, Principal
 from genretrieval_serving.admin.replica import ADMIN_STATE_STALE
 from genretrieval_serving.batcher import Batcher
-from genretrieval_serving.deployment import Arm, Deployment
-from genretrieval_serving.messages import Limits, ServerInfo
+from genretrieval_serving.deployment import Answering, Arm, Deployment
+from genretrieval_serving.history import HISTORY_UNAVAILABLE, Completed, Histories, by_user
+from genretrieval_serving.messages import (
+    MAX_BATCH_REQUESTS,
+    FeedbackEvent,
+    Limits,
+    RecordEventsResponse,
+    ServerInfo,
+)
 from genretrieval_serving.observability import Metrics
+from genretrieval_serving.served_log import Answered, ServedLog
 
 
 class State(Enum):
@@ -30,17 +39,25 @@ class State(Enum):
 class RetrievalService:
     """Retrieval for both transports. Exists before anything is loaded, so that probes answer meanwhile."""
 
-    def __init__(self, metrics: Metrics, max_batch: int = 32) -> None:
-        """A service without a model; `max_batch` is the most requests of one batch request."""
+    def __init__(
+        self, metrics: Metrics, histories: Histories | None = None, served_log: ServedLog | None = None
+    ) -> None:
+        """A service without a model.
+
+        Args:
+            metrics: of the server.
+            histories: complete the requests of users, where the server has a store of them.
+            served_log: takes answers and events, where the server keeps them.
+        """
         self.metrics = metrics
-        self.max_batch = max_batch
+        self.histories = histories
+        self.served_log = served_log
         self.state = State.LOADING
         self._open: tuple[Batcher, Deployment] | None = None
 
     def open(self, batcher: Batcher, deployment: Deployment) -> None:
         """Become ready, with a started batcher and what is served."""
-        manifest = deployment.primary.manifest
-        self.metrics.bundle_info.labels(deployment.primary.name, manifest.version, manifest.uuid).set(1)
+        self.metrics.watch_arms(lambda: deployment.arms)
         self._open, self.state = (batcher, deployment), State.READY
 
     @property
@@ -67,18 +84,47 @@ class RetrievalService:
             GenRetrievalError: what `Batcher.submit` raises.
         """
         batcher, deployment = self._opened()
+        came, deadline = time.time(), _Deadline(within)
         with self._counting():
-            arm = deployment.arm_for(request)
             if request.min_revision:
-                begun = time.perf_counter()
-                await _caught_up(arm, request.min_revision, within)
-                within = None if within is None else max(0.0, within - (time.perf_counter() - begun))
-            answering = arm.answering(request)
-            response = await batcher.submit(answering.retriever, request, within, answering.edits, caller.name)
-        if answering.stale:
-            response = response.model_copy(update={"degraded": [*response.degraded, ADMIN_STATE_STALE]})
+                await _caught_up(deployment.primary, request.min_revision, deadline.left())
+            completed = await self._completed(request, deadline.left())
+            # After all that waits: an arm that was given up meanwhile has the admin state of then.
+            arm = deployment.arm_for(request)
+            answering = arm.answering(completed.request)
+            response = await batcher.submit(
+                answering.retriever, completed.request, deadline.left(), answering.edits, caller.name
+            )
+        response = _told(response, completed, answering)
         self.metrics.answered(response, arm.name)
+        if self.served_log is not None:
+            self.served_log.answered(Answered(came, completed.request, response, answering, arm.name))
         return response
+
+    async def _completed(self, request: RetrieveRequest, within: float | None) -> Completed:
+        """With what is stored of its user, if the server has that."""
+        if self.histories is None:
+            return Completed(request, request)
+        return await self.histories.complete(request, within)
+
+    async def record_events(self, events: Sequence[FeedbackEvent]) -> RecordEventsResponse:
+        """Log events, and let them join the histories of their users, whose next requests see them.
+
+        Raises:
+            RequestError: the server keeps no events, or none without a user.
+            OverloadedError: they cannot be written fast enough; none of them was taken.
+        """
+        now = time.time()
+        with self._counting():
+            if self.served_log is not None:
+                self.served_log.record(events, now)
+            else:
+                _refuse_without_log(events, histories=self.histories is not None)
+        self.metrics.events.labels("accepted").inc(len(events))
+        degraded = []
+        if self.histories is not None and not await self.histories.append(by_user(events, int(now))):
+            degraded.append(HISTORY_UNAVAILABLE)
+        return RecordEventsResponse(accepted=len(events), degraded=degraded)
 
     async def batch_retrieve(
         self, requests: Sequence[RetrieveRequest], within: float | None = None, caller: Principal = ANONYMOUS
@@ -86,11 +132,11 @@ class RetrievalService:
         """Answer every request or say what is wrong with it, in their order.
 
         Raises:
-            RequestError: there are more than `max_batch` requests.
+            RequestError: there are more than `MAX_BATCH_REQUESTS`.
         """
-        if len(requests) > self.max_batch:
+        if len(requests) > MAX_BATCH_REQUESTS:
             raise RequestError(
-                f"requests: {len(requests)} in one batch, this server takes up to {self.max_batch}; split it"
+                f"requests: {len(requests)} in one batch, this server takes up to {MAX_BATCH_REQUESTS}; split it"
             )
         calls = (self.retrieve(request, within, caller) for request in requests)
         outcomes: list[RetrieveResponse | GenRetrievalError] = []
@@ -99,6 +145,13 @@ class RetrievalService:
                 raise outcome
             outcomes.append(outcome)
         return outcomes
+
+    async def close(self) -> None:
+        """Write what is to be logged, and give connections back; nothing is being answered any more."""
+        if self.served_log is not None:
+            await asyncio.to_thread(self.served_log.close)
+        if self.histories is not None:
+            await self.histories.close()
 
     def info(self) -> ServerInfo:
         """What is being served.
@@ -117,7 +170,7 @@ class RetrievalService:
             max_past=manifest.max_past,
             scenarios=list(manifest.scenarios),
             reads_queries=manifest.reads_queries,
-            limits=Limits(max_batch_requests=self.max_batch),
+            limits=Limits(),
         )
 
     def _opened(self) -> tuple[Batcher, Deployment]:
@@ -133,6 +186,36 @@ class RetrievalService:
             except (UnavailableError, DeadlineError, StaleReplicaError) as error:
                 self.metrics.rejected.labels(error.reason).inc()
                 raise
+
+
+class _Deadline:
+    """How much is left of the seconds that a caller gave."""
+
+    def __init__(self, within: float | None) -> None:
+        self._until = None if within is None else time.perf_counter() + within
+
+    def left(self) -> float | None:
+        return None if self._until is None else max(0.0, self._until - time.perf_counter())
+
+
+def _told(response: RetrieveResponse, completed: Completed, answering: Answering) -> RetrieveResponse:
+    """The response with what the server knows of it, under a token of its own, which says nothing of the request."""
+    manifest = answering.retriever.bundle.manifest
+    response = completed.told(response, manifest.max_history + manifest.max_past)
+    degraded = [*response.degraded, ADMIN_STATE_STALE] if answering.stale else response.degraded
+    token = f"{manifest.version}.{response.revision}.{secrets.token_urlsafe(12)}"
+    return response.model_copy(update={"degraded": degraded, "attribution_token": token})
+
+
+def _refuse_without_log(events: Sequence[FeedbackEvent], *, histories: bool) -> None:
+    if not histories:
+        raise RequestError("this server keeps no events; it needs `serve --log-folder`, or `--histories`")
+    for place, event in enumerate(events):
+        if not event.user_id:
+            raise RequestError(
+                f"events.{place}: there is no user_id, and this server keeps histories of users and no log "
+                "(`serve --log-folder`): the event would be lost"
+            )
 
 
 async def _caught_up(arm: Arm, revision: int, within: float | None) -> None:

@@ -4,36 +4,43 @@ Every change is one transaction and one revision, takes an ``Idempotency-Key``, 
 is refused by ``If-Match`` where somebody else was first. What blocks runs in threads.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.exceptions import HTTPException
 
 from genretrieval.errors import (
     ConflictError,
-    EtagMismatchError,
-    IdempotencyKeyReusedError,
-    NotFoundError,
     RequestError,
-    UnavailableError,
 )
 from genretrieval.request import RetrieveRequest
-from genretrieval_serving.admin import transfer
+from genretrieval.servable import Catalogue
+from genretrieval_serving.admin import items, transfer
 from genretrieval_serving.admin.auth import Authenticator
+from genretrieval_serving.admin.calls import (
+    JSON,
+    MERGE_PATCH,
+    READ_ERRORS,
+    WRITE_ERRORS,
+    body,
+    call_of,
+    media_of,
+    merge_patch,
+)
 from genretrieval_serving.admin.messages import (
     MAX_PAGE,
     NEW,
     STORED,
     AuditPage,
     Batch,
+    BundleList,
     Changed,
     DeleteOperation,
+    DeploymentStatus,
     Imported,
     LevelSlots,
     Listed,
@@ -51,6 +58,8 @@ from genretrieval_serving.admin.messages import (
     patched,
 )
 from genretrieval_serving.admin.resources import (
+    Alias,
+    AliasFields,
     Binding,
     Fields,
     Keyword,
@@ -62,14 +71,14 @@ from genretrieval_serving.admin.resources import (
 )
 from genretrieval_serving.admin.store import Call, Create, Delete, Operation, Store, Undelete, Update
 from genretrieval_serving.admin.transfer import FileFormat
+from genretrieval_serving.catalogue_feed import CatalogueFeed
 from genretrieval_serving.observability import Metrics
+from genretrieval_serving.tracing import Tracer
 from genretrieval_serving.web import application, documented, guarded_router, open_application
 
-JSONL, CSV, MERGE_PATCH = "application/jsonl", "text/csv", "application/merge-patch+json"
+JSONL, CSV = "application/jsonl", "text/csv"
 _MEDIA = {FileFormat.JSONL: JSONL, FileFormat.CSV: CSV}
 MAX_IMPORTED = 10_000
-_READ_ERRORS = (NotFoundError, UnavailableError)
-_WRITE_ERRORS = (*_READ_ERRORS, ConflictError, EtagMismatchError, IdempotencyKeyReusedError)
 
 
 class Serving(Protocol):
@@ -85,6 +94,22 @@ class Serving(Protocol):
 
     async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
         """What a request returns without a resource and with it."""
+        ...
+
+    def check_bundles(self, aliases: Sequence[AliasFields], *, allow_unbound: bool) -> None:
+        """Refuse what could not be served. Takes a while."""
+        ...
+
+    def catalogue(self) -> Catalogue:
+        """The items that requests are answered with."""
+        ...
+
+    def deployment(self) -> DeploymentStatus:
+        """What answers, and what should."""
+        ...
+
+    def bundles(self) -> BundleList:
+        """What could be served."""
         ...
 
 
@@ -108,31 +133,6 @@ async def _store(request: Request) -> Store:
     return store
 
 
-async def _call(
-    request: Request,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1,
-            max_length=128,
-            pattern=r"^[!-~]+$",
-            description="A repeated call with this key gets the first answer and changes nothing.",
-        ),
-    ] = None,
-    validate_only: Annotated[bool, Query(description="Check and answer as if done, and store nothing.")] = False,
-) -> Call:
-    what = hashlib.sha256()
-    for part in (request.method.encode(), request.url.path.encode(), await request.body()):
-        what.update(len(part).to_bytes(8, "big") + part)
-    return Call(
-        principal=request.state.principal.name,
-        request_id=request.state.request_id,
-        idempotency_key=idempotency_key,
-        fingerprint=what.hexdigest(),
-        validate_only=validate_only,
-    )
-
-
 async def _if_match(
     if_match: Annotated[
         str | None, Header(description="The etag that the resource must still have; `*` or none for any.")
@@ -146,39 +146,14 @@ async def _if_match(
     return etag
 
 
-def _media(request: Request, *accepted: str) -> str:
-    """The body's media type. Browsers send none of ours to another site without asking it first."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media not in accepted:
-        raise HTTPException(415, f"Content-Type is {media!r}; send {' or '.join(accepted)}")
-    return media
-
-
-async def _merge_patch(request: Request) -> dict[str, Any]:
-    _media(request, MERGE_PATCH, "application/json")
-    try:
-        patch = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"body: no JSON: {error}") from error
-    if not isinstance(patch, dict):
-        raise RequestError("body: a merge patch is a JSON object of the fields to change")
-    return patch
-
-
 async def _content(request: Request) -> tuple[bytes, FileFormat]:
-    return await request.body(), FileFormat.CSV if _media(request, JSONL, CSV) == CSV else FileFormat.JSONL
-
-
-def _body(**schemas: dict[str, Any]) -> dict[str, Any]:
-    """The description of a body that FastAPI does not read itself."""
-    content = {media: {"schema": schema} for media, schema in schemas.items()}
-    return {"requestBody": {"required": True, "content": content}}
+    return await request.body(), FileFormat.CSV if media_of(request, JSONL, CSV) == CSV else FileFormat.JSONL
 
 
 class _Writer:
     """Makes the changes of one call: each is checked against what is served, then all are one transaction."""
 
-    def __init__(self, request: Request, response: Response, call: Annotated[Call, Depends(_call)]) -> None:
+    def __init__(self, request: Request, response: Response, call: Annotated[Call, Depends(call_of)]) -> None:
         self.store: Store = request.app.state.store
         self._serving: Serving = request.app.state.serving
         self._headers, self._call = response.headers, call
@@ -244,12 +219,72 @@ class _Writer:
         return fields
 
 
+class _AliasWriter(_Writer):
+    """Makes the changes of one call to aliases.
+
+    To open a bundle takes a while, and nobody else may write during a transaction. So what a call would store is found
+    by a trial, then its bundles are checked, then the change is made, if it still is that one.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        response: Response,
+        call: Annotated[Call, Depends(call_of)],
+        allow_unbound: Annotated[
+            bool, Query(description="Leave out bindings and rules that cannot hold on a bundle, and do not refuse it.")
+        ] = False,
+    ) -> None:
+        super().__init__(request, response, call)
+        self._allow_unbound = allow_unbound
+        self._asked: list[AliasFields] = []
+        self._good: list[AliasFields] | None = None
+
+    def rollback(self, id_: str, etag: str | None) -> Operation:
+        def rolled_back(before: Resource) -> Alias:
+            assert isinstance(before, Alias)
+            if before.previous is None:
+                raise ConflictError(
+                    f"aliases/{id_} has no bundle before {before.bundle}: it was never moved, or was rolled back "
+                    "already; say which bundle is to be served"
+                )
+            return before.model_copy(update={"bundle": before.previous, "canary": None, "previous": None})
+
+        return self.update(Kind.ALIASES, id_, rolled_back, etag)
+
+    def promotion(self, id_: str, etag: str | None) -> Operation:
+        def promoted(before: Resource) -> AliasFields:
+            assert isinstance(before, Alias)
+            if before.canary is None:
+                raise ConflictError(f"aliases/{id_} has no canary; it serves {before.bundle} alone")
+            return AliasFields(bundle=before.canary.bundle, note=before.note)
+
+        return self.update(Kind.ALIASES, id_, promoted, etag)
+
+    def all(self, operations: Sequence[Operation]) -> Changed[Any]:
+        """Do all operations, or none, once their bundles are found good."""
+        self.store.apply(replace(self._call, validate_only=True), operations)
+        good = list(self._asked)
+        self._serving.check_bundles(good, allow_unbound=self._allow_unbound)
+        self._good = good
+        return super().all(operations)
+
+    def _checked(self, fields: Fields) -> Fields:
+        assert isinstance(fields, AliasFields)
+        if self._good is None:
+            self._asked.append(fields)
+        elif fields not in self._good:
+            raise ConflictError("the alias has changed while its bundles were checked; read it again, then decide")
+        return fields
+
+
 InStore = Annotated[Store, Depends(_store)]
 Writer = Annotated[_Writer, Depends()]
+AliasWriter = Annotated[_AliasWriter, Depends()]
 IfMatch = Annotated[str | None, Depends(_if_match)]
 PageSize = Annotated[int, Query(ge=0, description=f"0 is the default; more than {MAX_PAGE} are {MAX_PAGE}.")]
 PageToken = Annotated[str, Query(max_length=2048, description="The `next_page_token` of the page before.")]
-Patch = Annotated[dict[str, Any], Depends(_merge_patch)]
+Patch = Annotated[dict[str, Any], Depends(merge_patch)]
 Content = Annotated[tuple[bytes, FileFormat], Depends(_content)]
 
 
@@ -262,9 +297,11 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
 
     FastAPI takes the model of a body from an annotation; here it is a value, of which mypy cannot know that it is one.
     """
-    reads, writes = guarded_router(Scope.ADMIN_READ, _READ_ERRORS), guarded_router(Scope.ADMIN_WRITE, _WRITE_ERRORS)
+    reads, writes = guarded_router(Scope.ADMIN_READ, READ_ERRORS), guarded_router(Scope.ADMIN_WRITE, WRITE_ERRORS)
     all_, one = f"/v1/{kind}", f"/v1/{kind}/{{id:resource}}"
     New, Stored = NEW[kind], STORED[kind]
+    writer_of_kind = _AliasWriter if kind is Kind.ALIASES else _Writer
+    KindWriter = Annotated[_Writer, Depends(writer_of_kind)]
     patch_schema = {"$ref": f"#/components/schemas/{patch_model(kind).__name__}"}
 
     @reads.get(all_, operation_id=f"{kind}.list", response_model=Listed[Stored])  # type: ignore[valid-type]
@@ -292,17 +329,8 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         content = transfer.write(kind, sorted(found, key=lambda r: r.id), format)
         return Response(content, media_type=_MEDIA[format])
 
-    @reads.post(f"{all_}:test", operation_id=f"{kind}.test", responses=documented(409, 429, 504))
-    async def test(trial: Trial[New], request: Request) -> TrialResult:  # type: ignore[valid-type]
-        """What a request returns without a resource and with it; nothing is stored."""
-        serving: Serving = request.app.state.serving
-        now = datetime.now(UTC)
-        added = {"id": id_of(kind, trial.resource), "etag": "", "revision": 0, "created_at": now, "updated_at": now}
-        resource = Stored.model_validate({**dict(fields_of(kind, trial.resource)), **added})
-        return await serving.test(kind, resource, trial.request)
-
     @writes.post(all_, operation_id=f"{kind}.create", response_model=Stored, status_code=201)
-    def create(new: New, writer: Writer) -> Any:  # type: ignore[valid-type]
+    def create(new: New, writer: KindWriter) -> Any:  # type: ignore[valid-type]
         """A new resource."""
         return writer.one(writer.creation(kind, new))
 
@@ -311,24 +339,24 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         operation_id=f"{kind}.patch",
         response_model=Stored,
         responses=documented(415),
-        openapi_extra=_body(**{MERGE_PATCH: patch_schema, "application/json": patch_schema}),
+        openapi_extra=body(**{MERGE_PATCH: patch_schema, JSON: patch_schema}),
     )
-    def patch(id: ResourceId, patch: Patch, writer: Writer, etag: IfMatch) -> Any:
+    def patch(id: ResourceId, patch: Patch, writer: KindWriter, etag: IfMatch) -> Any:
         """Change some fields, by a merge patch (RFC 7396): null takes a field away, objects are merged."""
         return writer.one(writer.patch(kind, id, patch, etag))
 
     @writes.delete(one, operation_id=f"{kind}.delete", response_model=Stored)
-    def delete(id: ResourceId, writer: Writer, etag: IfMatch) -> Any:
+    def delete(id: ResourceId, writer: KindWriter, etag: IfMatch) -> Any:
         """Delete; `:undelete` brings it back."""
         return writer.one(Delete(kind, id, etag))
 
     @writes.post(f"{one}:undelete", operation_id=f"{kind}.undelete", response_model=Stored)
-    def undelete(id: ResourceId, writer: Writer, etag: IfMatch) -> Any:
+    def undelete(id: ResourceId, writer: KindWriter, etag: IfMatch) -> Any:
         """Bring a deleted resource back as it was."""
         return writer.one(writer.undeletion(kind, id, etag))
 
     @writes.post(f"{all_}:batch", operation_id=f"{kind}.batch", response_model=Changed[Stored])  # type: ignore[valid-type]
-    def batch(batch: Batch[New], writer: Writer) -> Any:  # type: ignore[valid-type]
+    def batch(batch: Batch[New], writer: KindWriter) -> Any:  # type: ignore[valid-type]
         """Several operations, all or none, with one revision."""
         return writer.all([writer.one_of_batch(kind, operation) for operation in batch.operations])
 
@@ -336,9 +364,9 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
         f"{all_}:import",
         operation_id=f"{kind}.import",
         responses=documented(415),
-        openapi_extra=_body(**{media: {"type": "string"} for media in _MEDIA.values()}),
+        openapi_extra=body(**{media: {"type": "string"} for media in _MEDIA.values()}),
     )
-    def import_(content: Content, writer: Writer) -> Imported:
+    def import_(content: Content, writer: KindWriter) -> Imported:
         """Create or overwrite what the file has, all or nothing; what it does not have stays as it is."""
         rows = transfer.read(kind, *content)
         if len(rows) > MAX_IMPORTED:
@@ -359,8 +387,25 @@ def _collection(kind: Kind) -> tuple[APIRouter, APIRouter]:
     return reads, writes
 
 
-_reads = guarded_router(Scope.ADMIN_READ, _READ_ERRORS)
-_writes = guarded_router(Scope.ADMIN_WRITE, _WRITE_ERRORS)
+def _trials(kind: Kind) -> APIRouter:
+    """What can be tried before it is stored."""
+    reads = guarded_router(Scope.ADMIN_READ, READ_ERRORS)
+    New, Stored = NEW[kind], STORED[kind]
+
+    @reads.post(f"/v1/{kind}:test", operation_id=f"{kind}.test", responses=documented(409, 429, 504))
+    async def test(trial: Trial[New], request: Request) -> TrialResult:  # type: ignore[valid-type]
+        """What a request returns without a resource and with it; nothing is stored."""
+        serving: Serving = request.app.state.serving
+        now = datetime.now(UTC)
+        added = {"id": id_of(kind, trial.resource), "etag": "", "revision": 0, "created_at": now, "updated_at": now}
+        resource = Stored.model_validate({**dict(fields_of(kind, trial.resource)), **added})
+        return await serving.test(kind, resource, trial.request)
+
+    return reads
+
+
+_reads = guarded_router(Scope.ADMIN_READ, READ_ERRORS)
+_writes = guarded_router(Scope.ADMIN_WRITE, WRITE_ERRORS)
 
 
 @_writes.post("/v1/keywords/{id:resource}:bind", operation_id="keywords.bind", response_model=Keyword)
@@ -421,14 +466,55 @@ def snapshot(store: InStore) -> Snapshot:
         keywords=by_kind[Kind.KEYWORDS],
         rules=by_kind[Kind.RULES],
         synonyms=by_kind[Kind.SYNONYMS],
+        aliases=by_kind[Kind.ALIASES],
     )
 
 
-_ROUTERS = (*(router for kind in Kind for router in _collection(kind)), _reads, _writes)
+@_writes.post("/v1/aliases/{id:resource}:rollback", operation_id="aliases.rollback", response_model=Alias)
+def rollback(id: ResourceId, writer: AliasWriter, etag: IfMatch) -> Any:
+    """Serve the bundle before, and end the canary."""
+    return writer.one(writer.rollback(id, etag))
+
+
+@_writes.post("/v1/aliases/{id:resource}:promote", operation_id="aliases.promote", response_model=Alias)
+def promote(id: ResourceId, writer: AliasWriter, etag: IfMatch) -> Any:
+    """Serve the canary to everybody."""
+    return writer.one(writer.promotion(id, etag))
+
+
+@_reads.get("/v1/deployment", operation_id="deployment.get")
+def deployment(request: Request) -> DeploymentStatus:
+    """What this server answers with, and what the alias that it follows asks of it."""
+    serving: Serving = request.app.state.serving
+    return serving.deployment()
+
+
+@_reads.get("/v1/bundles", operation_id="bundles.list")
+def bundles(request: Request) -> BundleList:
+    """Bundles that an alias may name, in this server's folder of them."""
+    serving: Serving = request.app.state.serving
+    return serving.bundles()
+
+
+_TRIED = (Kind.KEYWORDS, Kind.RULES, Kind.SYNONYMS)
+_ROUTERS = (
+    *(router for kind in Kind for router in _collection(kind)),
+    *map(_trials, _TRIED),
+    _reads,
+    _writes,
+    *items.ROUTERS,
+)
 
 
 def create_app(
-    store: Store, serving: Serving, auth: Authenticator, metrics: Metrics, *, quiet: bool = False
+    store: Store,
+    serving: Serving,
+    auth: Authenticator,
+    metrics: Metrics,
+    *,
+    feed: CatalogueFeed | None = None,
+    quiet: bool = False,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The admin application.
 
@@ -437,11 +523,13 @@ def create_app(
         serving: the server that it runs in.
         auth: who may call.
         metrics: of the server.
+        feed: takes changes of items; None for a server that follows no folder of them.
         quiet: no log line for every call.
+        tracer: makes a span of every call; None makes none.
     """
     app = _application()
-    app.state.store, app.state.serving = store, serving
-    return open_application(app, auth, metrics, transport="admin", quiet=quiet)
+    app.state.store, app.state.serving, app.state.feed = store, serving, feed
+    return open_application(app, auth, metrics, transport="admin", quiet=quiet, tracer=tracer)
 
 
 def openapi() -> dict[str, Any]:

@@ -7,15 +7,29 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 from pydantic import BaseModel
 
 from genretrieval.errors import DeadlineError, OverloadedError, UnavailableError
 from genretrieval.request import RetrieveRequest
-from genretrieval_serving.admin.messages import MAX_PAGE, NEW, STORED, AuditPage, Imported, Slots, Snapshot, TrialResult
-from genretrieval_serving.admin.resources import AuditEvent, Binding, Keyword, Kind, Resource
+from genretrieval_serving.admin.messages import (
+    MAX_PAGE,
+    NEW,
+    STORED,
+    AuditPage,
+    BundleInfo,
+    BundleList,
+    DeploymentStatus,
+    Imported,
+    Item,
+    ItemsChanged,
+    Slots,
+    Snapshot,
+    TrialResult,
+)
+from genretrieval_serving.admin.resources import Alias, AuditEvent, Binding, Keyword, Kind, Resource
 from genretrieval_serving.client import ATTEMPTS, ClientTls, answered, bearer, tls_for
 
 _MEDIA = {"jsonl": "application/jsonl", "csv": "text/csv"}
@@ -66,6 +80,26 @@ class AdminClient:
         """Change some fields, by a merge patch: None takes a field away."""
         return self._one(kind, "PATCH", f"/{id_}", json=dict(patch), etag=etag)
 
+    def move(
+        self,
+        alias: str,
+        patch: Mapping[str, Any],
+        *,
+        allow_unbound: bool = False,
+        etag: str | None = None,
+        validate_only: bool = False,
+    ) -> Alias:
+        """Change which bundles an alias names, by a merge patch; the server opens each before it answers.
+
+        `allow_unbound` leaves out bindings and rules that cannot hold on a bundle, instead of refusing it.
+        """
+        params = _unbound(allow_unbound)
+        changed = self._one(
+            Kind.ALIASES, "PATCH", f"/{alias}", json=dict(patch), params=params, etag=etag, validate_only=validate_only
+        )
+        assert isinstance(changed, Alias)
+        return changed
+
     def delete(self, kind: Kind, id_: str, *, etag: str | None = None) -> Resource:
         """Delete; `undelete` brings it back."""
         return self._one(kind, "DELETE", f"/{id_}", etag=etag)
@@ -86,6 +120,22 @@ class AdminClient:
         assert isinstance(unbound, Keyword)
         return unbound
 
+    def promote(self, alias: str, *, etag: str | None = None) -> Alias:
+        """Serve the canary of an alias to everybody."""
+        return self._alias(alias, "promote", {}, etag)
+
+    def rollback(self, alias: str, *, allow_unbound: bool = False, etag: str | None = None) -> Alias:
+        """Serve the bundle before, and end the canary."""
+        return self._alias(alias, "rollback", _unbound(allow_unbound), etag)
+
+    def deployment(self) -> DeploymentStatus:
+        """What the server answers with, and what the alias that it follows asks of it."""
+        return DeploymentStatus.model_validate_json(self._call("GET", "/v1/deployment").content)
+
+    def bundles(self) -> list[BundleInfo]:
+        """What an alias may name, in the server's folder of bundles."""
+        return BundleList.model_validate_json(self._call("GET", "/v1/bundles").content).bundles
+
     def batch(self, kind: Kind, operations: Sequence[Mapping[str, Any]]) -> list[Resource]:
         """Several operations, all or none: ``{"action": "create", "resource": ...}`` and so on, see docs/admin.md."""
         body = self._call("POST", f"/v1/{kind}:batch", json={"operations": [dict(o) for o in operations]}).json()
@@ -105,6 +155,22 @@ class AdminClient:
         """What a request returns without a resource and with it; nothing is stored."""
         body = {"resource": _json(resource), "request": request.model_dump(mode="json")}
         return TrialResult.model_validate_json(self._call("POST", f"/v1/{kind}:test", json=body).content)
+
+    def item(self, item_id: str) -> Item:
+        """An item as the server has it now, removed or not."""
+        return Item.model_validate_json(self._call("GET", f"/v1/items/{quote(item_id, safe='')}").content)
+
+    def change_items(self, items: Sequence[Mapping[str, Any]], *, validate_only: bool = False) -> ItemsChanged:
+        """Add, change and remove up to 10,000 items, all or none, on every server that shares the folder of changes.
+
+        Args:
+            items: ``{"item_id": ..., "op": "upsert" or "remove", "semantic_id": ..., ATTRIBUTE: ...}``; what one does
+                not name stays as it is.
+            validate_only: only find out whether it could be done.
+        """
+        body = {"items": [dict(item) for item in items]}
+        answer = self._call("POST", "/v1/items:batch", json=body, validate_only=validate_only)
+        return ItemsChanged.model_validate_json(answer.content)
 
     def slots(self) -> Slots:
         """How many keywords can still be bound."""
@@ -142,6 +208,11 @@ class AdminClient:
         """Close connections."""
         self.close()
 
+    def _alias(self, id_: str, verb: str, params: Mapping[str, str], etag: str | None) -> Alias:
+        alias = self._one(Kind.ALIASES, "POST", f"/{id_}:{verb}", params=params, etag=etag)
+        assert isinstance(alias, Alias)
+        return alias
+
     def _one(self, kind: Kind, method: str, path: str, **call: Any) -> Resource:
         return STORED[kind].model_validate_json(self._call(method, f"/v1/{kind}{path}", **call).content)
 
@@ -171,6 +242,10 @@ class AdminClient:
                     raise
                 time.sleep(pause)
         raise AssertionError("unreachable")
+
+
+def _unbound(allow: bool) -> dict[str, str]:
+    return {"allow_unbound": "true"} if allow else {}
 
 
 def _json(given: BaseModel | Mapping[str, Any]) -> dict[str, Any]:

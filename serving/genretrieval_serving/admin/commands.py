@@ -80,18 +80,20 @@ def client_options(endpoint: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _api(endpoint: str) -> Iterator[AdminClient]:
+def open_api(endpoint: str, timeout: float = 30.0) -> Iterator[AdminClient]:
+    """A client of the admin API, with the key and the files of TLS that the environment names."""
     try:
         from genretrieval_serving.admin.client import AdminClient
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"{error.name} is not installed; `pip install 'genretrieval[client]'` brings it"
         ) from error
-    with AdminClient(endpoint, **client_options(endpoint)) as client:
+    with AdminClient(endpoint, timeout=timeout, **client_options(endpoint)) as client:
         yield client
 
 
-def _store(url: str) -> closing[SqlStore]:
+def open_store(url: str) -> closing[SqlStore]:
+    """The admin store itself."""
     try:
         from genretrieval_serving.admin.sql import SqlStore
         from genretrieval_serving.observability import configure_logging
@@ -120,15 +122,15 @@ def _group(name: str, help_: str) -> typer.Typer:
         endpoint: Endpoint = HERE, deleted: Annotated[bool, typer.Option(help="Deleted ones, too.")] = False
     ) -> None:
         """Print all, one JSON object a line."""
-        with _api(endpoint) as client:
+        with open_api(endpoint) as client:
             for resource in client.pages(kind(), deleted=deleted):
                 print(resource.model_dump_json(exclude_none=True))
 
     @verb
     def get(id_: Id, endpoint: Endpoint = HERE) -> None:
         """Print one, deleted or not."""
-        with _api(endpoint) as client:
-            _print(client.get(kind(), id_))
+        with open_api(endpoint) as client:
+            show(client.get(kind(), id_))
 
     @verb
     def patch(
@@ -138,20 +140,20 @@ def _group(name: str, help_: str) -> typer.Typer:
         etag: Etag = None,
     ) -> None:
         """Change some fields."""
-        with _api(endpoint) as client:
-            _print(client.patch(kind(), id_, _json(fields), etag=etag))
+        with open_api(endpoint) as client:
+            show(client.patch(kind(), id_, _json(fields), etag=etag))
 
     @verb
     def delete(id_: Id, endpoint: Endpoint = HERE, etag: Etag = None) -> None:
         """Delete; `undelete` brings it back."""
-        with _api(endpoint) as client:
-            _print(client.delete(kind(), id_, etag=etag))
+        with open_api(endpoint) as client:
+            show(client.delete(kind(), id_, etag=etag))
 
     @verb
     def undelete(id_: Id, endpoint: Endpoint = HERE) -> None:
         """Bring a deleted one back as it was."""
-        with _api(endpoint) as client:
-            _print(client.undelete(kind(), id_))
+        with open_api(endpoint) as client:
+            show(client.undelete(kind(), id_))
 
     @verb
     def import_(
@@ -161,8 +163,8 @@ def _group(name: str, help_: str) -> typer.Typer:
         validate_only: DryRun = False,
     ) -> None:
         """Create or overwrite what a file has, all or nothing."""
-        with _api(endpoint) as client:
-            _print(client.import_(kind(), _read(file), _format(file_format, file), validate_only=validate_only))
+        with open_api(endpoint) as client:
+            show(client.import_(kind(), _read(file), _format(file_format, file), validate_only=validate_only))
 
     @verb
     def export(
@@ -171,7 +173,7 @@ def _group(name: str, help_: str) -> typer.Typer:
         file_format: Format = None,
     ) -> None:
         """Write all that are not deleted to a file."""
-        with _api(endpoint) as client:
+        with open_api(endpoint) as client:
             content = client.export(kind(), _format(file_format, output))
         if output is None:
             sys.stdout.buffer.write(content)
@@ -193,7 +195,7 @@ def _group(name: str, help_: str) -> typer.Typer:
 
         events = [HistoryEvent(item_id=item) for item in history or []]
         request = RetrieveRequest(query=query, history=events, scenario=scenario, top_k=top_k)
-        with _api(endpoint) as client:
+        with open_api(endpoint) as client:
             from genretrieval_serving.admin.client import as_new
 
             tried = _json(resource) if resource[:1] in ("{", "@") else as_new(kind(), client.get(kind(), resource))
@@ -224,8 +226,8 @@ def _create_keyword(
         new["binding"] = _binding(item, items_file, select, valid_from, valid_until)
     from genretrieval_serving.admin.resources import Kind
 
-    with _api(endpoint) as client:
-        _print(client.create(Kind.KEYWORDS, new, validate_only=validate_only))
+    with open_api(endpoint) as client:
+        show(client.create(Kind.KEYWORDS, new, validate_only=validate_only))
 
 
 def _bind(
@@ -239,14 +241,14 @@ def _bind(
     etag: Etag = None,
 ) -> None:
     """Bind a word to items, in place of those it was bound to."""
-    with _api(endpoint) as client:
-        _print(client.bind(id_, _binding(item, items_file, select, valid_from, valid_until), etag=etag))
+    with open_api(endpoint) as client:
+        show(client.bind(id_, _binding(item, items_file, select, valid_from, valid_until), etag=etag))
 
 
 def _unbind(id_: Id, endpoint: Endpoint = HERE, etag: Etag = None) -> None:
     """Give a word's slot back; the word stays."""
-    with _api(endpoint) as client:
-        _print(client.unbind(id_, etag=etag))
+    with open_api(endpoint) as client:
+        show(client.unbind(id_, etag=etag))
 
 
 def _create_rule(
@@ -266,8 +268,8 @@ def _create_rule(
     from genretrieval_serving.admin.resources import Kind
 
     new = _json(fields) | ({} if id_ is None else {"id": id_})
-    with _api(endpoint) as client:
-        _print(client.create(Kind.RULES, new, validate_only=validate_only))
+    with open_api(endpoint) as client:
+        show(client.create(Kind.RULES, new, validate_only=validate_only))
 
 
 def _create_synonyms(
@@ -283,8 +285,8 @@ def _create_synonyms(
 
     new: dict[str, Any] = {"kind": "one_way" if one_way else "two_way", "terms": terms, "note": note}
     new |= {} if id_ is None else {"id": id_}
-    with _api(endpoint) as client:
-        _print(client.create(Kind.SYNONYMS, new, validate_only=validate_only))
+    with open_api(endpoint) as client:
+        show(client.create(Kind.SYNONYMS, new, validate_only=validate_only))
 
 
 def _create_key(
@@ -300,7 +302,7 @@ def _create_key(
 
     if unknown := [name for name in scope if name not in list(Scope)]:
         raise InvalidInputError(f"no scope {', '.join(unknown)}; there are {', '.join(Scope)}")
-    with _store(store) as opened:
+    with open_store(store) as opened:
         id_, secret = opened.create_key(principal, map(Scope, scope), _aware(expires))
     print(f"id {id_}", file=sys.stderr)
     print(secret)
@@ -308,7 +310,7 @@ def _create_key(
 
 def _list_keys(store: StoreUrl) -> None:
     """Print all keys without their secrets, one JSON object a line."""
-    with _store(store) as opened:
+    with open_store(store) as opened:
         for key in opened.list_keys():
             times = {"created_at": key.created_at, "expires_at": key.expires_at, "revoked_at": key.revoked_at}
             shown = {"id": key.id, "principal": key.principal, "scopes": sorted(key.scopes)}
@@ -319,7 +321,7 @@ def _revoke_key(
     id_: Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it; not the secret.")], store: StoreUrl
 ) -> None:
     """End a key for good; servers follow within seconds."""
-    with _store(store) as opened:
+    with open_store(store) as opened:
         opened.revoke_key(id_)
     print(f"{id_} revoked")
 
@@ -331,7 +333,7 @@ def _backup(
     """Write everything that a store holds to a file: resources, deleted ones too, slots, audit, hashes of keys."""
     if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).is_file():
         raise InvalidInputError(f"there is no {store}, so nothing to back up; opening it would make an empty one")
-    with _store(store) as opened:
+    with open_store(store) as opened:
         from genretrieval_serving.admin.backup import backup
 
         contents = backup(opened, file)
@@ -342,7 +344,7 @@ def _restore(
     file: Annotated[Path, typer.Argument(help="What `admin backup` wrote, of a store of either kind.")], store: StoreUrl
 ) -> None:
     """Fill an empty store from a file; servers on it follow, and its revision goes on where it was."""
-    with _store(store) as opened:
+    with open_store(store) as opened:
         from genretrieval_serving.admin.backup import restore
 
         contents = restore(opened, file)
@@ -391,7 +393,8 @@ def _format(given: str | None, file: Path | None) -> str:
     return name
 
 
-def _print(model: Any) -> None:
+def show(model: Any) -> None:
+    """Print a resource as JSON."""
     print(model.model_dump_json(indent=2, exclude_none=True))
 
 

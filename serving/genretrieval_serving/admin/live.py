@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from genretrieval.catalogue import reserved_paths
 from genretrieval.edits import Edits
-from genretrieval.errors import SlotsExhaustedError, UnavailableError
-from genretrieval.keywords import AttributeType
+from genretrieval.errors import ConflictError, SlotsExhaustedError, UnavailableError
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
-from genretrieval_serving.admin.messages import TrialResult
+from genretrieval.servable import Catalogue
+from genretrieval_serving.admin.messages import BundleList, DeploymentStatus, TrialResult
 from genretrieval_serving.admin.replica import Replica
-from genretrieval_serving.admin.resources import Fields, Keyword, Kind, Resource, SlotRef
+from genretrieval_serving.admin.resources import AliasFields, Fields, Keyword, Kind, Resource, SlotRef
 from genretrieval_serving.admin.store import Changes
 from genretrieval_serving.batcher import Batcher
-from genretrieval_serving.deployment import Deployment
+from genretrieval_serving.deployment import Deployment, preferred_levels
+from genretrieval_serving.rollout import Rollout, status_of
 
 
 class Live:
@@ -24,10 +25,11 @@ class Live:
 
     def __init__(self) -> None:
         self._open: tuple[Batcher, Deployment, Replica] | None = None
+        self._rollout: Rollout | None = None
 
-    def open(self, batcher: Batcher, deployment: Deployment, replica: Replica) -> None:
-        """Begin, with what is served."""
-        self._open = batcher, deployment, replica
+    def open(self, batcher: Batcher, deployment: Deployment, replica: Replica, rollout: Rollout | None = None) -> None:
+        """Begin, with what is served, and what follows an alias if anything does."""
+        self._open, self._rollout = (batcher, deployment, replica), rollout
 
     def validate(self, fields: Fields) -> None:
         """Refuse what could not be applied to the catalogue.
@@ -44,6 +46,45 @@ class Live:
         """Bring a change of the store into force here, without waiting for the next poll."""
         if self._open is not None:
             self._open[2].refresh()
+
+    def check_bundles(self, aliases: Sequence[AliasFields], *, allow_unbound: bool) -> None:
+        """Refuse aliases of bundles that cannot be served, or on which the admin state cannot hold.
+
+        Raises:
+            ConflictError: a bundle is refused, or there is no folder of bundles here to look into.
+            UnavailableError: the server is not ready.
+        """
+        self._opened()
+        self._following().check(aliases, allow_unbound=allow_unbound)
+
+    def catalogue(self) -> Catalogue:
+        """The items that the primary arm answers with.
+
+        Raises:
+            UnavailableError: the server is not ready.
+        """
+        return self._opened()[1].primary.retriever.catalogue
+
+    def deployment(self) -> DeploymentStatus:
+        """What answers, and what should.
+
+        Raises:
+            UnavailableError: the server is not ready.
+        """
+        _, deployment, _ = self._opened()
+        if self._rollout is not None:
+            return self._rollout.status()
+        return DeploymentStatus(arms=[status_of(deployment.primary, 1.0)])
+
+    def bundles(self) -> BundleList:
+        """What could be served.
+
+        Raises:
+            ConflictError: there is no folder of bundles here.
+            UnavailableError: the server is not ready.
+        """
+        self._opened()
+        return self._following().bundles()
 
     async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
         """What a request returns without `resource`, and with it in place of the one that has its id.
@@ -82,21 +123,14 @@ class Live:
         level = preferred_levels(retriever).get(keyword.type)
         return next((slot for slot in free if slot.level == level), free[0])
 
+    def _following(self) -> Rollout:
+        if self._rollout is None:
+            raise ConflictError(
+                "this server serves one bundle and follows no alias; ask one that has --bundles and --alias"
+            )
+        return self._rollout
+
     def _opened(self) -> tuple[Batcher, Deployment, Replica]:
         if self._open is None:
             raise UnavailableError("the bundle is still being loaded, and changes are checked against it; try again")
         return self._open
-
-
-def reserved_slots(retriever: Retriever) -> list[SlotRef]:
-    """The slots that a bundle keeps for bindings."""
-    manifest = retriever.bundle.manifest
-    paths = reserved_paths(manifest.codebook_sizes, manifest.reserved_slots)
-    return [SlotRef(level=int(path.argmax()), code=int(path.max())) for path in paths]
-
-
-def preferred_levels(retriever: Retriever) -> dict[AttributeType, int]:
-    """The level whose keywords are of a type; a new one of that type is bound there first."""
-    codebook = retriever.features.keywords
-    groups = codebook.groups if codebook else ()
-    return {type_: level for level, group in enumerate(groups) for type_ in group}

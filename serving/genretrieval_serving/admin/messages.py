@@ -8,11 +8,13 @@ import re
 import unicodedata
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictInt, ValidationError, create_model
 
 from genretrieval.keywords import normalise
-from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval.request import Id, RetrieveRequest, RetrieveResponse
 from genretrieval_serving.admin.resources import (
+    Alias,
+    AliasFields,
     AuditEvent,
     Fields,
     Keyword,
@@ -28,6 +30,7 @@ from genretrieval_serving.admin.resources import (
 from genretrieval_serving.messages import request_error
 
 MAX_OPERATIONS = 1000
+MAX_ITEMS = 10_000
 MAX_PAGE = 1000
 
 R = TypeVar("R")
@@ -53,18 +56,31 @@ class NewSynonyms(_New, SynonymsFields):
     """A synonym set to create."""
 
 
-NewResource = NewKeyword | NewRule | NewSynonyms
+class NewAlias(_New, AliasFields):
+    """An alias to create."""
+
+    id: ResourceId = Field(description="Servers name it with `--alias`.")
+
+
+NewResource = NewKeyword | NewRule | NewSynonyms | NewAlias
 FIELDS: dict[Kind, type[Fields]] = {
     Kind.KEYWORDS: KeywordFields,
     Kind.RULES: RuleFields,
     Kind.SYNONYMS: SynonymsFields,
+    Kind.ALIASES: AliasFields,
 }
 NEW: dict[Kind, type[NewResource]] = {
     Kind.KEYWORDS: NewKeyword,
     Kind.RULES: NewRule,
     Kind.SYNONYMS: NewSynonyms,
+    Kind.ALIASES: NewAlias,
 }
-STORED: dict[Kind, type[Resource]] = {Kind.KEYWORDS: Keyword, Kind.RULES: Rule, Kind.SYNONYMS: Synonyms}
+STORED: dict[Kind, type[Resource]] = {
+    Kind.KEYWORDS: Keyword,
+    Kind.RULES: Rule,
+    Kind.SYNONYMS: Synonyms,
+    Kind.ALIASES: Alias,
+}
 
 
 def fields_of(kind: Kind, source: Resource | NewResource) -> Fields:
@@ -243,3 +259,89 @@ class Snapshot(_Message):
     keywords: list[Keyword]
     rules: list[Rule]
     synonyms: list[Synonyms]
+    aliases: list[Alias]
+
+
+class ArmStatus(_Message):
+    """A bundle that this server answers with, or should."""
+
+    arm: Literal["primary", "canary"]
+    wanted: str | None = Field(default=None, description="Bundle that the alias asks for; none without an alias.")
+    bundle: str | None = Field(default=None, description="Bundle that answers; none where no alias is followed.")
+    version: str | None = Field(default=None, description="Of the bundle that answers; none while none does.")
+    uuid: str | None = None
+    since: AwareDatetime | None = Field(default=None, description="When it began to answer as this arm.")
+    share: float = Field(description="Of the users.")
+    items: int = Field(default=0, description="That can be retrieved.")
+    catalogue_revision: int = 0
+    error: str | None = Field(default=None, description="Why what is wanted does not answer.")
+    failures: int = Field(default=0, description="How often it was tried.")
+    retry_at: AwareDatetime | None = None
+
+
+class DeploymentStatus(_Message):
+    """What one server answers with, and what the alias that it follows asks of it."""
+
+    alias: str | None = None
+    arms: list[ArmStatus]
+
+
+class BundleInfo(_Message):
+    """A folder among those that a server can be told to serve; its files are not checked."""
+
+    name: str
+    version: str | None = None
+    uuid: str | None = None
+    parent_uuid: str | None = None
+    created: AwareDatetime | None = None
+    items: int | None = None
+    metrics: dict[str, float] = {}
+    error: str | None = Field(default=None, description="Why it cannot be served.")
+
+
+class BundleList(_Message):
+    """Bundles by name."""
+
+    bundles: list[BundleInfo]
+
+
+class ItemChange(BaseModel):
+    """One item to add, change or remove; further members are attributes of the catalogue.
+
+    An attribute that is not there stays as it is; null takes its value away.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    item_id: Id
+    op: Literal["upsert", "remove"] = "upsert"
+    semantic_id: list[StrictInt] | None = Field(
+        default=None, max_length=64, description="Of an item that the catalogue does not have, as a tokenizer made it."
+    )
+
+
+class ItemChanges(_Message):
+    """Items that are changed together, or not at all."""
+
+    items: list[ItemChange] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class ItemsChanged(_Message):
+    """What a change came to."""
+
+    catalogue_revision: int = Field(description="Of the catalogue that has it, on this server.")
+    file: str = Field(description="Name of the file in the folder of changes; empty where it was only checked.")
+    upserted: int
+    removed: int
+    missing_ids: list[str] = Field(description="Items that were to be removed and are not there.")
+
+
+class Item(_Message):
+    """An item as this server has it now."""
+
+    item_id: str
+    semantic_id: list[int]
+    removed: bool
+    popularity: int
+    attributes: dict[str, Any]
+    catalogue_revision: int

@@ -138,6 +138,10 @@ class Replica:
         _, resource = self._resources.get(f"{kind}/{id_}", (None, None))
         return resource
 
+    def all(self, kind: Kind) -> list[Resource]:
+        """Every resource of a kind that is in force."""
+        return [resource for found, resource in self._resources.values() if found is kind]
+
     def view(self, items: Items, *, allow_unbound: bool = True) -> View:
         """The state on a catalogue, from now on kept up to date as all views are. Takes a while; not for the loop.
 

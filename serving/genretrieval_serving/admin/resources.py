@@ -1,6 +1,6 @@
 """The resources of the admin API, as they travel, are stored and are exported.
 
-What a caller writes stands in `KeywordFields`, `RuleFields` and `SynonymsFields`; the server adds the rest.
+What a caller writes stands in the classes whose names end in ``Fields``; the server adds the rest.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ MAX_BOOST = 1000.0
 MAX_REGEX = 256
 
 ResourceId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$")]
+BundleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Term = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
@@ -49,6 +50,7 @@ class Kind(StrEnum):
     KEYWORDS = "keywords"
     RULES = "rules"
     SYNONYMS = "synonyms"
+    ALIASES = "aliases"
 
 
 class _Resource(BaseModel):
@@ -192,6 +194,32 @@ class SynonymsFields(_Resource):
     note: str = Field(default="", max_length=1000)
 
 
+class Canary(_Resource):
+    """A bundle that answers a share of the users, always the same ones."""
+
+    bundle: BundleName
+    share: float = Field(ge=0, le=1, strict=True)
+
+
+class AliasFields(_Resource):
+    """Which bundle is served: by every server that follows the alias, as soon as it has loaded it."""
+
+    bundle: BundleName = Field(description="Name of its folder in the servers' folder of bundles.")
+    canary: Canary | None = None
+    note: str = Field(default="", max_length=1000)
+
+    @model_validator(mode="after")
+    def _two_bundles(self) -> Self:
+        if self.canary and self.canary.bundle == self.bundle:
+            raise ValueError(f"{self.bundle} is the bundle and the canary; `:promote` makes a canary the bundle")
+        return self
+
+    @property
+    def bundles(self) -> list[str]:
+        """Names of the bundles that are served."""
+        return [self.bundle] + ([self.canary.bundle] if self.canary else [])
+
+
 class _Stored(_Resource):
     """What the server adds to every resource."""
 
@@ -224,8 +252,16 @@ class Synonyms(_Stored, SynonymsFields):
     """A synonym set as it is kept."""
 
 
-Fields = KeywordFields | RuleFields | SynonymsFields
-Resource = Keyword | Rule | Synonyms
+class Alias(_Stored, AliasFields):
+    """An alias as it is kept."""
+
+    previous: BundleName | None = Field(
+        default=None, description="The bundle before, to which `:rollback` goes back; none after a rollback."
+    )
+
+
+Fields = KeywordFields | RuleFields | SynonymsFields | AliasFields
+Resource = Keyword | Rule | Synonyms | Alias
 
 
 class Scope(StrEnum):

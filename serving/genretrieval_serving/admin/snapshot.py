@@ -30,6 +30,7 @@ from genretrieval.keywords import normalise, with_edges
 from genretrieval.request import Filters, RetrieveRequest
 from genretrieval.servable import Catalogue
 from genretrieval_serving.admin.resources import (
+    Alias,
     Binding,
     BlockEffect,
     BoostEffect,
@@ -294,6 +295,7 @@ class _Synonyms:
     bring: frozenset[str]
 
 
+_Applied = Keyword | Rule | Synonyms
 _Compiled = _BoundKeyword | _Rule | _Synonyms
 
 
@@ -368,7 +370,7 @@ class AdminSnapshot:
             if resource.deleted_at is not None:
                 continue
             resources[name] = kind, resource
-            if not _applies(resource):
+            if isinstance(resource, Alias) or not _applies(resource):
                 continue
             if problems := self.items.problems(resource):
                 broken[name] = "; ".join(problems)
@@ -460,7 +462,7 @@ class AdminSnapshot:
         return list(found.values())
 
 
-def _applies(resource: Resource) -> bool:
+def _applies(resource: _Applied) -> bool:
     """Whether it can change a request at all, now or later."""
     if isinstance(resource, Keyword):
         return resource.binding is not None and resource.slot is not None
@@ -478,7 +480,7 @@ def _ids(fields: Fields) -> list[str]:
     return []
 
 
-def _compile(name: str, resource: Resource, items: Items) -> _Compiled:
+def _compile(name: str, resource: _Applied, items: Items) -> _Compiled:
     """A resource without problems, its items found."""
     if isinstance(resource, Keyword):
         assert resource.binding is not None

@@ -48,6 +48,8 @@ from genretrieval.errors import (
 )
 from genretrieval.keywords import AttributeType, normalise
 from genretrieval_serving.admin.resources import (
+    Alias,
+    AliasFields,
     AuditEvent,
     Fields,
     Keyword,
@@ -189,8 +191,14 @@ _FIELDS: dict[Kind, type[Fields]] = {
     Kind.KEYWORDS: KeywordFields,
     Kind.RULES: RuleFields,
     Kind.SYNONYMS: SynonymsFields,
+    Kind.ALIASES: AliasFields,
 }
-_STORED: dict[Kind, type[Resource]] = {Kind.KEYWORDS: Keyword, Kind.RULES: Rule, Kind.SYNONYMS: Synonyms}
+_STORED: dict[Kind, type[Resource]] = {
+    Kind.KEYWORDS: Keyword,
+    Kind.RULES: Rule,
+    Kind.SYNONYMS: Synonyms,
+    Kind.ALIASES: Alias,
+}
 
 _RESOURCES = sa.select(_documents, _slots.c.level, _slots.c.code).select_from(
     _documents.outerjoin(
@@ -308,6 +316,17 @@ class SqlStore:
             return resources
 
         return self._change(call, work)
+
+    def note(self, call: Call, name: str, after: dict[str, Any]) -> None:
+        """An audit event about something that is kept elsewhere; it moves the revision, as every change does.
+
+        Args:
+            call: who changes it.
+            name: what.
+            after: what is to be known of the change.
+        """
+        _check_indexed("the name", name)
+        self._change(call, lambda change: change.event("update", name, None, after))
 
     def get(self, kind: Kind, id_: str) -> Resource:
         """One resource, deleted or not.
@@ -736,6 +755,8 @@ class _Change:
             due = fields.binding is not None and deleted_at is None
             if due or (isinstance(before, Keyword) and before.slot is not None):
                 slot = self.pool.settle(id_, fields.type, due)
+        if isinstance(fields, AliasFields):
+            body["previous"] = fields.previous if isinstance(fields, Alias) else _previous(fields, before)
         # The same for a change that is only checked and then made, and for no other.
         state = json.dumps([self.revision, body, deleted_at is None], sort_keys=True)
         row = {
@@ -957,6 +978,13 @@ def _stored(row: Mapping[Any, Any], slot: SlotRef | None) -> Resource:
         added["slot"] = slot
     # A later release may have added fields.
     return _STORED[kind].model_validate({**row["body"], **added}, extra="ignore")
+
+
+def _previous(fields: AliasFields, before: Resource | None) -> str | None:
+    """What an alias is rolled back to, once it names other bundles."""
+    if not isinstance(before, Alias):
+        return None
+    return before.previous if before.bundle == fields.bundle else before.bundle
 
 
 def _not_found(kind: Kind, id_: str) -> NotFoundError:

@@ -22,7 +22,7 @@ from genretrieval_serving.admin.resources import Kind, Resource
 from genretrieval_serving.messages import MAX_BODY_BYTES, request_error
 
 # Columns whose cells are text as it stands; all others hold JSON.
-_TEXT = frozenset({"id", "text", "type", "kind", "note", "valid_from", "valid_until"})
+_TEXT = frozenset({"id", "text", "type", "kind", "note", "bundle", "valid_from", "valid_until"})
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _ESCAPED = re.compile(r"'+[=+\-@\t\r]")
 # A cell may hold the ids of a whole binding; the module's own limit is 128 KiB.

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine, make_url
 
 from genretrieval.servable import Catalogue
-from genretrieval_serving.admin.resources import Keyword, Kind, Resource, Rule, SlotRef, Synonyms
+from genretrieval_serving.admin.resources import Alias, Keyword, Kind, Resource, Rule, SlotRef, Synonyms
 from genretrieval_serving.admin.snapshot import AdminSnapshot, Items
 from genretrieval_serving.admin.sql import SlotCounts, SqlStore
 from genretrieval_serving.admin.store import Changes
@@ -23,7 +23,7 @@ from genretrieval_serving.admin.store import Changes
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 # The catalogue's codebooks have 8 codes each; of the first, 6 and 7 are reserved.
 RESERVED = (2, 0, 0)
-KINDS = {Kind.KEYWORDS: Keyword, Kind.RULES: Rule, Kind.SYNONYMS: Synonyms}
+KINDS = {Kind.KEYWORDS: Keyword, Kind.RULES: Rule, Kind.SYNONYMS: Synonyms, Kind.ALIASES: Alias}
 
 Stored = Callable[..., tuple[Kind, Resource]]
 

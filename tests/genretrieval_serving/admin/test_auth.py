@@ -62,9 +62,14 @@ NEEDS = {
     "admin": {
         **{
             operation.replace("{kind}", kind): scope
-            for kind in ("keywords", "rules", "synonyms")
+            for kind in ("keywords", "rules", "synonyms", "aliases")
             for operation, scope in COLLECTION.items()
+            if (kind, operation) != ("aliases", "POST /v1/{kind}:test")
         },
+        "POST /v1/aliases/{id}:rollback": WRITE,
+        "POST /v1/aliases/{id}:promote": WRITE,
+        "GET /v1/deployment": READ,
+        "GET /v1/bundles": READ,
         "POST /v1/keywords/{id}:bind": WRITE,
         "POST /v1/keywords/{id}:unbind": WRITE,
         "GET /v1/slots": READ,

@@ -23,9 +23,11 @@ from genretrieval_serving.admin import api
 from genretrieval_serving.admin.auth import Authenticator
 from genretrieval_serving.admin.messages import STORED, fields_of
 from genretrieval_serving.admin.resources import (
+    AliasFields,
     Binding,
     BlockEffect,
     BoostEffect,
+    Canary,
     Condition,
     Fields,
     KeywordFields,
@@ -112,6 +114,12 @@ FIELDS: dict[Kind, st.SearchStrategy[Any]] = {
         kind=st.sampled_from(["one_way", "two_way"]),
         terms=st.lists(texts, min_size=2, max_size=4),
         enabled=st.booleans(),
+        note=notes,
+    ),
+    Kind.ALIASES: st.builds(
+        AliasFields,
+        bundle=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True),
+        canary=st.none() | st.builds(Canary, bundle=st.just("canary.bundle"), share=st.floats(0, 1)),
         note=notes,
     ),
 }
