@@ -27,7 +27,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -235,24 +235,24 @@ class _Checked:
         attributes = self._attributes()
         items = self._item_ids()
         removed = self._removed()
-        named = self._fields(list(attributes))
+        named = self._fields()
         ids = self._semantic_ids(items)
+        unlisted = 0
         for name, values in attributes.items():
             if values.dtype.is_float():
                 self._wrong(name, "is NaN or infinite", ~values.is_finite())
-        # What follows reads the columns together, so each must be right.
-        if not self.problems:
+        # What follows reads these together, so each must be right.
+        if not {problem.column for problem in self.problems} & {ITEM_ID, OP, SEMANTIC_ID}:
             known = self.catalogue.rows_of(items) >= 0
-            set_ = {name: self._set(name, removed, named) for name in attributes}
-            ids = self._with_encoded(ids, attributes, ~known & ~removed.to_numpy())
+            upserted = ~removed.to_numpy()
+            ids = self._with_encoded(ids, attributes, ~known & upserted)
             new = ~known & ids.is_not_null().to_numpy()
             if self.strict:
-                lost = ~known & ~new
-                self._wrong(ITEM_ID, self._no_id(), pl.Series(lost & ~removed.to_numpy()))
+                self._wrong(ITEM_ID, self._no_id(), pl.Series(~known & ~new & upserted))
             unlisted = self._unlisted(items, ids, removed, new)
         if self.problems:
             lines = "\n".join(f"  {problem}" for problem in self.problems)
-            raise DataError(f"{self.source} is refused whole; nothing of it was applied:\n{lines}")
+            raise DataError(f"{self.source}: refused whole, nothing of it was applied:\n{lines}")
 
         def frame(values: pl.Series, rows: pl.Series | None = None) -> pl.DataFrame:
             made = pl.DataFrame([items.alias(ITEM_ID), values.alias(_VALUE)])
@@ -261,7 +261,7 @@ class _Checked:
         return CatalogueChanges(
             frame(removed),
             frame(ids, ids.is_not_null()),
-            {name: frame(values, set_[name]) for name, values in attributes.items() if set_[name].any()},
+            {name: frame(values, rows) for name, values, rows in self._set(attributes, removed, named) if rows.any()},
             self.n_sets,
             unlisted,
         )
@@ -326,20 +326,24 @@ class _Checked:
         self._wrong(OP, f"is neither {UPSERT!r} nor {REMOVE!r}", ~op.is_in([UPSERT, REMOVE]))
         return (op == REMOVE).fill_null(value=False)
 
-    def _fields(self, attributes: list[str]) -> pl.Series | None:
+    def _fields(self) -> pl.Series | None:
         """The attributes that each row changes, null for all."""
         if FIELDS not in self.given.columns:
             return None
         named = self._read(FIELDS, pl.List(pl.String()), " (names of attributes)")
-        strange = named.list.eval(~pl.element().is_in(attributes) | pl.element().is_null()).list.any()
+        there = [name for name in self.given.columns if name not in (ITEM_ID, OP, SEMANTIC_ID, FIELDS)]
+        strange = named.list.eval(~pl.element().is_in(there) | pl.element().is_null()).list.any()
         self._wrong(FIELDS, "names what is no attribute column of this table", strange)
         return named
 
-    def _set(self, name: str, removed: pl.Series, named: pl.Series | None) -> pl.Series:
-        """Whether each row changes an attribute."""
-        if named is None:
-            return ~removed
-        return named.list.contains(name).fill_null(~removed)
+    @staticmethod
+    def _set(
+        attributes: Mapping[str, pl.Series], removed: pl.Series, named: pl.Series | None
+    ) -> Iterator[tuple[str, pl.Series, pl.Series]]:
+        """Of each attribute its values, and which rows change it."""
+        for name, values in attributes.items():
+            rows = ~removed if named is None else named.list.contains(name).fill_null(~removed)
+            yield name, values, rows
 
     def _semantic_ids(self, items: pl.Series) -> pl.Series:
         """The IDs that were given, null for none."""
@@ -365,7 +369,7 @@ class _Checked:
             held = pl.any_horizontal(code >= start for code, start in zip(codes, first, strict=True))
             taken = frame.select(there & whole & held).to_series()
             self._wrong(SEMANTIC_ID, "holds a reserved slot, which stands for a keyword and for no item", taken)
-        if self.problems:
+        if {problem.column for problem in self.problems} & {ITEM_ID, SEMANTIC_ID}:
             return given.cast(_CODES, strict=False)
         given = given.cast(_CODES)
         rows = self.catalogue.rows_of(items)

@@ -197,7 +197,7 @@ def test_every_problem_is_told_at_once(base) -> None:
     with pytest.raises(DataError) as told:
         base.check(changes(*rows), "stock.parquet")
     lines = str(told.value).splitlines()
-    assert lines[0] == "stock.parquet is refused whole; nothing of it was applied:"
+    assert lines[0] == "stock.parquet: refused whole, nothing of it was applied:"
     assert [line.split()[:2] for line in lines[1:]] == [
         ["stock.parquet:", name] for name in ("colour", "item_id", "op", "semantic_id")
     ]

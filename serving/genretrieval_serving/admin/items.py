@@ -6,18 +6,17 @@ A change is checked against the catalogue that is served, written as a file into
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 import polars as pl
 import structlog
 from fastapi import Depends, Path, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from genretrieval.catalogue_changes import FIELDS, ITEM_ID, OP, SEMANTIC_ID
 from genretrieval.errors import ConflictError, NotFoundError, RequestError
-from genretrieval.request import Id
 from genretrieval.servable import NO_ATTRIBUTES, Catalogue
 from genretrieval_serving.admin.calls import JSON, MERGE_PATCH, READ_ERRORS, WRITE_ERRORS, body, call_of, merge_patch
+from genretrieval_serving.admin.messages import Item, ItemChange, ItemChanges, ItemsChanged
 from genretrieval_serving.admin.resources import Scope
 from genretrieval_serving.admin.store import Call
 from genretrieval_serving.catalogue_feed import CatalogueFeed, Changed
@@ -25,54 +24,9 @@ from genretrieval_serving.web import documented, guarded_router
 
 log = structlog.get_logger(__name__)
 
-MAX_ITEMS = 10_000
 # An audit event names so many items; the file of the change has them all.
 _NAMED = 100
 _NOT_CHANGED_SO = frozenset({ITEM_ID, OP, SEMANTIC_ID, FIELDS})
-
-
-class ItemChange(BaseModel):
-    """One item to add, change or remove; further members are attributes of the catalogue.
-
-    An attribute that is not there stays as it is; null takes its value away.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    item_id: Id
-    op: Literal["upsert", "remove"] = "upsert"
-    semantic_id: list[StrictInt] | None = Field(
-        default=None, max_length=64, description="Of an item that the catalogue does not have, as a tokenizer made it."
-    )
-
-
-class ItemChanges(BaseModel):
-    """Items that are changed together, or not at all."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    items: list[ItemChange] = Field(min_length=1, max_length=MAX_ITEMS)
-
-
-class ItemsChanged(BaseModel):
-    """What a change came to."""
-
-    catalogue_revision: int = Field(description="Of the catalogue that has it, on this server.")
-    file: str = Field(description="Name of the file in the folder of changes; empty where it was only checked.")
-    upserted: int
-    removed: int
-    missing_ids: list[str] = Field(description="Items that were to be removed and are not there.")
-
-
-class Item(BaseModel):
-    """An item as this server has it now."""
-
-    item_id: str
-    semantic_id: list[int]
-    removed: bool
-    popularity: int
-    attributes: dict[str, Any]
-    catalogue_revision: int
 
 
 class _HasCatalogue(Protocol):
@@ -176,9 +130,8 @@ def _column(name: str, values: list[Any], dtype: pl.DataType) -> pl.Series:
             pass
     rows = [row for row, value in enumerate(values) if not _fits(value, dtype)]
     first = ", ".join(map(str, rows[:5]))
-    raise RequestError(
-        f"items: {name} is {dtype} in the catalogue, and no such value in {len(rows)} rows, first {first}"
-    )
+    unit = "item has" if len(rows) == 1 else "items have"
+    raise RequestError(f"items: {name} is {dtype} in the catalogue; {len(rows)} {unit} no such value, first {first}")
 
 
 def _fits(value: Any, dtype: pl.DataType) -> bool:

@@ -1,0 +1,454 @@
+"""A folder of changes and the servers on it: order, refusals, restarts, one state for one request."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import polars as pl
+import pytest
+
+from genretrieval.bundle import Bundle
+from genretrieval.catalogue_changes import ChangesFile
+from genretrieval.errors import (
+    DataError,
+    IdempotencyKeyReusedError,
+    InvalidInputError,
+    NotFoundError,
+    RequestError,
+    UnavailableError,
+)
+from genretrieval.request import Filters, RetrieveRequest
+from genretrieval.retrieval import Retriever
+from genretrieval.servable import Catalogue
+from genretrieval_serving import catalogue_feed
+from genretrieval_serving.admin.client import AdminClient
+from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.catalogue_feed import CatalogueFeed, compact
+from genretrieval_serving.client import Client
+from genretrieval_serving.deployment import Arm, Deployment
+from genretrieval_serving.live_server import running_server
+from genretrieval_serving.observability import Metrics
+
+NEW = [7, 7, 7]
+NOW = "20260102T030405"
+
+
+def put(folder: Path, name: str, *, old: bool = False, **columns: Any) -> Path:
+    """A file of changes as another program would write it."""
+    path = folder / f"{name}.parquet"
+    types = {"semantic_id": pl.List(pl.Int32())}
+    table = pl.DataFrame([pl.Series(column, values, types.get(column)) for column, values in columns.items()])
+    table.write_parquet(path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+    if old:
+        age(path)
+    return path
+
+
+def age(path: Path) -> None:
+    """As if it had been written two days ago."""
+    then = time.time() - 2 * 86_400
+    os.utime(path, (then, then))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "changes"
+    path.mkdir()
+    return path
+
+
+class Served:
+    """An arm and its feed, without a thread."""
+
+    def __init__(self, bundle: Bundle, backend: Any, folder: Path, name: str = "primary") -> None:
+        self.metrics = Metrics()
+        self.feed = CatalogueFeed(folder, self.metrics)
+        self.arm = Arm(name, self.feed.current(Retriever(bundle, backend)))
+        self.shown: list[Catalogue] = []
+        show = self.arm.show
+
+        def counted(catalogue: Catalogue) -> None:
+            self.shown.append(catalogue)
+            show(catalogue)
+
+        self.arm.show = counted  # type: ignore[method-assign]
+        self.feed._deployment = Deployment(self.arm)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return self.arm.retriever.catalogue
+
+    @property
+    def refused(self) -> float | None:
+        return self.metrics.registry.get_sample_value("genretrieval_catalogue_changes_refused_total")
+
+    def price(self, item: str) -> Any:
+        return self.catalogue.table["price"][self.catalogue.rows[item]]
+
+    def state(self) -> Any:
+        of = self.catalogue
+        return of.table.rows(), of.gone.tolist(), of.revision, of.ids.codes.tolist()
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(bundle: Bundle, backend: Any, folder: Path) -> Serve:
+    return lambda: Served(bundle, backend, folder)
+
+
+def test_files_are_applied_by_name_and_several_are_one_swap(serve, folder) -> None:
+    put(folder, f"{NOW}-a", item_id=["item-1", "item-2"], price=[7.0, 7.0])
+    served = serve()
+    assert (served.price("item-1"), served.catalogue.revision, served.shown) == (7.0, 1, [])
+    put(folder, f"{NOW}-c", item_id=["item-1"], price=[9.0])
+    put(folder, f"{NOW}-b", item_id=["item-1", "new"], price=[8.0, 1.0], semantic_id=[None, NEW])
+    served.feed.refresh()
+    served.feed.refresh()
+    assert (served.price("item-1"), served.price("item-2"), served.price("new")) == (9.0, 7.0, 1.0)
+    assert (served.catalogue.revision, len(served.shown)) == (3, 1)
+    assert serve().state() == served.state()
+
+
+def test_a_late_file_has_the_catalogue_built_again(serve, folder) -> None:
+    put(folder, f"{NOW}-b", item_id=["item-1", "x"], price=[8.0, 1.0], semantic_id=[None, NEW])
+    served = serve()
+    put(folder, f"{NOW}-a", item_id=["item-1", "item-2", "y"], price=[5.0, 5.0, 5.0], semantic_id=[None, None, NEW])
+    served.feed.refresh()
+    assert (served.price("item-1"), served.price("item-2"), served.price("y")) == (8.0, 5.0, 5.0)
+    assert served.catalogue.item_ids[-2:] == ["y", "x"]
+    assert serve().state() == served.state()
+    put(folder, f"{NOW}-c", item_id=["x"], op=["remove"])
+    served.feed.refresh()
+    assert serve().state() == served.state()
+
+
+def test_what_comes_before_an_items_id_is_kept_for_it(serve, folder) -> None:
+    served = serve()
+    for name, columns in (
+        ("a", {"item_id": ["x", "item-1"], "price": [3.0, 3.0]}),
+        ("b", {"item_id": ["x"], "brand": ["acme"], "semantic_id": [NEW]}),
+    ):
+        put(folder, f"{NOW}-{name}", **columns)
+        served.feed.refresh()
+    assert served.price("x") == 3.0
+    assert serve().state() == served.state()
+
+
+def test_what_is_no_file_yet_is_left_alone(serve, folder) -> None:
+    served = serve()
+    put(folder, f".{NOW}-hidden", item_id=["item-1"], price=[7.0])
+    (folder / f"{NOW}-a.parquet.tmp").write_bytes(b"PAR1")
+    (folder / "README.md").write_text("changes")
+    served.feed.refresh()
+    assert (served.catalogue.revision, served.refused) == (0, 0)
+
+
+def test_a_file_that_is_still_being_written_is_waited_for(serve, folder) -> None:
+    served = serve()
+    whole = put(folder, f"{NOW}-a", item_id=["item-1"], price=[7.0]).read_bytes()
+    (folder / f"{NOW}-a.parquet").write_bytes(whole[:-30])
+    put(folder, f"{NOW}-b", item_id=["item-2"], price=[7.0])
+    served.feed.refresh()
+    assert (served.price("item-1"), served.price("item-2"), served.refused) == (1.0, 7.0, 0)
+    (folder / f"{NOW}-a.parquet").write_bytes(whole)
+    served.feed.refresh()
+    assert (served.price("item-1"), served.refused) == (7.0, 0)
+    assert serve().state() == served.state()
+
+
+def test_a_bad_file_is_refused_whole_and_once(serve, folder) -> None:
+    served = serve()
+    cut = folder / f"{NOW}-cut.parquet"
+    cut.write_bytes(b"PAR1 and no more")
+    age(cut)
+    bad = put(folder, f"{NOW}-bad", item_id=["item-1", "item-2"], price=[7.0, float("nan")])
+    put(folder, "stock", item_id=["item-1"], price=[7.0])
+    put(folder, "99999999T999999-stock", item_id=["item-1"], price=[7.0])
+    put(folder, f"{NOW}-good", item_id=["item-3"], price=[7.0])
+    for _ in range(2):
+        served.feed.refresh()
+        assert (served.price("item-1"), served.price("item-3"), served.refused) == (1.0, 7.0, 4)
+    assert served.catalogue.revision == 1
+    put(folder, bad.stem, item_id=["item-1", "item-2"], price=[7.0, 8.0])
+    served.feed.refresh()
+    assert (served.price("item-1"), served.price("item-2"), served.refused) == (7.0, 8.0, 4)
+
+
+def test_what_vanishes_stays_in_force_until_a_restart(serve, folder) -> None:
+    served = serve()
+    path = put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
+    served.feed.refresh()
+    path.unlink()
+    served.feed.refresh()
+    assert served.catalogue.gone.tolist() == [1]
+    assert serve().catalogue.gone.tolist() == []
+
+
+def test_a_folder_that_is_not_there(bundle, backend, tmp_path) -> None:
+    with pytest.raises(InvalidInputError, match="is no folder; make it"):
+        CatalogueFeed(tmp_path / "none", Metrics())
+
+
+def test_older_files_are_merged_into_one(serve, folder, bundle, monkeypatch) -> None:
+    put(folder, f"{NOW}-a", old=True, item_id=["item-1", "x"], price=[7.0, 1.0], semantic_id=[None, NEW])
+    put(folder, f"{NOW}-b", old=True, item_id=["item-2", "x"], op=["upsert", "remove"], brand=["umbra", None])
+    put(folder, f"{NOW}-c", old=True, item_id=["item-1", "y"], price=[8.0, 2.0])
+    put(folder, f"{NOW}-d", item_id=["y", "x"], semantic_id=[NEW, None])
+    running = serve()
+    left: list[Any] = []
+    with monkeypatch.context() as patched:
+        # A server that starts when the new file is there, and the old ones are, too.
+        patched.setattr(Path, "unlink", lambda self, **_: left.append(self))
+        assert compact(folder, bundle) == (f"{NOW}-c.parquet", 3)
+        assert serve().state() == running.state()
+    for path in left:
+        path.unlink(missing_ok=True)
+    assert sorted(path.name for path in folder.iterdir()) == [f"{NOW}-c.parquet", f"{NOW}-d.parquet"]
+    assert serve().state() == running.state()
+    running.feed.refresh()
+    assert running.shown == []
+    assert compact(folder, bundle) is None
+    put(folder, f"{NOW}-e", item_id=["item-1"], price=[1.0])
+    running.feed.refresh()
+    assert (running.price("item-1"), running.refused) == (1.0, 0)
+    assert serve().state() == running.state()
+
+
+def test_what_would_be_lost_is_not_merged(folder, bundle) -> None:
+    put(folder, f"{NOW}-a", old=True, item_id=["item-1"], price=[7.0])
+    stranger = ChangesFile(pl.DataFrame({"item_id": ["x"], "semantic_id": [NEW]}), codebooks="another")
+    stranger.write(folder / f"{NOW}-b.parquet")
+    age(folder / f"{NOW}-b.parquet")
+    with pytest.raises(DataError, match=f"{NOW}-b.parquet: semantic IDs of other codebooks"):
+        compact(folder, bundle)
+    put(folder, f"{NOW}-b", old=True, item_id=["item-1"], colour=["red"])
+    with pytest.raises(DataError, match="colour is no attribute"):
+        compact(folder, bundle)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_every_arm_is_shown_every_change(bundle, keyword_bundle, backend, folder) -> None:
+    served = Served(bundle, backend, folder)
+    canary = Arm("canary", Retriever(keyword_bundle, backend))
+    served.feed._deployment.become(served.feed._deployment.split._replace(canary=canary, share=0.5))
+    put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
+    served.feed.refresh()
+    assert [arm.retriever.catalogue.gone.tolist() for arm in (served.arm, canary)] == [[1], [1]]
+
+
+def change(served: Served, *rows: dict[str, Any], **call: Any) -> Any:
+    table = pl.DataFrame(list(rows), {"semantic_id": pl.List(pl.Int64())} if "semantic_id" in rows[0] else None)
+    asked = {"fingerprint": call.pop("fingerprint", "1"), "principal": "ann"}
+    return served.feed.change(lambda _: table, call=asked, **call)
+
+
+def test_a_call_is_in_force_when_it_is_answered_and_comes_last(serve, folder) -> None:
+    ahead = f"{datetime.now(UTC) + timedelta(hours=1):%Y%m%dT%H%M%S}"
+    put(folder, f"{ahead}-other", item_id=["item-1"], price=[5.0])
+    here, there = serve(), serve()
+    changed = change(here, {"item_id": "item-1", "price": 7.0})
+    assert (changed.revision, changed.n_upserted, here.price("item-1")) == (2, 1, 7.0)
+    assert changed.file > f"{ahead}-other.parquet"
+    there.feed.refresh()
+    assert there.state() == here.state() == serve().state()
+    (read,) = (ChangesFile.read(path) for path in folder.iterdir() if path.name == changed.file)
+    assert read.call == {"fingerprint": "1", "principal": "ann"}
+
+
+def test_a_call_is_refused_whole_and_can_be_tried(serve, folder) -> None:
+    served = serve()
+    with pytest.raises(RequestError, match=r"item_id is not in the catalogue and has no semantic_id"):
+        change(served, {"item_id": "item-1", "price": 7.0}, {"item_id": "x", "price": 7.0})
+    told = []
+    tried = change(served, {"item_id": "item-1", "op": "remove"}, validate_only=True, note=told.append)
+    assert (tried.n_removed, tried.file, told) == (1, "", [])
+
+    def refuse(changed: Any) -> None:
+        told.append(changed)
+        raise UnavailableError("the audit is away")
+
+    with pytest.raises(UnavailableError, match="audit"):
+        change(served, {"item_id": "item-1", "op": "remove"}, note=refuse)
+    assert [changed.n_removed for changed in told] == [1]
+    assert (list(folder.iterdir()), served.catalogue.revision) == ([], 0)
+
+
+def test_a_repeated_call_changes_nothing_more(serve, folder) -> None:
+    served, other = serve(), serve()
+    row = {"item_id": "item-1", "op": "remove"}
+    first = change(served, row, key="k")
+    change(served, {"item_id": "item-1", "op": "upsert"})
+    again = change(other, row, key="k")
+    assert (again.file, again.n_removed, again.revision) == (first.file, 1, 2)
+    assert other.catalogue.gone.tolist() == []
+    with pytest.raises(IdempotencyKeyReusedError):
+        change(served, row, key="k", fingerprint="2")
+
+
+def test_a_full_folder_changes_nothing(serve, folder, monkeypatch) -> None:
+    served = serve()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ChangesFile, "write", full)
+    with pytest.raises(UnavailableError, match=r"No space left on device.*nothing was changed"):
+        change(served, {"item_id": "item-1", "op": "remove"})
+    assert served.catalogue.revision == 0
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue_feed, "POLL_SECONDS", 0.02)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_request_sees_one_state(start, folder, quick, backend) -> None:
+    with start(catalogue_changes=folder, max_batch=1) as running, Client(running.http) as client:
+        (before,) = client.retrieve(top_k=1).items
+        backend.entered.acquire(timeout=5)
+        backend.gate.clear()
+        with ThreadPoolExecutor(2) as threads:
+            begun = [threads.submit(client.retrieve, top_k=1) for _ in range(2)]
+            assert backend.entered.acquire(timeout=20)  # one is in the graph, and the other waits
+            until(lambda: running.metric("genretrieval_in_flight_requests") == 2)
+            put(folder, f"{NOW}-a", item_id=[before.item_id], op=["remove"])
+            arm = running.server.service.deployment.primary
+            until(lambda: arm.retriever.catalogue.revision == 1)
+            backend.gate.set()
+            answers = [future.result(20) for future in begun]
+        assert [(a.items[0].item_id, a.catalogue_revision) for a in answers] == [(before.item_id, 0)] * 2
+        after = client.retrieve(top_k=1)
+        assert after.items[0].item_id != before.item_id
+        assert after.catalogue_revision == 1
+        assert running.metric("genretrieval_catalogue_revision", arm="primary") == 1
+        assert running.metric("genretrieval_catalogue_items", arm="primary") == 23
+
+
+def test_the_thread_goes_on_after_a_fault(start, folder, quick, monkeypatch) -> None:
+    with start(catalogue_changes=folder) as running:
+        arm, feed = running.server.service.deployment.primary, running.server._feed
+        monkeypatch.setattr(feed, "folder", folder / "gone")
+        until(lambda: feed._failing)
+        monkeypatch.setattr(feed, "folder", folder)
+        put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
+        until(lambda: arm.retriever.catalogue.revision == 1)
+
+
+@pytest.fixture
+def http() -> Any:
+    with httpx.Client(timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    opened = SqlStore.open(f"sqlite:///{tmp_path}/admin.db")
+    yield opened
+    opened.close()
+
+
+def test_items_over_the_api(start, store, folder, quick) -> None:
+    with (
+        start(catalogue_changes=folder, store=store) as running,
+        AdminClient(running.admin) as admin,
+        Client(running.http) as client,
+    ):
+        item = admin.item("item-1")
+        assert (item.semantic_id, item.removed, item.catalogue_revision) == ([0, 0, 0], False, 0)
+        assert item.attributes == {"brand": "umbra", "categories": ["shoes", "size 1"], "price": 1.0, "in_stock": True}
+
+        rows = [
+            {"item_id": "item-1", "price": None, "categories": ["boots"]},
+            {"item_id": "a/b:remove", "semantic_id": NEW, "price": 3, "in_stock": True},
+            {"item_id": "item-2", "op": "remove"},
+            {"item_id": "nobody", "op": "remove"},
+        ]
+        tried = admin.change_items(rows, validate_only=True)
+        assert (tried.catalogue_revision, tried.file, tried.upserted) == (0, "", 2)
+        changed = admin.change_items(rows)
+        assert changed.model_dump(exclude={"file"}) == {
+            "catalogue_revision": 1, "upserted": 2, "removed": 1, "missing_ids": ["nobody"],
+        }  # fmt: skip
+        item = admin.item("item-1")
+        assert (item.attributes["price"], item.attributes["categories"]) == (None, ["boots"])
+        assert item.attributes["brand"] == "umbra"
+        assert admin.item("item-2").removed
+        new = admin.item("a/b:remove")
+        assert (new.semantic_id, new.attributes["brand"], new.attributes["price"]) == (NEW, None, 3.0)
+        answer = client.retrieve(filters=Filters(attributes={"category": ["boots"]}), top_k=30)
+        assert [found.item_id for found in answer.items] == ["item-1"]
+        found = {item.item_id for item in client.retrieve(top_k=30).items}
+        assert "a/b:remove" in found
+        assert "item-2" not in found
+
+        with pytest.raises(
+            RequestError, match=r"price is Float64 in the catalogue; 2 items have no such value, first 0, 1"
+        ):
+            admin.change_items([{"item_id": "item-1", "price": "free"}, {"item_id": "item-3", "price": True}])
+        with pytest.raises(RequestError, match=r"colour is no attribute.*\n.*not in the catalogue"):
+            admin.change_items([{"item_id": "x", "colour": "red"}])
+        with pytest.raises(NotFoundError, match="there is no item 'x'"):
+            admin.item("x")
+        (event,) = admin.audit("items")
+        assert event.after == {
+            "file": changed.file, "upserted": 2, "removed": 1, "items": [row["item_id"] for row in rows],
+        }  # fmt: skip
+
+
+def test_one_item_over_the_api(start, store, folder, http) -> None:
+    with start(catalogue_changes=folder, store=store) as running:
+        item = f"{running.admin}/v1/items/item-1"
+        removed = http.post(f"{item}:remove", headers={"Idempotency-Key": "k"})
+        assert (removed.json()["removed"], removed.json()["catalogue_revision"]) == (1, 1)
+        assert http.post(f"{item}:remove", headers={"Idempotency-Key": "k"}).json() == removed.json()
+        assert http.get(item).json()["removed"] is True
+        assert http.patch(item, json={"price": 9}).json()["catalogue_revision"] == 2
+        assert http.get(item).json()["removed"] is False
+        assert http.get(item).json()["attributes"]["price"] == 9.0
+        for answer, status in (
+            (http.patch(item, json={"op": "remove"}), 400),
+            (http.patch(item, json={"popularity": 3}), 400),
+            (http.patch(f"{running.admin}/v1/items/x", json={"price": 9}), 404),
+            (http.post(f"{running.admin}/v1/items/x:remove"), 404),
+            (http.post(f"{running.admin}/v1/items:batch", json={"items": []}), 400),
+            (http.post(f"{running.admin}/v1/items:batch", json={"items": [{"item_id": "a", "fields": []}]}), 400),
+        ):
+            assert answer.status_code == status, answer.text
+        assert len(list(folder.iterdir())) == 2
+
+
+def test_a_server_without_a_folder_says_which_option_it_lacks(start, store, http) -> None:
+    with start(store=store) as running:
+        assert http.get(f"{running.admin}/v1/items/item-1").status_code == 200
+        refused = http.post(f"{running.admin}/v1/items:batch", json={"items": [{"item_id": "item-1"}]})
+        assert (refused.status_code, refused.json()["reason"]) == (409, "CONFLICT")
+        assert "--catalogue-changes" in refused.json()["detail"]
+
+
+def test_a_file_dropped_beside_a_real_server(bundle_path, folder, tmp_path) -> None:
+    command = [sys.executable, "-c", "from genretrieval.cli import main; main()"]
+    options = ("--catalogue-changes", str(folder))
+    with running_server(bundle_path, command, *options, log=tmp_path / "log") as at, Client(at.grpc) as client:
+        asked = RetrieveRequest(filters=Filters(attributes={"brand": ["novel"]}), top_k=3, beam_width=60)
+        assert client.retrieve(asked).items == []
+        put(folder, f"{NOW}-new", item_id=["x", "item-0"], brand=["novel"] * 2, semantic_id=[NEW, None])
+        until(lambda: client.retrieve(asked).catalogue_revision == 1)
+        assert {item.item_id for item in client.retrieve(asked).items} == {"x", "item-0"}
