@@ -44,7 +44,7 @@ def test_openapi_is_fresh(generate, tmp_path, name) -> None:
 
 def test_openapi_describes_the_operations_and_their_errors() -> None:
     document = json.loads((ROOT / "docs" / "openapi.json").read_text())
-    assert set(document["paths"]) == {"/v1/retrieve", "/v1/retrieve:batch", "/v1/info"}
+    assert set(document["paths"]) == {"/v1/retrieve", "/v1/retrieve:batch", "/v1/events", "/v1/info"}
     responses = document["paths"]["/v1/retrieve"]["post"]["responses"]
     assert set(responses) == {"200", "400", "401", "403", "409", "413", "429", "500", "503", "504"}
     assert list(responses["429"]["content"]) == ["application/problem+json"]

@@ -1,4 +1,4 @@
-"""Released data sets, as they lie on disk, into the log folder that `genretrieval.logs.prepare_logs` reads.
+"""Logs of others and of our own servers, as they lie on disk, as the folder that `prepare_logs` of the core reads.
 
 An importer is a function of `IMPORTERS`; a further format is one more entry. Each reads its files line by
 line, and a line it cannot use goes to ``quarantine/lines.jsonl`` with its number and the reason. What rows
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from genretrieval.errors import DataError
 from genretrieval_pipelines.importers.amazon import import_amazon_2014
 from genretrieval_pipelines.importers.house import import_house
 from genretrieval_pipelines.importers.kuaisearch import import_kuaisearch
+from genretrieval_pipelines.importers.served import ServedOptions, import_served
 from genretrieval_pipelines.importers.writing import LogWriter
 
 Importer = Callable[[Path, LogWriter], list[str]]
@@ -28,12 +30,16 @@ IMPORTERS: dict[str, Importer] = {
 }
 
 
+SERVED_LOGS = "served"
+"""The format that needs to be told where items are (`ServedOptions`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImportReport:
     """What an import wrote.
 
     Attributes:
-        source_format: the key of `IMPORTERS`.
+        source_format: of `import_logs`.
         output: the log folder.
         rows: rows written of each table.
         rejected: lines set aside of each source file.
@@ -53,27 +59,33 @@ class ImportReport:
         return [*written, *rejected, *self.notes]
 
 
-def import_logs(source_format: str, source: Path, output: Path) -> ImportReport:
-    """Import a released data set.
+def import_logs(source_format: str, source: Path, output: Path, served: ServedOptions | None = None) -> ImportReport:
+    """Import a data set, or what servers logged.
 
     The tables appear in `output` when all of them are written; tables of an earlier import are replaced.
 
     Args:
-        source_format: a key of `IMPORTERS`.
-        source: the folder of the released files.
+        source_format: a key of `IMPORTERS`, or `SERVED_LOGS`.
+        source: the folder of the released files, or of `serve --log-folder`.
         output: the log folder to write.
+        served: what served logs are completed with; for no other format.
 
     Raises:
         DataError: if the format is unknown, a file that must be there is not, or no item could be read.
     """
-    if source_format not in IMPORTERS:
-        raise DataError(f"no importer is called {source_format!r}; there are {', '.join(IMPORTERS)}")
+    if (source_format == SERVED_LOGS) != (served is not None):
+        raise DataError(
+            f"a bundle, earlier logs and a key are for {SERVED_LOGS}, which needs them, not {source_format}"
+        )
+    importer = partial(import_served, options=served) if served is not None else IMPORTERS.get(source_format)
+    if importer is None:
+        raise DataError(f"no importer is called {source_format!r}; there are {', '.join(IMPORTERS)} and {SERVED_LOGS}")
     if not source.is_dir():
         raise DataError(f"{source} is no folder; give the folder that holds the released files")
     if source.resolve() == output.resolve():
         raise DataError(f"{output} is the source itself; give another folder to write to")
     with LogWriter(output) as writer:
-        notes = IMPORTERS[source_format](source, writer)
+        notes = importer(source, writer)
         if not writer.rows.get("items"):
             raise DataError(
                 f"no item could be read from {source}; lines that failed, if any, are in {writer.quarantine}"

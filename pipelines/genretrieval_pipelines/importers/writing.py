@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -132,6 +133,12 @@ class LogWriter:
             shutil.copytree(source, partial)
         else:
             shutil.copyfile(source, partial)
+
+    def write(self, table: str, frame: pl.LazyFrame) -> None:
+        """Write a table as a whole."""
+        partial = self._partial(f"{table}.parquet")
+        frame.sink_parquet(partial)
+        self.rows[table] = pl.scan_parquet(partial).select(pl.len()).collect().item()
 
     def reject(self, file: str, line: int, reason: str, text: str) -> None:
         """Set a line aside."""
