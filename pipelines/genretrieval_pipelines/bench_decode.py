@@ -354,7 +354,7 @@ def open_catalogue(index: CatalogueIndex, batch: int) -> Inputs:
         "mask_row": np.zeros(batch, np.int64),
         **graph_inputs(index),
         **mask_inputs([everything]),
-        **closed_inputs([nothing] * batch, index),
+        **closed_inputs([nothing] * batch),
     }
 
 
@@ -427,26 +427,35 @@ class HuggingFace:
         def call() -> Any:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
-            return self._generate(tokens, beams, constrained=constrained)
+            return self.generate(tokens, beams, constrained=constrained)
 
         return call
 
     def answer(self, tokens: NDArray[np.int64], beams: int) -> Answer:
         """What constrained ``generate`` finds."""
-        found = self._generate(tokens, beams, constrained=True, return_dict_in_generate=True, output_scores=True)
+        found = self.generate(tokens, beams, return_dict_in_generate=True, output_scores=True)
         codes = found.sequences[:, 1:].reshape(len(tokens), beams, -1) - torch.tensor(self.level_offsets)
         scores = found.sequences_scores.reshape(len(tokens), beams)
         pairs = zip(codes.tolist(), scores.tolist(), strict=True)
         return Answer(tuple(_by_id(row_codes, row_scores) for row_codes, row_scores in pairs))
 
     @torch.inference_mode()
-    def _generate(self, tokens: NDArray[np.int64], beams: int, *, constrained: bool, **options: Any) -> Any:
+    def generate(
+        self,
+        tokens: NDArray[np.int64],
+        beams: int,
+        *,
+        n_best: int | None = None,
+        constrained: bool = True,
+        **options: Any,
+    ) -> Any:
+        """What ``generate`` returns: the `n_best` of `beams` semantic IDs, all by default, for each row of `tokens`."""
         context = torch.from_numpy(tokens)
         return self.model.generate(
             context,
             attention_mask=torch.ones_like(context),
             num_beams=beams,
-            num_return_sequences=beams,
+            num_return_sequences=n_best or beams,
             max_new_tokens=self.n_levels,
             do_sample=False,
             # Scores are sums, as ours are.
