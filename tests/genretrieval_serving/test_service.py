@@ -261,7 +261,7 @@ def test_metrics(start, example, http) -> None:
     assert lines[f'{name}{{code="OK",method="retrieve",transport="grpc"}}'] == "1.0"
     assert lines['genretrieval_empty_results_total{arm="primary"}'] == "1.0"
     assert lines['genretrieval_results_returned_count{arm="primary"}'] == "2.0"
-    assert lines["genretrieval_batch_rows_sum"] == "2.0"
+    assert lines["genretrieval_batch_rows_sum"] == "3.0"  # 20 beams where the bundle has 12 are two rows
     assert lines["genretrieval_in_flight_requests"] == "0.0"
     assert lines["genretrieval_in_flight_rows"] == "0.0"
     assert lines["genretrieval_queue_depth"] == "0.0"
@@ -277,7 +277,7 @@ def test_a_long_queue_rejects_at_once_and_what_waits_is_batched(start, backend, 
         backend.gate.clear()
         # As if rows took minutes: two full batches may wait, here the one that runs and another one.
         running.batcher.row_seconds = 100.0
-        with Client(running.http) as client, Client(running.grpc) as by_grpc:
+        with Client(running.http, timeout=1e4) as client, Client(running.grpc, timeout=1e4) as by_grpc:
             first = pool.submit(client.retrieve, top_k=1)
             assert backend.entered.acquire(timeout=10)
             queued = [pool.submit(client.retrieve, top_k=1) for _ in range(4)]
@@ -446,3 +446,13 @@ def test_the_client_refuses_other_addresses_and_mixed_arguments() -> None:
             client.retrieve(RetrieveRequest(), top_k=1)
         with pytest.raises(errors.UnavailableError, match="cannot be reached"):
             client.retrieve()
+
+
+def test_bytes_that_are_no_message_are_the_callers_fault(running) -> None:
+    with grpc.insecure_channel(running.grpc_address) as channel:
+        # Without a serialiser, bytes go as they are: a length that the message does not have.
+        call = channel.unary_unary("/genretrieval.v1.RetrievalService/Retrieve")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"\x0a\xff", timeout=10)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "no protobuf of this call" in refused.value.details()
