@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -687,12 +688,38 @@ def bench_faults(
 
 
 @app.command()
-def doctor() -> None:
-    """What is installed, what it can run, and what is missing."""
+def doctor(
+    bundle: Annotated[Path | None, typer.Option(help="Also check a bundle, and how long it takes to answer.")] = None,
+    admin_store: Annotated[
+        str | None, typer.Option(envvar="GENRETRIEVAL_ADMIN_STORE", help="Also check an admin store.")
+    ] = None,
+    histories: HistoryStore = None,
+    threads: Annotated[int | None, typer.Option(help="Cores that a request may use.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Also check certificates.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Key of --tls-cert.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="Authorities of clients.")] = None,
+) -> None:
+    """What is installed, what it can run, and whether a server would with what it is given; 1 if something fails."""
     from genretrieval.doctor import examine
 
-    for line in examine():
-        print(line)
+    failed = False
+    for check in examine():
+        print(check)
+        failed |= check.state == "fail"
+    given = (bundle, admin_store, histories, tls_cert)
+    if util.find_spec("uvicorn") is not None or any(given):
+        with _extra("serve"):
+            from genretrieval_serving.doctor import examine_server
+        if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
+            raise InvalidInputError("TLS needs --tls-cert and --tls-key, also for --tls-client-ca; give both")
+        tls = None if tls_cert is None or tls_key is None else (tls_cert, tls_key, tls_client_ca)
+        for check in examine_server(
+            threads=threads, bundle=bundle, admin_store=admin_store, histories=histories, tls=tls
+        ):
+            print(check)
+            failed |= check.state == "fail"
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

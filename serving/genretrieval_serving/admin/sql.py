@@ -261,6 +261,7 @@ class SqlStore:
         quarantine: timedelta = timedelta(hours=1),
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         notify: bool = True,
+        migrate: bool = True,
     ) -> Self:
         """Connect, and bring the tables up to date.
 
@@ -270,6 +271,7 @@ class SqlStore:
                 refer to it.
             clock: the time, in UTC.
             notify: whether PostgreSQL sends a ``NOTIFY genretrieval_revision`` with every change.
+            migrate: False leaves the tables as they are, and whether there are any; to look at them.
 
         Raises:
             InvalidInputError: the URL is of another kind, or the database of a newer version of this program.
@@ -278,7 +280,8 @@ class SqlStore:
         """
         store = cls(_engine(_checked(url)), quarantine=quarantine, clock=clock, notify=notify)
         try:
-            store._migrate()
+            if migrate:
+                store._migrate()
         except BaseException:
             store.close()
             raise
@@ -539,6 +542,22 @@ class SqlStore:
         """Run `work` in one transaction, for a restoration; it locks the row of ``revision`` first, as writers do."""
         return self._transact(self._writing, work)
 
+    def schema(self) -> str | None:
+        """Version of the tables that there are; None where there are none.
+
+        Raises:
+            InvalidInputError: they are not known and cannot be used.
+            UnavailableError: the database cannot be reached.
+        """
+        return self._transact(self._reading, self._version)
+
+    def time(self) -> datetime:
+        """What the database's own clock says; of SQLite it is this machine's."""
+        if not self._is_postgresql:
+            return datetime.now(UTC)
+        clock = sa.select(sa.func.clock_timestamp(type_=_Utc()))
+        return self._transact(self._reading, lambda connection: connection.scalars(clock).one())
+
     @staticmethod
     def known_schemas() -> set[str]:
         """Versions of the tables that this program knows, oldest to newest."""
@@ -610,20 +629,10 @@ class SqlStore:
 
     def _migrate(self) -> None:
         config, scripts = _scripts()
-        known, head = self.known_schemas(), scripts.get_current_head()
 
         def is_current(connection: Connection) -> bool:
-            current = MigrationContext.configure(connection).get_current_revision()
-            if current is not None and current not in known:
-                # Versions with the same first digit only add to each other, so that the release before can go on.
-                if head is not None and len(current) == len(head) and current[0] == head[0] and current > head:
-                    return True
-                raise InvalidInputError(
-                    f"the tables in {shown(self._engine.url)} have version {current}, which is not known "
-                    "here: they are those of a newer genretrieval, or of another program. Update genretrieval, "
-                    "or give it a database of its own"
-                )
-            return current == head
+            current = self._version(connection)
+            return current is not None and current >= str(scripts.get_current_head())
 
         def upgrade(connection: Connection) -> None:
             if self._is_postgresql:
@@ -634,6 +643,19 @@ class SqlStore:
 
         if not self._transact(self._reading, is_current):
             self._transact(self._writing, upgrade)
+
+    def _version(self, connection: Connection) -> str | None:
+        current, known = MigrationContext.configure(connection).get_current_revision(), self.known_schemas()
+        if current is None or current in known:
+            return current
+        # Versions with the same first digit only add to each other, so that the release before can go on.
+        newest = max(known)
+        if len(current) == len(newest) and current[0] == newest[0] and current > newest:
+            return str(current)
+        raise InvalidInputError(
+            f"the tables in {shown(self._engine.url)} have version {current}, which is not known here: they are those "
+            "of a newer genretrieval, or of another program. Update genretrieval, or give it a database of its own"
+        )
 
 
 def _scripts() -> tuple[Config, ScriptDirectory]:
