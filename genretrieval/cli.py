@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Make and check logs.")
 tokenize_app = typer.Typer(no_args_is_help=True, help="Turn items into semantic IDs, and compare ways to do it.")
+served_log_app = typer.Typer(no_args_is_help=True, help="What servers logged.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed against named peers.")
 app.add_typer(data_app, name="data")
 app.add_typer(tokenize_app, name="tokenize")
+app.add_typer(served_log_app, name="served-log")
 app.add_typer(bench_app, name="bench")
 for _name, _group in {**groups(), "bundles": bundle_commands.group(), "items": item_commands.group()}.items():
     app.add_typer(_group, name=_name)
@@ -332,14 +334,55 @@ def tokenize_report(
 
 @app.command("import")
 def import_(
-    source_format: Annotated[str, typer.Argument(metavar="FORMAT", help="house, amazon-2014 or kuaisearch.")],
-    source: Annotated[Path, typer.Argument(help="Folder of the files as released.")],
+    source_format: Annotated[str, typer.Argument(metavar="FORMAT", help="served, house, amazon-2014 or kuaisearch.")],
+    source: Annotated[Path, typer.Argument(help="Folder of the files as released, or of `serve --log-folder`.")],
     output: Annotated[Path, typer.Argument(help="Folder of house Parquet to write.")],
+    merge: Annotated[
+        Path | None, typer.Option(help="Of served: house logs of the time before, which are completed by them.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Of served, without --merge: the bundle whose catalogue are the items.")
+    ] = None,
+    log_key_file: LogKeyFile = None,
 ) -> None:
-    """Convert a public format to house Parquet."""
+    """Convert a public format, or what servers logged, to house Parquet."""
     with _extra("train"):
-        from genretrieval_pipelines.importers import import_logs
-    print(import_logs(source_format, source, output))
+        from genretrieval_pipelines.importers import SERVED_LOGS, import_logs
+        from genretrieval_pipelines.importers.served import ServedOptions
+    from genretrieval.served_logs import UserKeys
+
+    served = None
+    if source_format == SERVED_LOGS:
+        # The key is in the environment for other uses, too.
+        served = ServedOptions(bundle, merge, UserKeys.load(log_key_file) if merge or log_key_file else None)
+    elif merge or bundle or log_key_file:
+        raise InvalidInputError(f"--merge, --bundle and --log-key-file are for {SERVED_LOGS}; leave them out")
+    for line in import_logs(source_format, source, output, served).lines():
+        print(line)
+
+
+@served_log_app.command("forget")
+def served_log_forget(
+    user_id: Annotated[str, typer.Argument(help="As requests and events had it.")],
+    log_folder: Annotated[Path, typer.Option(help="Of `serve --log-folder`.")],
+    log_key_file: LogKeyFile = None,
+    histories: HistoryStore = None,
+    wait: Annotated[
+        bool, typer.Option(help="Stay until running servers have written what they hold, and look again.")
+    ] = True,
+) -> None:
+    """Remove a user from served logs and from stored histories; logs imported before and trained models stay."""
+    with _extra("serve"):
+        from genretrieval_serving.served_log import forget
+    from genretrieval.served_logs import UserKeys
+
+    keys = UserKeys.load(log_key_file)
+    if keys is None:
+        raise InvalidInputError(
+            "without the key of the logs no user is found in them: give --log-key-file or set GENRETRIEVAL_LOG_KEY"
+        )
+    for line in forget(user_id, log_folder, keys, histories, wait=wait):
+        print(line)
 
 
 @app.command()

@@ -7,11 +7,12 @@ full disk, rows are kept and tried again as long as there is room, then new ones
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,11 +29,14 @@ from genretrieval.served_logs import (
     EVENTS_FOLDER,
     SERVED,
     SERVED_FOLDER,
+    Forgotten,
     UserKeys,
+    forget_user,
     remove_before,
     write_table,
 )
 from genretrieval_serving.deployment import Answering
+from genretrieval_serving.history import open_histories
 from genretrieval_serving.messages import FeedbackEvent
 from genretrieval_serving.observability import Metrics
 
@@ -199,6 +203,44 @@ class ServedLog:
             "value": event.value,
             "received": _instant(now),
         }
+
+
+def forget(user_id: str, folder: Path, keys: UserKeys, histories: str | None, *, wait: bool) -> Iterator[str]:
+    """Remove a user from served logs and from the store of histories; what was done, line by line.
+
+    Args:
+        user_id: as requests had it.
+        folder: of the logs.
+        keys: by which users are named in them.
+        histories: of `open_histories`; None looks at the logs alone.
+        wait: look again when running servers have written what they held in memory.
+
+    Raises:
+        DataError: `folder` holds no logs.
+        UnavailableError: the store of histories cannot be reached; nothing was removed.
+    """
+    if histories == "memory":
+        raise InvalidInputError("histories in memory are the server's own: restart it, and leave out --histories here")
+    if histories is not None:
+        asyncio.run(_forget_history(user_id, histories))
+        yield "history: removed"
+    yield _forgotten(forget_user(folder, keys.of(user_id)))
+    if wait:
+        yield f"waiting {WRITE_SECONDS + 2 * _TAKE_SECONDS:g} s for what running servers hold; Ctrl-C if none runs"
+        time.sleep(WRITE_SECONDS + 2 * _TAKE_SECONDS)
+        yield _forgotten(forget_user(folder, keys.of(user_id)))
+
+
+async def _forget_history(user_id: str, histories: str) -> None:
+    provider = open_histories(histories)
+    try:
+        await provider.forget(user_id)
+    finally:
+        await provider.close()
+
+
+def _forgotten(removed: Forgotten) -> str:
+    return f"logs: {removed.answers} answers and {removed.events} events removed, {removed.files} files written anew"
 
 
 def _instant(seconds: float) -> int:
