@@ -59,7 +59,7 @@ SERVED = pa.schema(
         ("query_read", pa.string()),
         ("history_read", pa.list_(_READ)),
         ("scenario", pa.string()),
-        ("profile", pa.map_(pa.string(), pa.string())),
+        ("profile", pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))),
         ("filters", pa.string()),
         ("exclude_item_ids", _TEXTS),
         ("exclude_history", pa.string()),

@@ -168,7 +168,7 @@ class _Served:
             .explode("profile")
             .select(
                 user_id="user_key",
-                name=pl.col("profile").struct.field("key"),
+                name=pl.col("profile").struct.field("name"),
                 value=pl.col("profile").struct.field("value"),
             )
             .collect()
