@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from genretrieval.bundle import GRAPH, Manifest, load_bundle, read_manifest
+from genretrieval.bundle import Manifest, load_bundle, read_manifest
 from genretrieval.errors import BundleError, GenRetrievalError, InvalidInputError
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
@@ -65,7 +65,7 @@ def open_retriever(path: Path, threads: int | None = None, device: Device = "cpu
         BundleError: a file is missing or changed, or the graph or the catalogue is not what the manifest says.
     """
     bundle = load_bundle(path)
-    retriever = Retriever(bundle, OnnxBackend(path / GRAPH, threads, device))
+    retriever = Retriever(bundle, OnnxBackend.of(bundle, threads, device))
     if (n := len(retriever.catalogue.item_ids)) != bundle.manifest.n_items:
         raise BundleError(
             f"{path} has {n} items and its manifest says {bundle.manifest.n_items}: another catalogue than the one it "

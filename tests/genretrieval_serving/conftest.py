@@ -27,6 +27,8 @@ from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Leaves, Retriever
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.app import Server, Settings
+from genretrieval_serving.batcher import Batcher
+from genretrieval_serving.rollout import Followed
 
 N_ITEMS = 24
 POISON = "item-23"
@@ -81,10 +83,17 @@ def catalogue_table() -> pl.DataFrame:
     )
 
 
-def save_bundle(path: Path, keywords: KeywordCodebook | None = None) -> Path:
-    """Write the bundle; with `keywords` its first level is theirs."""
+def save_bundle(
+    path: Path,
+    keywords: KeywordCodebook | None = None,
+    *,
+    uuid: str = "5f0c4f86-7f3e-4a3b-9a53-0d6f5b3c1d2e",
+    prefix: str = "",
+    model: str = MODEL,
+) -> Path:
+    """Write the bundle; with `keywords` its first level is theirs, and with a `prefix` all item ids begin with it."""
     manifest = Manifest(
-        uuid="5f0c4f86-7f3e-4a3b-9a53-0d6f5b3c1d2e",
+        uuid=uuid,
         created=datetime(2026, 1, 2, tzinfo=UTC),
         genretrieval_version="0.1.0",
         n_items=N_ITEMS,
@@ -101,11 +110,39 @@ def save_bundle(path: Path, keywords: KeywordCodebook | None = None) -> Path:
         exclude_seen=False,
     )
     with write_bundle(path, manifest) as folder:
-        catalogue_table().write_parquet(folder / CATALOGUE)
-        onnx.save(onnx.parser.parse_model(MODEL), folder / GRAPH)
+        table = catalogue_table().with_columns(item_id=prefix + pl.col("item_id"))
+        table.write_parquet(folder / CATALOGUE)
+        onnx.save(onnx.parser.parse_model(model), folder / GRAPH)
         if keywords:
             keywords.save(folder / KEYWORDS)
     return path
+
+
+def keyword_codebook(reserved: int) -> KeywordCodebook:
+    """Two brands, and slots for bindings."""
+    dictionary = KeywordDictionary(tuple(Keyword(brand, AttributeType.BRAND) for brand in ("acme", "umbra")))
+    return KeywordCodebook(dictionary, ((AttributeType.BRAND,),), np.asarray([1, 2], np.int32), (8,), (reserved,))
+
+
+@pytest.fixture(scope="session", name="save_bundle")
+def _save_bundle() -> Callable[..., Path]:
+    return save_bundle
+
+
+@pytest.fixture(scope="session", name="keyword_codebook")
+def _keyword_codebook() -> Callable[[int], KeywordCodebook]:
+    return keyword_codebook
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    """The graph as text."""
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def fake_backend() -> type[FakeBackend]:
+    return FakeBackend
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +153,7 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def keyword_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shop with three slots for bindings."""
-    dictionary = KeywordDictionary(tuple(Keyword(brand, AttributeType.BRAND) for brand in ("acme", "umbra")))
-    codebook = KeywordCodebook(dictionary, ((AttributeType.BRAND,),), np.asarray([1, 2], np.int32), (8,), (3,))
-    return save_bundle(tmp_path_factory.mktemp("bundles") / "keyword-shop", codebook)
+    return save_bundle(tmp_path_factory.mktemp("bundles") / "keyword-shop", keyword_codebook(3))
 
 
 @pytest.fixture(scope="session")
@@ -177,6 +212,13 @@ class Running:
     loop: asyncio.AbstractEventLoop
 
     @property
+    def batcher(self) -> Batcher:
+        return self.server._batcher
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.server.service.metrics.registry.get_sample_value(name, labels)
+
+    @property
     def http(self) -> str:
         return self.server.http_url
 
@@ -201,12 +243,20 @@ Start = Callable[..., AbstractContextManager[Running]]
 
 @contextmanager
 def start_server(
-    bundle: Bundle, backend: FakeBackend, *, load: bool = True, store: SqlStore | None = None, **settings: Any
+    bundle: Bundle | Followed,
+    backend: FakeBackend,
+    *,
+    load: bool = True,
+    store: SqlStore | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
-    """Serve on free ports while the block runs; without `load` the model never becomes ready."""
+    """Serve on free ports while the block runs; without `load` the model never becomes ready.
+
+    What an alias says has backends of its own, see `Followed.folder`.
+    """
     ports = {"http_port": 0, "grpc_port": 0, "admin_port": None if store is None else 0}
     chosen = Settings(**ports | {"quiet": True, "drain_seconds": 5.0} | settings)
-    retriever = Retriever(bundle, backend)
+    retriever = None if isinstance(bundle, Followed) else Retriever(bundle, backend)
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -215,7 +265,7 @@ def start_server(
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
 
     async def create() -> Server:
-        return Server(lambda: retriever, chosen, store)
+        return Server(bundle if isinstance(bundle, Followed) else lambda: retriever, chosen, store)
 
     try:
         server = wait_for(create())
@@ -238,7 +288,7 @@ def start_server(
 
 @pytest.fixture
 def start(bundle: Bundle, backend: FakeBackend) -> Start:
-    """Start a server with settings of its own: ``with start(max_queue=1) as running``."""
+    """Start a server with settings of its own: ``with start(max_batch=1) as running``."""
 
     def starter(**settings: Any) -> AbstractContextManager[Running]:
         return start_server(bundle, backend, **settings)

@@ -35,7 +35,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 SLOW_SERVER = """
 import sys, time
 from pathlib import Path
-from genretrieval_serving import app, backend
+from genretrieval_serving import app, backend, bundle_folder
 
 class Slow(backend.OnnxBackend):
     def run(self, inputs):
@@ -43,7 +43,7 @@ class Slow(backend.OnnxBackend):
         time.sleep(0.4)
         return super().run(inputs)
 
-app.OnnxBackend = Slow
+bundle_folder.OnnxBackend = Slow
 app.serve(Path(sys.argv[1]), http_port=0, grpc_port=0, threads=1, drain_delay=float(sys.argv[2]))
 """
 
@@ -63,7 +63,7 @@ def health_of(running: Any) -> int:
         ({"host": "0.0.0.0", "admin_port": 0, "insecure": True}, "does not allow this"),
         ({"auth": True}, "admin store"),
         ({"max_batch": 0}, "max_batch"),
-        ({"max_batch": 33}, "at most 32"),
+        ({"max_batch": 33}, "between 1 and 32"),
         ({"max_wait": -0.1}, "max_wait"),
         ({"drain_seconds": -1}, "negative"),
     ],
@@ -196,7 +196,7 @@ def test_serve_refuses_other_hosts_before_it_reads_anything(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("app", {"torch", "transformers", "faiss", "genretrieval_pipelines", "genretrieval_tokenizers"}),
+        ("app", {"torch", "faiss", "genretrieval_pipelines", "genretrieval_tokenizers", "opentelemetry.sdk"}),
         ("client", {"torch", "fastapi", "onnxruntime", "uvicorn", "structlog", "prometheus_client"}),
     ],
 )

@@ -14,7 +14,7 @@ from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.resources import Kind, RuleFields
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.store import Call, Create
-from genretrieval_serving.deployment import Arm
+from genretrieval_serving.deployment import Arm, Deployment, Split
 from genretrieval_serving.observability import Metrics
 
 ACME = {"kind": "block", "items": {"text": "acme"}}
@@ -30,6 +30,35 @@ def store(tmp_path: Any) -> Any:
 
 def block(store: SqlStore, id_: str, **effect: Any) -> None:
     store.apply(Call("test"), [Create(Kind.RULES, id_, RuleFields(effect={"kind": "block", "items": effect}))])
+
+
+def arm_of(bundle: Any, backend: Any, uuid: str) -> Arm:
+    return Arm(
+        "loaded", Retriever(replace(bundle, manifest=bundle.manifest.model_copy(update={"uuid": uuid})), backend)
+    )
+
+
+@pytest.mark.parametrize("who", ["user_id", "query"])
+def test_a_share_takes_in_more_as_it_grows_and_another_canary_takes_in_others(bundle, backend, who) -> None:
+    primary, canary, other = (arm_of(bundle, backend, uuid) for uuid in ("p", "c", "o"))
+    deployment = Deployment(primary)
+    requests = [RetrieveRequest(**{who: f"{n}"}) for n in range(2000)]
+
+    def taken(canary: Arm, share: float) -> set[int]:
+        deployment.become(Split(primary, canary, share))
+        return {n for n, request in enumerate(requests) if deployment.arm_for(request) is canary}
+
+    tenth, half = taken(canary, 0.1), taken(canary, 0.5)
+    # Five standard deviations.
+    assert abs(len(tenth) - 200) < 5 * (2000 * 0.1 * 0.9) ** 0.5
+    assert abs(len(half) - 1000) < 5 * (2000 * 0.25) ** 0.5
+    assert tenth < half
+    assert tenth == taken(canary, 0.1)
+    assert len(taken(other, 0.1) & tenth) < 50
+    assert (taken(canary, 0.0), taken(canary, 1.0)) == (set(), set(range(2000)))
+    assert [arm.name for arm in deployment.arms] == ["primary", "canary"]
+    deployment.become(Split(canary))
+    assert (canary.name, deployment.arms) == ("primary", [canary])
 
 
 def test_model_and_admin_state_are_of_one_state_of_the_catalogue(bundle, backend, store) -> None:
