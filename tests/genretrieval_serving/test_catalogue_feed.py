@@ -416,9 +416,9 @@ def test_items_over_the_api(start, store, folder, quick) -> None:
 def test_one_item_over_the_api(start, store, folder, http) -> None:
     with start(catalogue_changes=folder, store=store) as running:
         item = f"{running.admin}/v1/items/item-1"
-        removed = http.post(f"{item}:remove", headers={"Idempotency-Key": "k"})
+        removed = http.delete(item, headers={"Idempotency-Key": "k"})
         assert (removed.json()["removed"], removed.json()["catalogue_revision"]) == (1, 1)
-        assert http.post(f"{item}:remove", headers={"Idempotency-Key": "k"}).json() == removed.json()
+        assert http.delete(item, headers={"Idempotency-Key": "k"}).json() == removed.json()
         assert http.get(item).json()["removed"] is True
         assert http.patch(item, json={"price": 9}).json()["catalogue_revision"] == 2
         assert http.get(item).json()["removed"] is False
@@ -427,7 +427,7 @@ def test_one_item_over_the_api(start, store, folder, http) -> None:
             (http.patch(item, json={"op": "remove"}), 400),
             (http.patch(item, json={"popularity": 3}), 400),
             (http.patch(f"{running.admin}/v1/items/x", json={"price": 9}), 404),
-            (http.post(f"{running.admin}/v1/items/x:remove"), 404),
+            (http.delete(f"{running.admin}/v1/items/x"), 404),
             (http.post(f"{running.admin}/v1/items:batch", json={"items": []}), 400),
             (http.post(f"{running.admin}/v1/items:batch", json={"items": [{"item_id": "a", "fields": []}]}), 400),
         ):

@@ -194,8 +194,8 @@ def patch(item_id: ItemId, patch: Patch, changer: Changer) -> ItemsChanged:
     return changer.change([ItemChange(item_id=item_id, **patch)])
 
 
-@_writes.post("/v1/items/{item_id:path}:remove", operation_id="items.remove")
-def remove(item_id: ItemId, changer: Changer) -> ItemsChanged:
+@_writes.delete("/v1/items/{item_id:path}", operation_id="items.delete")
+def delete(item_id: ItemId, changer: Changer) -> ItemsChanged:
     """Return an item no more; an upsert brings it back."""
     _row(changer.catalogue, item_id)
     return changer.change([ItemChange(item_id=item_id, op="remove")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,10 @@ NEEDS = {
         "GET /v1/bundles": READ,
         "POST /v1/keywords/{id}:bind": WRITE,
         "POST /v1/keywords/{id}:unbind": WRITE,
+        "GET /v1/items/{id}": READ,
+        "PATCH /v1/items/{id}": WRITE,
+        "DELETE /v1/items/{id}": WRITE,
+        "POST /v1/items:batch": WRITE,
         "GET /v1/slots": READ,
         "GET /v1/auditEvents": READ,
         "GET /v1/revision": READ,
@@ -155,7 +160,8 @@ def routes_of(app: Any) -> set[str]:
             left += inner.routes
         else:
             methods = set(route.methods) - ({"HEAD"} if "GET" in route.methods else set())
-            found |= {f"{method} {route.path.replace(':resource}', '}')}" for method in methods}
+            path = re.sub(r"\{\w+:\w+\}", "{id}", route.path)
+            found |= {f"{method} {path}" for method in methods}
     return found
 
 

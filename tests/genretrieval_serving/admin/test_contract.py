@@ -35,7 +35,7 @@ def world(keyword_bundle: Any, serving: Any, tmp_path_factory: pytest.TempPathFa
     """A server that needs keys, and one that may do everything."""
     with closing(SqlStore.open(f"sqlite:///{tmp_path_factory.mktemp('contract')}/admin.db")) as store:
         _, secret = store.create_key("ann", list(Scope))
-        with serving(keyword_bundle, store=store) as running:
+        with serving(keyword_bundle, store=store, catalogue_changes=tmp_path_factory.mktemp("changes")) as running:
             yield running, secret
 
 
