@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from genretrieval.errors import DataError, InvalidInputError, MissingExtraError, UnavailableError
 from genretrieval.request import MAX_HISTORY_EVENTS, HistoryEvent, RetrieveRequest, RetrieveResponse
+from genretrieval.schemas import EXPOSURE
 from genretrieval_serving.messages import FeedbackEvent
 from genretrieval_serving.observability import Metrics
 
@@ -253,16 +254,17 @@ def _placed_own(own: Sequence[HistoryEvent]) -> _Placed:
     return placed[::-1]
 
 
-def by_user(events: Iterable[FeedbackEvent], now: int) -> dict[str, list[HistoryEvent]]:
+def by_user(events: Iterable[FeedbackEvent], now: int, *, exposures: bool) -> dict[str, list[HistoryEvent]]:
     """What events add to the histories of their users.
 
     Args:
         events: those without a user add nothing.
         now: unix seconds, the time of an event that has none.
+        exposures: keep them, too. There are many to an interaction, whose room they take.
     """
     added: dict[str, list[HistoryEvent]] = {}
     for event in events:
-        if event.user_id:
+        if event.user_id and (exposures or event.event != EXPOSURE):
             at = now if event.timestamp is None else event.timestamp
             read = HistoryEvent(item_id=event.item_id, event=event.event, timestamp=at)
             added.setdefault(event.user_id, []).append(read)

@@ -173,7 +173,7 @@ class ServedLog:
             "query_read": request.query if answering.edits.query is None else answering.edits.query,
             "history_read": [event.model_dump() for event in answering.retriever.history_read(request)],
             "scenario": request.scenario,
-            "profile": [{"name": name, "value": value} for name, value in request.profile.items()],
+            "profile": [{"name": name, "value": value} for name, value in sorted(request.profile.items())],
             "filters": None if request.filters is None else canonical_filters(request.filters),
             "exclude_item_ids": request.exclude_item_ids,
             "exclude_history": request.exclude_history,

@@ -113,8 +113,9 @@ class RetrievalService:
         Raises:
             RequestError: the server keeps no events, or none without a user.
             OverloadedError: they cannot be written fast enough; none of them was taken.
+            UnavailableError: the bundle is still being loaded.
         """
-        now = time.time()
+        arms, now = self.deployment.arms, time.time()
         with self._counting():
             if self.served_log is not None:
                 self.served_log.record(events, now)
@@ -122,8 +123,10 @@ class RetrievalService:
                 _refuse_without_log(events, histories=self.histories is not None)
         self.metrics.events.labels("accepted").inc(len(events))
         degraded = []
-        if self.histories is not None and not await self.histories.append(by_user(events, int(now))):
-            degraded.append(HISTORY_UNAVAILABLE)
+        if self.histories is not None:
+            exposures = any(arm.manifest.max_past for arm in arms)
+            if not await self.histories.append(by_user(events, int(now), exposures=exposures)):
+                degraded.append(HISTORY_UNAVAILABLE)
         return RecordEventsResponse(accepted=len(events), degraded=degraded)
 
     async def batch_retrieve(

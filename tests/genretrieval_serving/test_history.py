@@ -283,7 +283,9 @@ def test_the_next_request_of_a_user_sees_what_was_recorded(start, where) -> None
     event = {"user_id": "u", "item_id": "item-1", "event": "purchase"}
     with start(histories=where) as running, Client(running.grpc) as by_grpc, Client(running.http) as by_rest:
         assert by_rest.record_events([event]).accepted == 1
-        by_grpc.record_events([event | {"item_id": "item-9", "event": "click"}, event | {"item_id": "gone"}])
+        clicked, seen = {"item_id": "item-9", "event": "click"}, {"item_id": "item-2", "event": "exposure"}
+        # No model here reads what was seen and left.
+        by_grpc.record_events([event | clicked, event | seen, event | {"item_id": "gone"}])
 
         def ids(client: Client, **fields: Any) -> list[str]:
             response = client.retrieve(top_k=24, **fields)

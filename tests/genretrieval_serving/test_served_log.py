@@ -93,7 +93,7 @@ def test_an_answer_is_logged_as_it_was_read_and_given(start, tmp_path, example) 
     assert row["items"][0]["score"] == pytest.approx(answer.items[0].score)
     assert row["items"][0]["semantic_id"] == answer.items[0].semantic_id
     assert (row["query"], row["query_read"], row["scenario"]) == ("red shoes", "red shoes", "home")
-    assert row["profile"] == [{"name": "country", "value": "NL"}, {"name": "age", "value": "30"}]
+    assert row["profile"] == [{"name": "age", "value": "30"}, {"name": "country", "value": "NL"}]
     assert json.loads(row["filters"])["attributes"] == {"brand": ["umbra", "acme"], "category": ["shoes"]}
     assert (row["exclude_item_ids"], row["exclude_history"]) == (["item-2", "unknown"], "purchased")
     assert (row["top_k"], row["beam_width"], row["arm"]) == (4, 20, "primary")
