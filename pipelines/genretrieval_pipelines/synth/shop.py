@@ -148,7 +148,7 @@ def synthesize(output: Path, config: ShopConfig | None = None) -> ShopSummary:
     config = config or ShopConfig()
     output.mkdir(parents=True, exist_ok=True)
     streams = np.random.SeedSequence(config.seed).spawn(5)
-    products = draw_products(config.n_items, np.random.default_rng(streams[0]))
+    products = shop_products(config)
     users = _draw_users(config, products, np.random.default_rng(streams[1]))
     book = QueryBook(products)
     truth = _truth(config, products, users, book)
@@ -161,6 +161,11 @@ def synthesize(output: Path, config: ShopConfig | None = None) -> ShopSummary:
     log.write_parquet(output / "interactions.parquet")
     truth.save(output)
     return _summary(config, visits)
+
+
+def shop_products(config: ShopConfig) -> Products:
+    """The products of a shop, which are the same each time."""
+    return draw_products(config.n_items, np.random.default_rng(np.random.SeedSequence(config.seed).spawn(5)[0]))
 
 
 def _draw_users(config: ShopConfig, products: Products, rng: np.random.Generator) -> _Users:
@@ -337,13 +342,24 @@ def _simulate_block(
 
         chooses = np.flatnonzero(~visits.left[requests])
         shown = np.take_along_axis(scores[chooses], pages[chooses], axis=1)
-        attraction = CHOICE_FOCUS * shown + np.log(_EXAMINATION)
-        places = np.argmax(attraction + rng.gumbel(size=attraction.shape), axis=1)
+        places = choose(shown, rng)
         visits.taken[requests[chooses]] = places
         items = pages[chooses, places]
         n_taken[chooses] += 1
         last_seen[chooses, items] = n_taken[chooses]
         last_items[chooses] = items
+
+
+def choose(shown: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.int64]:
+    """The place on each page that is taken, int64 ``[n]``.
+
+    Args:
+        shown: float32 ``[n, PAGE]``, log-propensity of what is shown; minus infinity where nothing is.
+        rng: draws.
+    """
+    attraction = CHOICE_FOCUS * shown + np.log(_EXAMINATION)
+    places: NDArray[np.int64] = np.argmax(attraction + rng.gumbel(size=attraction.shape), axis=1)
+    return places
 
 
 def _draw(scores: NDArray[np.float32], n: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -370,8 +386,7 @@ def _interactions(truth: Truth, products: Products, visits: _Visits, rng: np.ran
     chosen = np.flatnonzero(visits.taken != NOTHING)
     places = visits.taken[chosen]
     items = visits.pages[chosen, places]
-    eager = np.where(truth.consumable[truth.leaf[items]], 0.6, 0.4)
-    depth = 1 + (rng.random(len(chosen)) < eager) * (1 + (rng.random(len(chosen)) < 0.55))
+    depth = reached(truth, items, rng)
     dwell = rng.integers(3, 26, len(chosen))
 
     request = np.concatenate([np.repeat(np.arange(n), PAGE), chosen])
@@ -399,6 +414,18 @@ def _interactions(truth: Truth, products: Products, visits: _Visits, rng: np.ran
             "value": pl.Series(price).set(pl.Series(event != EVENTS.index("purchase")), None),
         }
     )
+
+
+def reached(truth: Truth, items: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.int64]:
+    """The deepest event of each choice, int64 ``[n]``, positions in `EVENTS`.
+
+    Args:
+        truth: the shop.
+        items: int ``[n]``, item rows that were taken.
+        rng: draws.
+    """
+    eager = np.where(truth.consumable[truth.leaf[items]], 0.6, 0.4)
+    return 1 + (rng.random(len(items)) < eager) * (1 + (rng.random(len(items)) < 0.55))
 
 
 def _summary(config: ShopConfig, visits: _Visits) -> ShopSummary:
