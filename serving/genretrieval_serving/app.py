@@ -34,6 +34,7 @@ from genretrieval_serving.bundle_folder import BundleFolder, open_retriever
 from genretrieval_serving.catalogue_feed import CatalogueFeed
 from genretrieval_serving.deployment import Arm, Deployment, preferred_levels, reserved_slots
 from genretrieval_serving.history import Histories, open_histories
+from genretrieval_serving.http_protocol import BoundedHttp
 from genretrieval_serving.observability import Metrics, configure_logging
 from genretrieval_serving.rollout import Followed, Rollout
 from genretrieval_serving.served_log import LogSettings, ServedLog
@@ -142,6 +143,7 @@ class _Http:
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
+                http=BoundedHttp,
                 lifespan="off",
                 log_config=None,
                 access_log=False,
