@@ -27,12 +27,13 @@ from genretrieval.export.t5 import T5RetrievalGraph, t5_level_offsets
 from genretrieval.model.generator import Request
 from genretrieval.model.search import IndexTensors, Retrieved
 from genretrieval.servable import Catalogue
-from genretrieval_pipelines.bench_decode import HuggingFace, random_t5
+from genretrieval_pipelines.bench_decode import SIZES_4X256, HuggingFace, random_t5
 
 BUNDLE = "bundle"
 T5 = "t5"
 BEAM_WIDTH = 50
 MAX_HISTORY = 20
+SIZES_SMALL = (16, 16, 16)
 
 
 class HistoryT5(nn.Module):
@@ -52,19 +53,16 @@ class HistoryT5(nn.Module):
         return found
 
 
-def write_pair(
-    folder: Path, n_items: int, codebook_sizes: tuple[int, ...], *, n_layers: int = 4, d_model: int = 128
-) -> None:
+def write_pair(folder: Path, n_items: int, *, small: bool = False) -> None:
     """Write a T5 with random weights twice: for Hugging Face, and as a bundle over a catalogue of random IDs.
 
     Args:
         folder: gets ``t5`` and ``bundle``.
         n_items: items of the catalogue.
-        codebook_sizes: codes of each level.
-        n_layers: of encoder and decoder each.
-        d_model: width.
+        small: 1+1 layers of width 32 over 3 levels of 16 codes, instead of row A of `bench decode`.
     """
-    model = random_t5(codebook_sizes, n_layers, d_model)
+    codebook_sizes = SIZES_SMALL if small else SIZES_4X256
+    model = random_t5(codebook_sizes, 1, 32) if small else random_t5(codebook_sizes)
     model.save_pretrained(folder / T5)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, codebook_sizes, (n_items, len(codebook_sizes)))
