@@ -450,7 +450,11 @@ def serve(
     jwt_jwks_file: Annotated[Path | None, typer.Option(help="The same as a file.")] = None,
     jwt_scope_claim: Annotated[str, typer.Option(help="Claim that holds the scopes of a token.")] = "scope",
     trace_endpoint: Annotated[
-        str | None, typer.Option(help="Send traces to an OpenTelemetry collector: http://HOST:4318; extra `otel`.")
+        str | None,
+        typer.Option(
+            envvar="OTEL_EXPORTER_OTLP_ENDPOINT",  # as OpenTelemetry names it
+            help="Send traces to an OpenTelemetry collector: http://HOST:4318; extra `otel`.",
+        ),
     ] = None,
     histories: HistoryStore = None,
     log_folder: Annotated[
@@ -700,6 +704,32 @@ def bench_bind(
     _report_figures(bench(bundle, command, store, Console(stderr=True), BindConfig(replicas, bindings)), json_file)
 
 
+@bench_app.command("swap")
+def bench_swap(
+    folder: Annotated[Path, typer.Option(help="Where two random bundles, the admin store and the log go.")],
+    items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 100_000,
+    swaps: Annotated[int, typer.Option(help="How often the bundle changes, to the other one and back.")] = 6,
+    seconds: Annotated[float, typer.Option(help="That callers ask before and after each swap.")] = 8.0,
+    quick: Annotated[bool, typer.Option(help="Few items and two swaps; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Another bundle takes over under load: requests that fail, and p99 before, while and after it does."""
+    with _extra("train"):
+        from genretrieval_pipelines.random_bundle import write_random_bundle
+    with _extra("serve"):
+        from genretrieval_serving.bench_swap import SwapConfig
+        from genretrieval_serving.bench_swap import bench_swap as bench
+    items, swaps, seconds = (2_000, 2, 1.0) if quick else (items, swaps, seconds)
+    bundles = folder / f"bundles-{items}"
+    names = ("one", "two")
+    for seed, name in enumerate(names):
+        if not (bundles / name).exists():
+            write_random_bundle(bundles / name, items, seed=seed)
+    command = [sys.executable, "-m", "genretrieval.cli"]
+    config = SwapConfig(swaps=swaps, seconds=seconds)
+    _report_figures(bench(bundles, names, command, folder, Console(stderr=True), config), json_file)
+
+
 @bench_app.command("faults")
 def bench_faults(
     names: Annotated[list[str] | None, typer.Argument(help="Faults to cause; all by default.")] = None,
@@ -728,6 +758,32 @@ def bench_faults(
         console.print(problem, style="red", markup=False, highlight=False)
     if problems:
         sys.exit(1)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    folder: Annotated[Path, typer.Option(help="Where the model goes, once as a bundle and once for the peer.")],
+    items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 100_000,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give tighter medians.")] = 5,
+    quick: Annotated[bool, typer.Option(help="A tiny model, seconds of load, without wrk; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """The server against a FastAPI app around Hugging Face `generate`, and against its own bare graph."""
+    from dataclasses import replace
+
+    with _extra("train"):
+        from genretrieval_pipelines.hf_server import BUNDLE, write_pair
+    with _extra("serve"):
+        from genretrieval_serving.bench_serve import QUICK, ServeConfig
+        from genretrieval_serving.bench_serve import bench_serve as bench
+    items = 1000 if quick else items
+    pair = folder / f"t5-{items}"
+    if not (pair / BUNDLE).exists():
+        write_pair(pair, items, small=quick)
+    command = [sys.executable, "-m", "genretrieval.cli"]
+    peer = [sys.executable, "-m", "genretrieval_pipelines.hf_server", str(pair)]
+    config = QUICK if quick else replace(ServeConfig(), rounds=rounds)
+    _report_figures(bench(pair / BUNDLE, command, peer, Console(stderr=True), config), json_file)
 
 
 @app.command()
