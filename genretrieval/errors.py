@@ -18,7 +18,8 @@
     │   └── BundleIncompleteError        no manifest: writing it never finished
     ├── MissingExtraError                exit 4, HTTP 501, gRPC UNIMPLEMENTED: an optional package is not installed
     ├── UnavailableError                 exit 5, HTTP 503, gRPC UNAVAILABLE: not ready, draining, or unreachable
-    │   └── OverloadedError              exit 5, HTTP 429, gRPC RESOURCE_EXHAUSTED
+    │   └── OverloadedError              exit 5, HTTP 429, gRPC RESOURCE_EXHAUSTED: the queue is too long
+    │       └── RateLimitedError         the caller asks for more than its share
     └── DeadlineError                    exit 6, HTTP 504, gRPC DEADLINE_EXCEEDED
 
 A message says what was wrong, where, and what to do. The three codes of a kind stand on its class and nowhere
@@ -133,15 +134,27 @@ class MissingExtraError(GenRetrievalError, ImportError):
 
 
 class UnavailableError(GenRetrievalError):
-    """The server is not ready, is draining, or could not be reached; another try may succeed."""
+    """The server is not ready, is draining, or could not be reached; another try may succeed.
+
+    Attributes:
+        retry_after: seconds to wait before that, as far as is known.
+    """
 
     exit_code, http_status, grpc_code = 5, 503, "UNAVAILABLE"
 
+    def __init__(self, message: str = "", retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
 
 class OverloadedError(UnavailableError):
-    """The queue is full: rejected at once rather than answered too late."""
+    """Too much waits already: rejected at once rather than answered too late."""
 
     http_status, grpc_code = 429, "RESOURCE_EXHAUSTED"
+
+
+class RateLimitedError(OverloadedError):
+    """The caller has made more requests than its rate limit allows; others are answered."""
 
 
 class DeadlineError(GenRetrievalError):
