@@ -11,7 +11,8 @@ A change is a table with one row an item:
 An attribute that is not there stays as it is, and null is a value like any other: it takes the price away. A removal
 changes attributes only where `fields` names them, and an upsert brings a removed item back.
 
-The catalogue is at any time that of the bundle with all files in the order of their names: of an attribute the last
+The catalogue is at any time that of the bundle with all files in the order of their names, which begin with a time in
+UTC, as ``20260131T120000-stock.parquet`` does: of an attribute the last
 value holds, of an item the last `op`, and of its semantic ID the first one, because a published ID never moves. Whether
 a file is refused depends on the bundle and on nothing that came before it, so every server that has the same files has
 the same catalogue, in whatever order and groups it met them. A row about an item that the bundle does not have, without
@@ -26,9 +27,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,12 +53,28 @@ ITEM_ID, OP, SEMANTIC_ID, FIELDS = "item_id", "op", "semantic_id", "fields"
 UPSERT, REMOVE = "upsert", "remove"
 SUFFIX = ".parquet"
 
+_TIME = "%Y%m%dT%H%M%S"
+_BEGINS_WITH_TIME = re.compile(r"(\d{8}T\d{6})(?!\d)")
 _POPULARITY = "popularity"
 _VALUE = "value"
 _HEADER = b"genretrieval"
 _FIRST_ROWS = 5
 _LONGEST_ID = 512
 _CODES = pl.List(pl.Int32())
+
+
+def file_name(time: datetime, rest: str) -> str:
+    """Name of a file of changes made at `time`; of one second they are ordered by `rest`."""
+    return f"{time.astimezone(UTC):{_TIME}}{rest}{SUFFIX}"
+
+
+def time_of(name: str) -> datetime | None:
+    """The time with which a file's name begins; None where it begins with none."""
+    found = _BEGINS_WITH_TIME.match(name)
+    try:
+        return None if found is None else datetime.strptime(found[1], _TIME).replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ def main() -> None:
     # Training's operators are short. Threads that wait for each other without spinning at all lose half the gain of a
     # second core; threads that spin as long as libgomp lets them slow a busy machine fivefold.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # ONNX Runtime tells its makers how it is used, unless told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         app()
     except GenRetrievalError as error:
@@ -234,15 +236,35 @@ def tokenize_append(
     published: Annotated[Path, typer.Argument(help="Folder that `tokenize fit` wrote.")],
     data: Annotated[Path, typer.Option(help="Folder of house Parquet; items that have an ID already are passed over.")],
     work: Annotated[Path | None, typer.Option(help="Checked logs. Default: PUBLISHED.work")] = None,
+    changes: Annotated[
+        Path | None, typer.Option(help="Folder of `serve --catalogue-changes`: put what --bundle lacks there.")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="With --changes: the bundle that is served.")] = None,
 ) -> None:
     """Give new items an ID; no published ID moves."""
     with _extra("train"):
         from genretrieval_pipelines.shop import open_shop
-        from genretrieval_pipelines.tokenize import append_items
+        from genretrieval_pipelines.tokenize import append_items, changes_of
+    if (changes is None) != (bundle is None):
+        raise InvalidInputError("--changes needs the --bundle that is served, to tell which items are new there")
     work = work or published.with_name(published.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    for line in append_items(published, open_shop(data, work)):
+    shop = open_shop(data, work)
+    for line in append_items(published, shop):
         print(line)
+    if changes is not None and bundle is not None:
+        from datetime import UTC, datetime
+
+        from genretrieval.bundle import load_bundle
+        from genretrieval.catalogue_changes import file_name
+
+        file = changes_of(published, shop, load_bundle(bundle))
+        if file is None:
+            print("the bundle has all of them")
+        else:
+            path = changes / file_name(datetime.now(UTC), "-append")
+            file.write(path)
+            print(f"{len(file.table):,} items that the bundle lacks are in {path}")
 
 
 @tokenize_app.command("query")
@@ -674,6 +696,52 @@ def bench_intervention(
     _report_figures(figures, json_file)
 
 
+@bench_app.command("loop")
+def bench_loop(
+    folder: Annotated[Path, typer.Option(help="Where the shop, the logs and the bundles go; found again.")],
+    recipe: Annotated[str, typer.Option(help="Of both bundles; path, or the name of a shipped one.")] = "demo",
+    epochs: Annotated[int, typer.Option(help="Passes over the training histories, in place of the recipe's.")] = 3,
+    items: Annotated[int | None, typer.Option(help="Items of the made shop; the demo's by default.")] = None,
+    users: Annotated[int | None, typer.Option(help="Its visitors.")] = None,
+    old_policy: Annotated[
+        bool, typer.Option(help="Train also on what the shop itself logged of the same visits.")
+    ] = True,
+    threads: Threads = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Serve a made shop, train again on what its visitors did with what they saw: is the second bundle better?"""
+    from dataclasses import replace
+
+    with _extra("train"):
+        from genretrieval_pipelines.bench_loop import LoopConfig
+        from genretrieval_pipelines.bench_loop import bench_loop as bench
+        from genretrieval_pipelines.recipe import load_recipe
+        from genretrieval_pipelines.run import set_threads
+        from genretrieval_pipelines.synth import ShopConfig
+    with _extra("serve"):
+        from genretrieval_serving.live_server import VisitedServer, visited_server
+    from genretrieval.served_logs import UserKeys
+
+    set_threads(threads)
+    size = {name: value for name, value in {"n_items": items, "n_users": users}.items() if value is not None}
+    loaded = load_recipe(_recipe_file(recipe))
+    loaded = loaded.model_copy(update={"training": replace(loaded.training, epochs=epochs)})
+
+    def serve_logged(bundle: Path, logs: Path, keys: UserKeys) -> AbstractContextManager[VisitedServer]:
+        return visited_server(bundle, [sys.executable, "-m", "genretrieval.cli"], logs, keys)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = bench(
+        loaded,
+        folder,
+        open_backend=_open_backend,
+        serve_logged=serve_logged,
+        console=Console(stderr=True),
+        config=LoopConfig(ShopConfig(**size), old_policy=old_policy),
+    )
+    _report_figures(figures, json_file)
+
+
 @bench_app.command("bind")
 def bench_bind(
     folder: Annotated[Path, typer.Option(help="Where the random bundle goes; a million items take 60 MB.")],
@@ -734,9 +802,6 @@ def bench_swap(
 def bench_faults(
     names: Annotated[list[str] | None, typer.Argument(help="Faults to cause; all by default.")] = None,
     folder: Annotated[Path, typer.Option(help="Where bundles, stores and logs go.")] = Path("runs/faults"),
-    bundle: Annotated[
-        Path | None, typer.Option(help="Bundle to serve; by default a random one of 10,000 items.")
-    ] = None,
     quick: Annotated[bool, typer.Option(help="A twentieth of the lengths and numbers; for a smoke test.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -746,11 +811,11 @@ def bench_faults(
     with _extra("serve"):
         from genretrieval_serving.faults import bench_faults as bench
         from genretrieval_serving.faults.serving import Ground
-    if bundle is None:
-        bundle = folder / "random-10000"
-        if not bundle.exists():
-            write_random_bundle(bundle, 10_000)
-    ground = Ground(bundle, folder, [sys.executable, "-m", "genretrieval.cli"], share=0.05 if quick else 1.0)
+    bundle, other = folder / "bundles" / "first", folder / "bundles" / "second"
+    for seed, path in enumerate((bundle, other)):
+        if not path.exists():
+            write_random_bundle(path, 10_000, seed=seed)
+    ground = Ground(bundle, other, folder, [sys.executable, "-m", "genretrieval.cli"], share=0.05 if quick else 1.0)
     console = Console(stderr=True)
     figures, problems = bench(ground, console, names or [])
     _report_figures(figures, json_file)

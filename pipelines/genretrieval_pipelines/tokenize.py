@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from genretrieval.bundle import CODEBOOKS
+from genretrieval.catalogue_changes import ChangesFile
 from genretrieval.errors import DataError
 from genretrieval.histories import NO_QUERY, LeaveOneOut
 from genretrieval.item_texts import item_fields
 from genretrieval.keyword_codebook import EMPTY, KeywordCodebook
 from genretrieval.keywords import KeywordDictionary
 from genretrieval.semantic_ids import Codes, SemanticIds
+from genretrieval.servable import Servable
 from genretrieval_pipelines.embed import EmbeddingPart, FittedEmbedding
 from genretrieval_pipelines.embed.fitted import EMBEDDING
 from genretrieval_pipelines.embed.keywords import mined_columns
@@ -407,6 +409,35 @@ def append_items(folder: Path, shop: Shop) -> list[str]:
         notes, seconds = (earlier.notes, earlier.fit_seconds) if earlier else (tokenizer.notes, None)
         _write_report(folder, _report_of_codes(after, notes, seconds))
     return lines
+
+
+def changes_of(folder: Path, shop: Shop, bundle: Servable) -> ChangesFile | None:
+    """The published items of `shop` that a bundle does not have, as a change of its catalogue; None without any.
+
+    Args:
+        folder: of published IDs.
+        shop: the items with their attributes; those that the bundle does not have are left out.
+        bundle: that is served.
+
+    Raises:
+        DataError: the bundle's IDs are of other codebooks than those of `folder`.
+    """
+    published, catalogue = open_published(folder), bundle.catalogue()
+    if published.fingerprint != bundle.manifest.files.get(CODEBOOKS):
+        raise DataError(
+            f"{folder} has IDs of other codebooks than the bundle, so they would name unrelated things there; give the "
+            "folder of the same recipe, data and number of threads"
+        )
+    ids = pl.DataFrame(
+        {
+            "item_id": published.item_ids.to_pylist(),
+            "semantic_id": pl.Series(published.ids.codes.tolist(), dtype=pl.List(pl.Int32())),
+        }
+    )
+    attributes = [name for name in catalogue.columns if name in shop.items.columns and name != "item_id"]
+    new = ids.join(catalogue, on="item_id", how="anti", maintain_order="left")
+    new = new.join(shop.items.select("item_id", *attributes), on="item_id", maintain_order="left")
+    return ChangesFile(new, published.fingerprint) if len(new) else None
 
 
 def query_ids(folder: Path, queries: list[str]) -> list[tuple[list[int], list[str]]]:

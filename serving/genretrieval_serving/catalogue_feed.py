@@ -1,10 +1,9 @@
 """The catalogue while it is served: a folder of changes that every server on it follows.
 
 The catalogue of a bundle is that of its export with all files of the folder in the order of their names, see
-`genretrieval.catalogue_changes`. Names begin with the time in UTC, as in ``20260131T120000-stock.parquet``. Files are
-added and never changed; each is applied whole or not at all, and several that are found together are one swap. One that
-sorts before others that were applied has the catalogue built again, so that servers agree whatever they saw first.
-Only `compact` takes files away.
+`genretrieval.catalogue_changes`. Files are added and never changed; each is applied whole or not at all, and several
+that are found together are one swap. One that sorts before others that were applied has the catalogue built again, so
+that servers agree whatever they saw first. Only `compact` takes files away.
 
 A folder may lie on a network file system, which tells nobody of new files, so it is looked into once a second.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 import time
 import uuid
@@ -26,7 +24,7 @@ import polars as pl
 import structlog
 
 from genretrieval.bundle import CODEBOOKS
-from genretrieval.catalogue_changes import SUFFIX, CatalogueChanges, ChangeChecker, ChangesFile
+from genretrieval.catalogue_changes import SUFFIX, CatalogueChanges, ChangeChecker, ChangesFile, file_name, time_of
 from genretrieval.errors import (
     DataError,
     IdempotencyKeyReusedError,
@@ -48,8 +46,6 @@ YOUNG_SECONDS = 30.0
 KEPT = timedelta(days=1)
 # So many groups of rows that wait for an item's ID are put together.
 _WAITING = 64
-_NAME = re.compile(r"(\d{8}T\d{6})(?!\d)")
-_TIME = "%Y%m%dT%H%M%S"
 # What is known of a bundle's catalogue is given up when no arm has served it for so long; loading takes less.
 _UNSERVED_SECONDS = 600.0
 _TOLD = 5
@@ -308,10 +304,10 @@ class _Followed:
                 state = (status.st_mtime_ns, status.st_size)
                 if self._refused.get(name) == state:
                     continue
-                if _time_of(name) is None:
+                if time_of(name) is None:
+                    example = file_name(datetime.now(UTC), f"-{path.stem}")
                     raise DataError(
-                        f"{name} does not begin with a time in UTC, by which files are ordered; name it as in "
-                        f"{datetime.now(UTC):{_TIME}}-{name}"
+                        f"{name} does not begin with a time in UTC, by which files are ordered; name it as in {example}"
                     )
                 try:
                     file = ChangesFile.read(path)
@@ -347,21 +343,12 @@ def _changed(changes: CatalogueChanges, catalogue: Catalogue, file: str) -> Chan
 def _next_name(names: Sequence[str], token: str) -> str:
     """A name that sorts behind all others, also those of a server whose clock is ahead."""
     now = datetime.now(UTC)
-    name = f"{now:{_TIME}.%f}Z-{token}{SUFFIX}"
-    last = max((other for other in names if _time_of(other)), default="")
-    latest = _time_of(last)
+    name = file_name(now, f".{now:%f}Z-{token}")
+    last = max((other for other in names if time_of(other)), default="")
+    latest = time_of(last)
     if latest is not None and last >= name:
-        name = f"{latest + timedelta(seconds=1):{_TIME}.%f}Z-{token}{SUFFIX}"
+        name = file_name(latest + timedelta(seconds=1), f".{now:%f}Z-{token}")
     return name
-
-
-def _time_of(name: str) -> datetime | None:
-    """The time with which a file's name begins, if it does."""
-    found = _NAME.match(name)
-    try:
-        return None if found is None else datetime.strptime(found[1], _TIME).replace(tzinfo=UTC)
-    except ValueError:
-        return None
 
 
 def compact(folder: Path, bundle: Servable, older_than: timedelta = KEPT) -> tuple[str, int] | None:

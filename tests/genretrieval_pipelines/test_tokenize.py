@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from genretrieval.bundle import CODEBOOKS
 from genretrieval.errors import DataError
 from genretrieval.item_texts import item_texts
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
@@ -25,6 +27,7 @@ from genretrieval_pipelines.synth import ShopConfig, synthesize
 from genretrieval_pipelines.tokenize import (
     REPORT,
     append_items,
+    changes_of,
     encode_stream,
     fit_and_publish,
     fit_embedding,
@@ -256,6 +259,23 @@ class TestPublishing:
         np.testing.assert_array_equal(after.ids.codes[:100], before.ids.codes)
         assert lines[0] == "20 items appended to 100; no published ID moved"
         assert append_items(published, shop) == ["no item is new; 120 IDs stay as they are"]
+
+    def test_new_items_are_a_change_of_a_bundle_without_them(self, published: Path, shop: Shop) -> None:
+        append_items(published, shop)
+        all_ids = open_published(published)
+
+        def served(items: pl.DataFrame, codebooks: str = all_ids.fingerprint) -> Any:
+            return SimpleNamespace(catalogue=lambda: items, manifest=SimpleNamespace(files={CODEBOOKS: codebooks}))
+
+        change = changes_of(published, shop, served(shop.items[:115].drop("brand")))
+        assert change is not None
+        assert change.codebooks == all_ids.fingerprint
+        assert change.table["semantic_id"].to_list() == all_ids.ids.codes[115:].tolist()
+        expected = shop.items[115:].drop("brand")
+        assert change.table.select(expected.columns).equals(expected)
+        assert changes_of(published, shop, served(shop.items)) is None
+        with pytest.raises(DataError, match="other codebooks than the bundle"):
+            changes_of(published, shop, served(shop.items, "others"))
 
     def test_appending_in_parts_without_the_old_items_is_appending_at_once(
         self, published: Path, shop: Shop, tmp_path: Path
