@@ -426,6 +426,9 @@ def serve(
         float, typer.Option(help="Seconds; a request that would wait longer is refused at once, not answered too late.")
     ] = 0.25,
     max_batch: Annotated[int, typer.Option(help="Rows run together, at most 32; a usual request is one.")] = 8,
+    rate_limit: Annotated[
+        str | None, typer.Option(help="Requests that each caller may make, e.g. 100/second; each of a batch counts.")
+    ] = None,
     drain_delay: Annotated[
         float, typer.Option(help="Seconds between a failing /readyz and closed ports, for load balancers to notice.")
     ] = 0.0,
@@ -538,6 +541,7 @@ def serve(
         if log_folder is None
         else LogSettings(log_folder, log_sample, log_retention_days or None, UserKeys.load(log_key_file)),
         catalogue_changes=catalogue_changes,
+        rate_limit=rate_limit,
     )
 
 

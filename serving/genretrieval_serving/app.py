@@ -36,6 +36,7 @@ from genretrieval_serving.deployment import Arm, Deployment, preferred_levels, r
 from genretrieval_serving.history import Histories, open_histories
 from genretrieval_serving.http_protocol import BoundedHttp
 from genretrieval_serving.observability import Metrics, configure_logging
+from genretrieval_serving.rate_limit import RateLimiter
 from genretrieval_serving.rollout import Followed, Rollout
 from genretrieval_serving.served_log import LogSettings, ServedLog
 from genretrieval_serving.service import RetrievalService, State
@@ -56,6 +57,7 @@ class Settings:
         grpc_port: port of gRPC; 0 takes a free one.
         max_wait: seconds that a request may wait, see `Batcher`; one that would wait longer is refused at once.
         max_batch: most rows that the graph runs at once, see `Batcher`.
+        rate_limit: of each caller, see `RateLimiter`; None for none.
         drain_delay: seconds between a failing /readyz and closed ports, for load balancers to notice.
         drain_seconds: most seconds to finish requests after that.
         quiet: no log line for every request.
@@ -97,6 +99,7 @@ class Settings:
     histories: str | None = field(default=None, repr=False)  # a URL may have a password
     served_log: LogSettings | None = None
     catalogue_changes: Path | None = None
+    rate_limit: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse rather than adjust."""
@@ -206,7 +209,8 @@ class Server:
         metrics = Metrics()
         histories = None if settings.histories is None else Histories(open_histories(settings.histories), metrics)
         served_log = None if settings.served_log is None else ServedLog(settings.served_log, metrics)
-        self.service = RetrievalService(metrics, histories, served_log)
+        rate_limiter = None if settings.rate_limit is None else RateLimiter(settings.rate_limit)
+        self.service = RetrievalService(metrics, histories, served_log, rate_limiter)
         self._batcher = Batcher(metrics, max_wait=settings.max_wait, max_batch=settings.max_batch)
         changes = settings.catalogue_changes
         self._feed = None if changes is None else CatalogueFeed(changes, metrics)
@@ -418,6 +422,7 @@ def serve(
     histories: str | None = None,
     served_log: LogSettings | None = None,
     catalogue_changes: Path | None = None,
+    rate_limit: str | None = None,
 ) -> None:
     """Serve a bundle until SIGTERM or SIGINT; returns when all accepted requests are answered.
 
@@ -450,6 +455,7 @@ def serve(
         histories: see `Settings`.
         served_log: see `Settings`.
         catalogue_changes: see `Settings`.
+        rate_limit: see `Settings`.
 
     Raises:
         BundleError: the bundle cannot be served.
@@ -480,6 +486,7 @@ def serve(
             histories=histories,
             served_log=served_log,
             catalogue_changes=catalogue_changes,
+            rate_limit=rate_limit,
         )
 
     def opener(path: Path) -> Retriever:

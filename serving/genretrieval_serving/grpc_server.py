@@ -20,7 +20,7 @@ from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
 from genretrieval_serving.admin.auth import Authenticator, Principal
 from genretrieval_serving.admin.resources import Scope
-from genretrieval_serving.messages import MAX_BODY_BYTES
+from genretrieval_serving.messages import MAX_BODY_BYTES, retry_headers
 from genretrieval_serving.observability import request_id
 from genretrieval_serving.service import RetrievalService
 from genretrieval_serving.tracing import Tracer
@@ -82,7 +82,7 @@ class _Servicer(stubs.RetrievalServiceServicer):
                     answer = await call(caller)
                 except GenRetrievalError as error:
                     code = error.grpc_code
-                    told = (("reason", error.reason), ("x-request-id", id_))
+                    told = (("reason", error.reason), ("x-request-id", id_), *retry_headers(error).items())
                     await context.abort(grpc.StatusCode[code], str(error), trailing_metadata=told)
                 # Not before: a call that has begun to be answered is never tried again on another replica.
                 await context.send_initial_metadata((("x-request-id", id_),))

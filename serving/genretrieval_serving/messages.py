@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Any, Self
@@ -46,6 +47,18 @@ class Problem(_Message):
             detail=str(error),
             reason=error.reason,
         )
+
+
+def retry_headers(error: GenRetrievalError) -> dict[str, str]:
+    """When a call that was refused for now may come again; headers of REST, trailing metadata of gRPC.
+
+    ``retry-after`` has whole seconds, as HTTP wants; a queue is often shorter than one, so ``retry-after-ms`` is there
+    for those who read it.
+    """
+    if not isinstance(error, UnavailableError):
+        return {}
+    seconds = max(error.retry_after, 0.001)
+    return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1e3))}
 
 
 class BatchRetrieveRequest(_Message):

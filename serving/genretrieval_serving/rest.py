@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from typing import Annotated, Any
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from genretrieval.errors import DeadlineError, OverloadedError, RequestError, StaleReplicaError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
@@ -23,6 +26,8 @@ from genretrieval_serving.messages import (
 from genretrieval_serving.service import RetrievalService, State
 from genretrieval_serving.tracing import Tracer
 from genretrieval_serving.web import application, guarded_router, open_application
+
+_T = TypeVar("_T")
 
 
 # Coroutines: the framework runs plain functions in threads, all of which may wait for the admin store.
@@ -53,6 +58,28 @@ async def _caller(request: Request) -> Principal:
     return principal
 
 
+async def _unless_gone(http: Request, answer: Coroutine[Any, Any, _T]) -> _T:
+    """What is asked for, as long as somebody waits for it; gRPC cancels a call by itself.
+
+    Raises:
+        ClientDisconnect: the caller closed the connection.
+    """
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    asking, leaving = asyncio.create_task(answer), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((asking, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not asking.done():
+            raise ClientDisconnect
+        return asking.result()
+    finally:
+        asking.cancel()
+        leaving.cancel()
+
+
 Service = Annotated[RetrievalService, Depends(_service)]
 Caller = Annotated[Principal, Depends(_caller)]
 Within = Annotated[float | None, Depends(_within)]
@@ -61,17 +88,19 @@ probes = APIRouter(include_in_schema=False)
 
 
 @router.post("/v1/retrieve", operation_id="retrieve")
-async def retrieve(request: RetrieveRequest, service: Service, within: Within, caller: Caller) -> RetrieveResponse:
+async def retrieve(
+    request: RetrieveRequest, http: Request, service: Service, within: Within, caller: Caller
+) -> RetrieveResponse:
     """Items for one request: a search, a recommendation, or both."""
-    return await service.retrieve(request, within, caller)
+    return await _unless_gone(http, service.retrieve(request, within, caller))
 
 
 @router.post("/v1/retrieve:batch", operation_id="batchRetrieve")
 async def batch_retrieve(
-    batch: BatchRetrieveRequest, service: Service, within: Within, caller: Caller
+    batch: BatchRetrieveRequest, http: Request, service: Service, within: Within, caller: Caller
 ) -> BatchRetrieveResponse:
     """Several requests at once, each with its own result; a malformed one fails the whole call."""
-    outcomes = await service.batch_retrieve(batch.requests, within, caller)
+    outcomes = await _unless_gone(http, service.batch_retrieve(batch.requests, within, caller))
     return BatchRetrieveResponse(results=[BatchResult.of(outcome) for outcome in outcomes])
 
 

@@ -25,6 +25,7 @@ from genretrieval_serving.messages import (
     ServerInfo,
 )
 from genretrieval_serving.observability import Metrics
+from genretrieval_serving.rate_limit import RateLimiter
 from genretrieval_serving.served_log import Answered, ServedLog
 
 
@@ -40,7 +41,11 @@ class RetrievalService:
     """Retrieval for both transports. Exists before anything is loaded, so that probes answer meanwhile."""
 
     def __init__(
-        self, metrics: Metrics, histories: Histories | None = None, served_log: ServedLog | None = None
+        self,
+        metrics: Metrics,
+        histories: Histories | None = None,
+        served_log: ServedLog | None = None,
+        rate_limiter: RateLimiter | None = None,
     ) -> None:
         """A service without a model.
 
@@ -48,10 +53,12 @@ class RetrievalService:
             metrics: of the server.
             histories: complete the requests of users, where the server has a store of them.
             served_log: takes answers and events, where the server keeps them.
+            rate_limiter: bounds what each caller may ask, where the server does that.
         """
         self.metrics = metrics
         self.histories = histories
         self.served_log = served_log
+        self.rate_limiter = rate_limiter
         self.state = State.LOADING
         self._open: tuple[Batcher, Deployment] | None = None
 
@@ -80,12 +87,16 @@ class RetrievalService:
         """Answer one request within `within` seconds, with what is served and in force when it begins.
 
         Raises:
+            RateLimitedError: `caller` has made too many.
             StaleReplicaError: the admin state has not reached the request's `min_revision`.
             GenRetrievalError: what `Batcher.submit` raises.
         """
         batcher, deployment = self._opened()
         came, deadline = time.time(), _Deadline(within)
         with self._counting():
+            batcher.check_room(caller.name)
+            if self.rate_limiter is not None:
+                self.rate_limiter.count(caller.name)
             if request.min_revision:
                 await _caught_up(deployment.primary, request.min_revision, deadline.left())
             completed = await self._completed(request, deadline.left())
@@ -141,9 +152,16 @@ class RetrievalService:
             raise RequestError(
                 f"requests: {len(requests)} in one batch, this server takes up to {MAX_BATCH_REQUESTS}; split it"
             )
-        calls = (self.retrieve(request, within, caller) for request in requests)
+        batcher, _ = self._opened()
+        # As many at once as one run of the graph takes: more would only wait before one another.
+        turn, deadline = asyncio.Semaphore(batcher.max_batch), _Deadline(within)
+
+        async def answer(request: RetrieveRequest) -> RetrieveResponse:
+            async with turn:
+                return await self.retrieve(request, deadline.left(), caller)
+
         outcomes: list[RetrieveResponse | GenRetrievalError] = []
-        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        for outcome in await asyncio.gather(*map(answer, requests), return_exceptions=True):
             if isinstance(outcome, BaseException) and not isinstance(outcome, GenRetrievalError):
                 raise outcome
             outcomes.append(outcome)

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
@@ -25,14 +26,14 @@ from genretrieval.errors import GenRetrievalError, PermissionDeniedError, Reques
 from genretrieval_serving import tracing
 from genretrieval_serving.admin.auth import ANONYMOUS, Authenticator
 from genretrieval_serving.admin.resources import Scope
-from genretrieval_serving.messages import MAX_BODY_BYTES, Problem, request_error
+from genretrieval_serving.messages import MAX_BODY_BYTES, Problem, request_error, retry_headers
 from genretrieval_serving.observability import Metrics, request_id
 from genretrieval_serving.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
 PROBLEM = "application/problem+json"
-RETRY_AFTER_SECONDS = "1"
+CLIENT_CLOSED_REQUEST = 499  # what proxies log; HTTP has no status for it
 _COMPONENT = "#/components/schemas/"
 
 
@@ -121,6 +122,7 @@ def application(title: str, routers: Sequence[APIRouter], models: Sequence[type[
     app.add_exception_handler(GenRetrievalError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_malformed)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_gone)
     app.add_exception_handler(Exception, _on_fault)
     app.state.routes = [route for router in routers for route in router.routes]
     scopes = {route.operation_id: route.scope for route in app.state.routes if isinstance(route, _Guarded)}
@@ -162,23 +164,26 @@ def open_application(
     return app
 
 
-def _problem(problem: Problem) -> JSONResponse:
-    headers = {}
-    if problem.status in (429, 503):
-        headers["Retry-After"] = RETRY_AFTER_SECONDS
-    if problem.status == 401:
+def refusal(error: GenRetrievalError) -> JSONResponse:
+    """An error as a response."""
+    headers = retry_headers(error)
+    if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    return _problem(Problem.of(error), headers)
+
+
+def _problem(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse(problem.model_dump(), problem.status, headers=headers, media_type=PROBLEM)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, GenRetrievalError)
-    return _problem(Problem.of(error))
+    return refusal(error)
 
 
 async def _on_malformed(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _problem(Problem.of(request_error(error.errors())))
+    return refusal(request_error(error.errors()))
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
@@ -194,9 +199,14 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     return answer
 
 
+async def _on_gone(request: Request, error: Exception) -> Response:
+    """Nobody will read this; the code is for metrics and logs."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
 async def _on_fault(request: Request, error: Exception) -> JSONResponse:
     """An error that is none of ours; it is logged with its traceback and shown without its insides."""
-    return _problem(Problem.of(GenRetrievalError("the server failed on this request; its log says why")))
+    return refusal(GenRetrievalError("the server failed on this request; its log says why"))
 
 
 class _Calls:

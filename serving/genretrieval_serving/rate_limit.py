@@ -1,0 +1,50 @@
+"""How many requests a caller may make: a bound for each principal, beside the queue, in which all share the graph."""
+
+from __future__ import annotations
+
+import time
+
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+
+from genretrieval.errors import InvalidInputError, RateLimitedError
+
+
+class RateLimiter:
+    """Counts the requests of every caller, each of a batch for itself, in this process alone.
+
+    The window slides: the requests of the last one count by how much of it is still within reach.
+    """
+
+    def __init__(self, rate: str) -> None:
+        """Nobody has called yet.
+
+        Args:
+            rate: for example ``100/second``, ``1000 per minute`` or ``50/10 seconds``.
+
+        Raises:
+            InvalidInputError: `rate` says no such thing.
+        """
+        try:
+            self._rate = parse(rate)
+        except ValueError as error:
+            raise InvalidInputError(f"{rate!r} is no rate limit; give one such as 100/second") from error
+        if self._rate.amount < 1:
+            raise InvalidInputError(f"{rate!r} would refuse every request; give one such as 100/second")
+        self._windows = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    def count(self, caller: str) -> None:
+        """Count a request of `caller`.
+
+        Raises:
+            RateLimitedError: it is one too many, and was not counted.
+        """
+        if self._windows.hit(self._rate, caller):
+            return
+        free_at = self._windows.get_window_stats(self._rate, caller).reset_time
+        raise RateLimitedError(
+            f"{caller} may make {self._rate.amount} requests in {self._rate.get_expiry()} s and has made them; send "
+            "fewer, or have the server's rate limit raised",
+            max(0.0, free_at - time.time()),
+        )
