@@ -262,7 +262,7 @@ def tokenize_append(
         if file is None:
             print("the bundle has all of them")
         else:
-            path = changes / file_name(datetime.now(UTC), "-append")
+            path = changes / file_name(datetime.now(UTC), "append")
             file.write(path)
             print(f"{len(file.table):,} items that the bundle lacks are in {path}")
 
@@ -774,6 +774,27 @@ def bench_bind(
         store = f"sqlite:///{(folder / 'bind.db').resolve()}"
     command = [sys.executable, "-m", "genretrieval.cli"]
     _report_figures(bench(bundle, command, store, Console(stderr=True), BindConfig(replicas, bindings)), json_file)
+
+
+@bench_app.command("catalogue")
+def bench_catalogue(
+    folder: Annotated[Path, typer.Option(help="Where the random bundle and the changes go.")],
+    items: Annotated[int, typer.Option(help="Items of the catalogue.")] = 1_000_000,
+    rounds: Annotated[int, typer.Option(help="How often each is measured.")] = 20,
+    quick: Annotated[bool, typer.Option(help="Few items and rounds; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """What a change of the catalogue takes: in memory beside opening it anew, and until two servers answer from it."""
+    with _extra("train"):
+        from genretrieval_pipelines.random_bundle import write_random_bundle
+    with _extra("serve"):
+        from genretrieval_serving.bench_catalogue import bench_catalogue as bench
+    items, rounds = (10_000, 3) if quick else (items, rounds)
+    bundle = folder / f"random-{items}"
+    if not bundle.exists():
+        write_random_bundle(bundle, items)
+    command = [sys.executable, "-m", "genretrieval.cli"]
+    _report_figures(bench(bundle, command, _open_backend, Console(stderr=True), rounds), json_file)
 
 
 @bench_app.command("swap")

@@ -33,6 +33,7 @@ FAULTS: dict[str, Callable[[Ground], Verdict]] = {
         serving.redis_gone,
         serving.disk_full,
         serving.bundle_corrupted,
+        serving.bundle_swapped,
         serving.clock_jumped,
         serving.slow_clients,
         serving.malformed_requests,
@@ -79,5 +80,5 @@ def bench_faults(ground: Ground, console: Console, names: Sequence[str] = ()) ->
 
 
 def _unit(what: str) -> str:
-    units = {"seconds_away": "s", "bytes_free": "bytes", "grown_mib": "MiB", "p99_ms": "ms"}
+    units = {"seconds_away": "s", "seconds_back": "s", "bytes_free": "bytes", "grown_mib": "MiB", "p99_ms": "ms"}
     return units.get(what, what.rsplit(".", 1)[-1].rsplit("_", 1)[-1])

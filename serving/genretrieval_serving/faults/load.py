@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +91,19 @@ class Tally:
         found = [f"{n} requests failed with {reason}" for reason, n in self.failed.items()]
         found += [f"{self.wrong} answers are wrong"] if self.wrong else []
         return found + ([] if self.answered else ["nothing was answered"])
+
+    @classmethod
+    def sum(cls, tallies: Iterable[Tally]) -> Tally:
+        """What callers met in all of them."""
+        total = cls()
+        for tally in tallies:
+            total.answered += tally.answered
+            total.failed += tally.failed
+            total.wrong += tally.wrong
+            total.seconds += tally.seconds
+            total.versions += tally.versions
+            total.degraded += tally.degraded
+        return total
 
     def p99_ms(self) -> float:
         """Milliseconds within which 99 of 100 right answers came."""

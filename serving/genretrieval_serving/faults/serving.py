@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +31,10 @@ from genretrieval.errors import BundleError, GenRetrievalError, UnavailableError
 from genretrieval.request import RetrieveRequest
 from genretrieval_serving import wire
 from genretrieval_serving.admin.client import AdminClient
-from genretrieval_serving.admin.resources import Kind
+from genretrieval_serving.admin.resources import AliasFields, Kind
+from genretrieval_serving.admin.sql import SqlStore
+from genretrieval_serving.admin.store import Call, Create
+from genretrieval_serving.bench_swap import SwapConfig, swap_under_load
 from genretrieval_serving.client import Client
 from genretrieval_serving.faults.load import Tally, Truth, asking
 from genretrieval_serving.faults.processes import KillableServer, PostgresCluster, RedisServer
@@ -48,6 +51,7 @@ class Ground:
 
     Attributes:
         bundle: what is served.
+        other: a bundle beside it in the same folder, which takes over where one has to.
         folder: logs, stores and copies; its files are overwritten.
         command: how to call the command line.
         share: of the full lengths and numbers; a test takes a small one.
@@ -55,6 +59,7 @@ class Ground:
     """
 
     bundle: Path
+    other: Path
     folder: Path
     command: Sequence[str]
     share: float = 1.0
@@ -228,14 +233,18 @@ def redis_gone(ground: Ground) -> Verdict:
             redis.kill()
             time.sleep(away)
             redis.start()
-            time.sleep(ground.seconds(15))
+            with Client(server.addresses.grpc) as client:
+                back = time.monotonic()
+                request = truth.requests[0].model_copy(update={"user_id": "somebody"})
+                while "history_unavailable" in client.retrieve(request).degraded:
+                    if time.monotonic() - back > 30:
+                        problems.append("histories are not read again half a minute after Redis is back")
+                        break
+                    time.sleep(0.2)
+            seconds_back = time.monotonic() - back
         if not tally.degraded["history_unavailable"]:
             problems.append("no answer said that the history was unavailable")
-        with Client(server.addresses.grpc) as client:
-            answer = client.retrieve(truth.requests[0].model_copy(update={"user_id": "somebody"}))
-        if "history_unavailable" in answer.degraded:
-            problems.append("histories are not read again although Redis is back")
-    done = {"seconds_away": away, "degraded": tally.degraded["history_unavailable"]}
+    done = {"seconds_away": away, "seconds_back": seconds_back, "degraded": tally.degraded["history_unavailable"]}
     return Verdict(done, tally, problems)
 
 
@@ -312,6 +321,32 @@ def bundle_corrupted(ground: Ground) -> Verdict:
             if server.process.returncode != BundleError.exit_code:
                 problems.append(f"with {what} the server exited with {server.process.returncode}, not as of a bundle")
     return Verdict({"refused": refused}, None, problems)
+
+
+def bundle_swapped(ground: Ground) -> Verdict:
+    """Another bundle takes over under load, to and fro; then broken ones try to, and the one that works stays."""
+    bundles, config = ground.bundle.parent, SwapConfig(swaps=ground.count(20), seconds=0.5)
+    swaps = swap_under_load(bundles, (ground.bundle.name, ground.other.name), ground.command, ground.folder, config)
+    tallies = [tally for phase in swaps.tallies.values() for tally in phase]
+    truth, url, refused, problems = Truth.of(ground.bundle), _new_store(ground.folder / "refused.db"), 0, swaps.problems
+    with closing(SqlStore.open(url)) as store:
+        store.apply(Call("faults"), [Create(Kind.ALIASES, "refused", AliasFields(bundle=ground.bundle.name))])
+    options = ["--bundles", str(bundles), "--alias", "refused", "--admin-store", url, "--threads", "1", "--quiet"]
+    with KillableServer(ground.command, options, ground.folder / "refused.log", admin=True) as server:
+        assert server.addresses.admin is not None
+        with (
+            AdminClient(server.addresses.admin, timeout=60.0) as admin,
+            asking(truth, lambda: Client(server.addresses.grpc)) as tally,
+        ):
+            for what, broken in corruptions(ground.bundle, bundles, random.Random(ground.seed)):
+                try:
+                    admin.move("refused", {"bundle": broken.name})
+                except GenRetrievalError:
+                    refused += 1
+                else:
+                    problems.append(f"an alias could be moved to a bundle with {what}")
+    done: dict[str, float] = {"swaps": config.swaps, "refused": refused}
+    return Verdict(done, Tally.sum([*tallies, tally]), problems)
 
 
 def clock_jumped(ground: Ground) -> Verdict:
