@@ -64,8 +64,8 @@ _CODES = pl.List(pl.Int32())
 
 
 def file_name(time: datetime, rest: str) -> str:
-    """Name of a file of changes made at `time`; of one second they are ordered by `rest`."""
-    return f"{time.astimezone(UTC):{_TIME}}{rest}{SUFFIX}"
+    """Name of a file of changes made at `time`, and what tells it from others."""
+    return f"{time.astimezone(UTC):{_TIME}.%f}Z-{rest}{SUFFIX}"
 
 
 def time_of(name: str) -> datetime | None:

@@ -305,7 +305,7 @@ class _Followed:
                 if self._refused.get(name) == state:
                     continue
                 if time_of(name) is None:
-                    example = file_name(datetime.now(UTC), f"-{path.stem}")
+                    example = file_name(datetime.now(UTC), path.stem)
                     raise DataError(
                         f"{name} does not begin with a time in UTC, by which files are ordered; name it as in {example}"
                     )
@@ -343,11 +343,11 @@ def _changed(changes: CatalogueChanges, catalogue: Catalogue, file: str) -> Chan
 def _next_name(names: Sequence[str], token: str) -> str:
     """A name that sorts behind all others, also those of a server whose clock is ahead."""
     now = datetime.now(UTC)
-    name = file_name(now, f".{now:%f}Z-{token}")
+    name = file_name(now, token)
     last = max((other for other in names if time_of(other)), default="")
     latest = time_of(last)
     if latest is not None and last >= name:
-        name = file_name(latest + timedelta(seconds=1), f".{now:%f}Z-{token}")
+        name = file_name(latest + timedelta(seconds=1), token)
     return name
 
 
