@@ -810,8 +810,8 @@ def bench_swap(
     with _extra("train"):
         from genretrieval_pipelines.random_bundle import write_random_bundle
     with _extra("serve"):
-        from genretrieval_serving.bench_swap import SwapConfig
         from genretrieval_serving.bench_swap import bench_swap as bench
+        from genretrieval_serving.faults.swaps import SwapConfig
     items, swaps, seconds = (2_000, 2, 1.0) if quick else (items, swaps, seconds)
     bundles = folder / f"bundles-{items}"
     names = ("one", "two")

@@ -34,10 +34,10 @@ from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.resources import AliasFields, Kind
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.store import Call, Create
-from genretrieval_serving.bench_swap import SwapConfig, swap_under_load
 from genretrieval_serving.client import Client
 from genretrieval_serving.faults.load import Tally, Truth, asking
 from genretrieval_serving.faults.processes import KillableServer, PostgresCluster, RedisServer
+from genretrieval_serving.faults.swaps import SwapConfig, swap_under_load
 
 # Gone for so long at full length, as long as a failover of a managed database takes.
 AWAY_SECONDS = 30.0
@@ -351,7 +351,7 @@ def bundle_swapped(ground: Ground) -> Verdict:
 
 def clock_jumped(ground: Ground) -> Verdict:
     """The wall clock jumps a day ahead and back under load; nothing fails, and what is bound by time follows it."""
-    libraries = list(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    libraries = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not libraries:
         return Verdict(skipped="libfaketime is not installed, without which a process has no clock of its own")
     truth, clock = Truth.of(ground.bundle), ground.folder / "clock"
