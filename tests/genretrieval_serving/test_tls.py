@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -16,7 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
+from genretrieval.cli import app
 from genretrieval.errors import InvalidInputError, UnavailableError
 from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.sql import SqlStore
@@ -180,6 +183,33 @@ def test_files_that_cannot_be_used_are_refused_at_once(shop, tmp_path) -> None:
             Client(url, tls=ClientTls(shop.file))
         with pytest.raises(InvalidInputError, match="without TLS"):
             AdminClient(url, tls=ClientTls(shop.file))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--tls-cert", "cert"],
+        ["--tls-key", "key"],
+        ["--tls-client-ca", "ca"],
+        ["--jwt-issuer", "issuer"],
+        ["--jwt-audience", "shop"],
+        ["--jwt-jwks-url", "https://login.example"],
+        ["--jwt-issuer", "issuer", "--jwt-audience", "shop"],
+    ],
+)
+def test_half_of_what_belongs_together_is_refused(options) -> None:
+    refused = CliRunner().invoke(app, ["serve", "--bundle", "nowhere", *options])
+    assert isinstance(refused.exception, InvalidInputError)
+    assert "give" in str(refused.exception)
+
+
+def test_keys_in_the_clear_are_said_to_be(start, shop, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr("genretrieval_serving.app.is_loopback", lambda _: False)
+    with closing(SqlStore.open(f"sqlite:///{tmp_path}/admin.db")) as store:
+        with start(store=store, auth=True):
+            assert "keys_travel_in_the_clear" in capfd.readouterr().out
+        with start(store=store, auth=True, tls=TlsSettings(*shop.issue("server"))):
+            assert "keys_travel_in_the_clear" not in capfd.readouterr().out
 
 
 def test_a_file_that_is_gone_for_a_while_changes_nothing(shop) -> None:
