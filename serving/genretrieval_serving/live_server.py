@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from genretrieval.errors import GenRetrievalError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval.served_logs import KEY_VARIABLE, UserKeys
 from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.resources import Kind
 from genretrieval_serving.client import Client
@@ -35,7 +38,13 @@ class Addresses:
 
 
 @contextmanager
-def running_server(bundle: Path, command: Sequence[str], *options: str, log: Path | None = None) -> Iterator[Addresses]:
+def running_server(
+    bundle: Path,
+    command: Sequence[str],
+    *options: str,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Addresses]:
     """A server on free ports.
 
     Args:
@@ -43,6 +52,7 @@ def running_server(bundle: Path, command: Sequence[str], *options: str, log: Pat
         command: how to call the command line.
         options: further ones of `genretrieval serve`.
         log: where its log goes; by default ``server.log`` beside the bundle.
+        environment: variables beside those of this process.
 
     Raises:
         UnavailableError: it ended before it was ready.
@@ -50,7 +60,8 @@ def running_server(bundle: Path, command: Sequence[str], *options: str, log: Pat
     arguments = [*command, "serve", "--bundle", str(bundle), "--http-port", "0", "--grpc-port", "0", *options]
     log = log or bundle.with_name("server.log")
     with log.open("wb") as output:
-        process = subprocess.Popen(arguments, stdout=output)  # noqa: S603
+        variables = {**os.environ, **(environment or {})}
+        process = subprocess.Popen(arguments, stdout=output, env=variables)  # noqa: S603
     try:
         yield read_addresses(process, log)
     finally:
@@ -115,11 +126,17 @@ class BoundServer:
             GenRetrievalError: what the server says is wrong with a request.
         """
         asked = [request.model_copy(update={"min_revision": self._revision}) for request in requests]
-        answers = self._client.batch_retrieve(asked)
-        for answer in answers:
-            if isinstance(answer, GenRetrievalError):
-                raise answer
-        return [answer for answer in answers if isinstance(answer, RetrieveResponse)]
+        return _answers(self._client, asked)
+
+
+def _answers(client: Client, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse]:
+    """An answer to every request, or the first error."""
+    answers = []
+    for answer in client.batch_retrieve(requests):
+        if isinstance(answer, GenRetrievalError):
+            raise answer
+        answers.append(answer)
+    return answers
 
 
 @contextmanager
@@ -136,3 +153,43 @@ def bound_server(bundle: Path, command: Sequence[str], store: str) -> Iterator[B
         assert addresses.admin is not None
         with Client(addresses.grpc, timeout=120.0) as client, AdminClient(addresses.admin) as admin:
             yield BoundServer(client, admin)
+
+
+class VisitedServer:
+    """A running server that is told what became of its answers."""
+
+    def __init__(self, client: Client) -> None:
+        """A server that `client` reaches."""
+        self._client = client
+
+    def retrieve(self, requests: Sequence[RetrieveRequest]) -> list[RetrieveResponse]:
+        """Ask.
+
+        Raises:
+            GenRetrievalError: what the server says is wrong with a request.
+        """
+        return _answers(self._client, requests)
+
+    def record(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Tell what was seen and taken; events by their fields."""
+        self._client.record_events(events)
+
+
+@contextmanager
+def visited_server(bundle: Path, command: Sequence[str], logs: Path, keys: UserKeys) -> Iterator[VisitedServer]:
+    """Serve `bundle` with histories in memory; all is in the logs when the block ends.
+
+    Args:
+        bundle: what is served.
+        command: how to call the command line.
+        logs: folder of its logs.
+        keys: what stands for users there.
+    """
+    # Whoever asks here can wait; a visitor of its own could not.
+    options = ("--quiet", "--histories", "memory", "--log-folder", str(logs), "--max-wait", "60")
+    environment = {KEY_VARIABLE: keys.secret.decode()}
+    with (
+        running_server(bundle, command, *options, environment=environment) as addresses,
+        Client(addresses.http, timeout=120.0) as client,
+    ):
+        yield VisitedServer(client)
