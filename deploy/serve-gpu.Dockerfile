@@ -37,6 +37,7 @@ RUN apt-get update \
 COPY --from=environment /opt/genretrieval /opt/genretrieval
 ENV PATH=/opt/genretrieval/bin:$PATH \
     LD_PRELOAD=/usr/local/lib/libjemalloc.so.2 \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 10001:10001

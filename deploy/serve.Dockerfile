@@ -22,7 +22,7 @@ RUN python -m venv --without-pip /opt/genretrieval \
     && pip --python /opt/genretrieval/bin/python install --constraint constraints.txt "$(echo /wheels/*.whl)[${EXTRAS}]"
 
 FROM ${BASE}
-# jemalloc gives memory back that arrays of many sizes would leave in glibc's arenas. The link is the same on every CPU.
+# With jemalloc a server is smaller after a few swaps of bundles than with glibc's malloc. The link is alike on every CPU.
 # /changes and /log are there for volumes, which take over whose they are.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -33,6 +33,7 @@ RUN apt-get update \
 COPY --from=environment /opt/genretrieval /opt/genretrieval
 ENV PATH=/opt/genretrieval/bin:$PATH \
     LD_PRELOAD=/usr/local/lib/libjemalloc.so.2 \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 # A number, because Kubernetes cannot tell of a name that it is not root. Nothing but /tmp and mounts is written to.
