@@ -51,7 +51,9 @@ class RetrieveRequest(_Message):
     """
 
     user_id: str | None = Field(
-        default=None, max_length=512, description="Logged for attribution; the model does not read it."
+        default=None,
+        max_length=512,
+        description="Whose stored history joins, where the server stores any; logs have a keyed hash of it alone.",
     )
     query: str | None = Field(default=None, max_length=2048)
     history: list[HistoryEvent] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
@@ -127,8 +129,8 @@ class RetrieveResponse(_Message):
     missing_ids: list[str] = Field(default_factory=list, description="Ids of the request not in the catalogue.")
     degraded: list[str] = Field(
         default_factory=list,
-        description="Why this is less than asked: `fewer_than_top_k`, `query_ignored`, `history_truncated`; or older: "
-        "`admin_state_stale`.",
+        description="Why this is less than asked: `fewer_than_top_k`, `query_ignored`, `history_truncated`, "
+        "`history_unavailable`; or older: `admin_state_stale`.",
     )
     revision: int = Field(default=0, description="Revision of the admin state that was applied.")
     applied: list[str] = Field(
@@ -139,6 +141,6 @@ class RetrieveResponse(_Message):
         default=0, description="Changes of the catalogue since the bundle was written that this answer has seen."
     )
     attribution_token: str = Field(
-        default="", description="Opaque; send it back with clicks so that they can be joined."
+        default="", description="Opaque, and of this answer alone; send it back with events so that they can be joined."
     )
     timings: Timings = Timings()

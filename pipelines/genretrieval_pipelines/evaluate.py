@@ -46,7 +46,7 @@ from genretrieval_pipelines.baselines.counts import (
 from genretrieval_pipelines.baselines.ranking import Baseline, Ranked, history_items, top_items
 from genretrieval_pipelines.baselines.sasrec import Sasrec, SasrecConfig
 from genretrieval_pipelines.baselines.search import BM25, DenseRetrieval
-from genretrieval_pipelines.cases import NO_USER, Cases
+from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.embed import EmbeddingPart, text_embedder
 from genretrieval_pipelines.quality_report import Protocol, QualityReport, Row
 from genretrieval_pipelines.shop import Shop
@@ -91,8 +91,8 @@ def requests(shop: Shop, cases: Cases, reads: Reads, beam_width: int) -> Iterato
             HistoryEvent(item_id=item_ids[item], event=names[event], timestamp=None if time == NO_TIME else time)
             for item, event, time in zip(items, events, times, strict=True)
         ]
+        # Without the user's id: a live server would add what it has stored of the user.
         yield RetrieveRequest(
-            user_id=None if user == NO_USER else h.user_ids[user],
             query=query,
             history=history,
             profile=shop.profile(user),
