@@ -97,11 +97,21 @@ class CatalogueFeed:
         self._failing = False
 
     def current(self, retriever: Retriever) -> Retriever:
-        """A freshly opened one on its catalogue with all changes so far; it is followed from here on."""
+        """A freshly opened one on its catalogue with all changes so far; it is followed from here on.
+
+        Raises:
+            UnavailableError: the folder cannot be read.
+        """
         with self._turn:
             followed = _Followed(retriever, retriever.catalogue, self._metrics)
+            try:
+                followed.catch_up(self.folder, self._names())
+            except OSError as error:
+                raise UnavailableError(
+                    f"{self.folder} cannot be read ({error.strerror}), and without its changes items would be served "
+                    "that are sold out; see that it is mounted"
+                ) from error
             self._of_bundle[retriever.bundle.manifest.uuid] = followed
-            followed.catch_up(self.folder, self._names())
             return retriever if followed.catalogue is retriever.catalogue else retriever.on(followed.catalogue)
 
     def follow(self, deployment: Deployment) -> None:

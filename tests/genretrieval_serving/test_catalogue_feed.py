@@ -198,6 +198,10 @@ def test_what_vanishes_stays_in_force_until_a_restart(serve, folder) -> None:
 def test_a_folder_that_is_not_there(bundle, backend, tmp_path) -> None:
     with pytest.raises(InvalidInputError, match="is no folder; make it"):
         CatalogueFeed(tmp_path / "none", Metrics())
+    feed = CatalogueFeed(tmp_path, Metrics())
+    feed.folder = tmp_path / "unmounted"
+    with pytest.raises(UnavailableError, match="see that it is mounted"):
+        feed.current(Retriever(bundle, backend))
 
 
 def test_older_files_are_merged_into_one(serve, folder, bundle, monkeypatch) -> None:
