@@ -59,7 +59,7 @@ def check_call(arguments: list[str]) -> None:
             command = verbs[word]
         elif word.startswith("-"):
             name, equals, _ = word.partition("=")
-            options = {text: option for option in command.params for text in option.opts}
+            options = {text: option for option in command.params for text in [*option.opts, *option.secondary_opts]}
             assert name in options, f"{command.name} has no option {name}: genretrieval {' '.join(arguments)}"
             if not equals and not options[name].is_flag:
                 next(words, None)
