@@ -59,8 +59,8 @@ class View:
         return self.snapshot.edits(request, self._replica.clock())
 
     def on(self, catalogue: Catalogue) -> View:
-        """Another view, on another state of the catalogue, whose rows did not move."""
-        return self._replica.view(self.snapshot.items.on(catalogue))
+        """Another view, on a later state of the catalogue, whose rows did not move."""
+        return self._replica.view(self.snapshot.items.on(catalogue), before=self)
 
     def drop(self) -> None:
         """Stay as it is from now on, for those that still use it."""
@@ -142,11 +142,12 @@ class Replica:
         """Every resource of a kind that is in force."""
         return [resource for found, resource in self._resources.values() if found is kind]
 
-    def view(self, items: Items, *, allow_unbound: bool = True) -> View:
+    def view(self, items: Items, *, before: View | None = None, allow_unbound: bool = True) -> View:
         """The state on a catalogue, from now on kept up to date as all views are. Takes a while; not for the loop.
 
         Args:
             items: of the catalogue, with the slots that its bundle reserves.
+            before: of an earlier state of the catalogue, not dropped yet; what cannot differ is taken from it.
             allow_unbound: leave out what cannot hold there.
 
         Raises:
@@ -154,11 +155,12 @@ class Replica:
         """
         missed: list[Changes] = []
         with self._reading:
-            everything = Changes(self.revision, list(self._resources.values()))
+            assert before is None or before in self._views
+            base = AdminSnapshot(items, self.revision, self._resources, {}, {}) if before is None else before.snapshot
             self._missed.append(missed)
         try:
             # Selectors are resolved while changes go on being followed; what came meanwhile is made up for.
-            snapshot = AdminSnapshot.empty(items).updated(everything)
+            snapshot = base.on(items)
             if not allow_unbound and (problems := snapshot.problems()):
                 raise BundleError(cannot_hold(problems))
         except BaseException:

@@ -258,6 +258,7 @@ class _BoundKeyword:
     text: str
     binding: Binding
     keyword: BoundKeyword
+    settled: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -268,6 +269,7 @@ class _Rule:
     rule: Rule
     text: str
     regex: SchemaValidator | None
+    settled: bool
     blocked: Rows = field(default_factory=lambda: NO_EDITS.blocked)
     boosts: tuple[Boost, ...] = ()
     pins: tuple[Pin, ...] = ()
@@ -293,9 +295,11 @@ class _Synonyms:
     name: str
     terms: dict[str, str]
     bring: frozenset[str]
+    settled = True
 
 
 _Applied = Keyword | Rule | Synonyms
+# `settled`: all its items are named and found, so that no later state of the catalogue can add one.
 _Compiled = _BoundKeyword | _Rule | _Synonyms
 
 
@@ -362,7 +366,18 @@ class AdminSnapshot:
 
     def updated(self, changes: Changes) -> AdminSnapshot:
         """The snapshot after `changes`; only the items of what changed are looked for."""
-        resources, compiled, broken = dict(self.resources), dict(self._compiled), dict(self.broken)
+        return self._resolved(self.items, changes, dict(self._compiled), dict(self.broken))
+
+    def on(self, items: Items) -> AdminSnapshot:
+        """The same state on a later state of its catalogue, whose rows did not move; what is settled is kept."""
+        settled = {name: part for name, part in self._compiled.items() if part.settled}
+        rest = [found for name, found in self.resources.items() if name not in settled]
+        return self._resolved(items, Changes(self.revision, rest), settled, {})
+
+    def _resolved(
+        self, items: Items, changes: Changes, compiled: dict[str, _Compiled], broken: dict[str, str]
+    ) -> AdminSnapshot:
+        resources = dict(self.resources)
         for kind, resource in changes.resources:
             name = f"{kind}/{resource.id}"
             for known in (resources, compiled, broken):
@@ -372,14 +387,14 @@ class AdminSnapshot:
             resources[name] = kind, resource
             if isinstance(resource, Alias) or not _applies(resource):
                 continue
-            if problems := self.items.problems(resource):
+            if problems := items.problems(resource):
                 broken[name] = "; ".join(problems)
                 continue
             try:
-                compiled[name] = _compile(name, resource, self.items)
+                compiled[name] = _compile(name, resource, items)
             except Exception as error:  # noqa: BLE001 - no resource may keep the others from being applied
                 broken[name] = f"{type(error).__name__}: {error}"
-        return AdminSnapshot(self.items, changes.revision, resources, compiled, broken)
+        return AdminSnapshot(items, changes.revision, resources, compiled, broken)
 
     def problems(self) -> list[str]:
         """What cannot hold on this catalogue: resources that are left out, and bindings all of whose ids are gone."""
@@ -482,19 +497,20 @@ def _ids(fields: Fields) -> list[str]:
 
 def _compile(name: str, resource: _Applied, items: Items) -> _Compiled:
     """A resource without problems, its items found."""
+    settled = bool(ids := _ids(resource)) and not items.missing(ids)
     if isinstance(resource, Keyword):
         assert resource.binding is not None
         assert resource.slot is not None
         rows = items.rows(resource.binding.items)
         keyword = BoundKeyword(name, resource.text, resource.slot.level, resource.slot.code, rows)
-        return _BoundKeyword(_marked(resource.text), resource.binding, keyword)
+        return _BoundKeyword(_marked(resource.text), resource.binding, keyword, settled)
     if isinstance(resource, Synonyms):
         terms = {_marked(term): " ".join(term.split()) for term in resource.terms}
         return _Synonyms(name, terms, frozenset(list(terms)[: None if resource.kind == "two_way" else 1]))
     query, effect = resource.condition.query, resource.effect
     regex = _regex(query.text) if query is not None and query.match == "regex" else None
     text = _marked(query.text) if query is not None and regex is None else ""
-    rule = _Rule(name, resource, text, regex)
+    rule = _Rule(name, resource, text, regex, settled)
     if isinstance(effect, PinEffect):
         known = items.catalogue.rows
         placed = sorted(effect.items, key=lambda item: item.position)

@@ -382,11 +382,11 @@ def test_what_does_not_fit_a_bundle_is_refused_or_left_out(make, store, catalogu
 
 def test_views_advance_together_and_a_dropped_one_stays(make, store, stored, catalogue) -> None:
     replica = make()
-    store.put(stored("rules/a", effect=BLOCK))
+    store.put(stored("rules/a", effect={"kind": "block", "items": {"item_ids": ["item-1", "later"]}}))
     replica.refresh()
     first = replica._views[0]
-    moved = first.on(dataclasses.replace(catalogue, rows={"item-1": 5}))
-    assert (first.edits(REQUEST).blocked.tolist(), moved.edits(REQUEST).blocked.tolist()) == ([1], [5])
+    moved = first.on(dataclasses.replace(catalogue, rows={**catalogue.rows, "later": 5}))
+    assert (first.edits(REQUEST).blocked.tolist(), moved.edits(REQUEST).blocked.tolist()) == ([1], [1, 5])
     first.drop()
     store.put(stored("rules/b", effect=BLOCK))
     replica.refresh()

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -47,8 +48,8 @@ SHOP = catalogue_of(
 
 def on(snapshot: AdminSnapshot, catalogue: Catalogue, reserved: Sequence[int]) -> AdminSnapshot:
     """The same state on another catalogue."""
-    everything = Changes(snapshot.revision, list(snapshot.resources.values()))
-    return AdminSnapshot.empty(Items(catalogue, reserved)).updated(everything)
+    items = Items(catalogue, reserved)
+    return AdminSnapshot(items, snapshot.revision, snapshot.resources, {}, {}).on(items)
 
 
 def test_texts_of_rows_that_did_not_change_are_kept(monkeypatch) -> None:
@@ -75,6 +76,37 @@ def test_texts_of_rows_that_did_not_change_are_kept(monkeypatch) -> None:
     assert items.rows(wanted).tolist() == [0, 2, 3]
     # Other columns: nothing of it can be kept.
     assert items.on(catalogue_of(title=["red shoe"])).rows(wanted).tolist() == [0]
+
+
+def test_what_a_later_state_of_the_catalogue_cannot_change_is_not_looked_for_again(
+    snapshot_of, stored, noon, monkeypatch
+) -> None:
+    def block(**items: Any) -> dict[str, Any]:
+        return {"kind": "block", "items": items}
+
+    before = snapshot_of(
+        bound(stored, items=("item-1", "item-2")),
+        stored("rules/pin", effect={"kind": "pin", "items": [{"item_id": "item-3", "position": 1}]}),
+        stored("rules/arrives", effect=block(item_ids=["item-1", "later"])),
+        stored("rules/cheap", effect=block(filters={"max_price": 1})),
+        stored("rules/word", effect=block(text="acme")),
+        stored("rules/broken", effect=BLOCK, condition={"query": {"match": "regex", "text": "("}}),
+        stored("synonyms/s", kind="two_way", terms=["a", "b"]),
+    )
+    catalogue = before.items.catalogue
+    price = pl.when(pl.col("item_id") == "item-20").then(0.5).otherwise(pl.col("price")).alias("price")
+    more = replace(catalogue, table=catalogue.table.with_columns(price), rows={**catalogue.rows, "later": 7})
+    compiled = []
+    original = snapshot_module._compile
+    monkeypatch.setattr(snapshot_module, "_compile", lambda name, *rest: compiled.append(name) or original(name, *rest))
+    after = before.on(before.items.on(more))
+    assert sorted(compiled) == ["rules/arrives", "rules/cheap", "rules/word"]
+    assert (after.revision, after.broken, after.resources) == (before.revision, before.broken, before.resources)
+    request = RetrieveRequest(query="new")
+    old, new = before.edits(request, noon), after.edits(request, noon)
+    assert set(new.blocked.tolist()) - set(old.blocked.tolist()) == {7, 20}
+    assert new.bound[0].rows is old.bound[0].rows
+    assert (new.pins, new.applied) == (old.pins, old.applied)
 
 
 @pytest.mark.parametrize(
