@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,6 +19,7 @@ import numpy as np
 import onnx.parser
 import polars as pl
 import pytest
+import structlog
 import uvloop
 from numpy.typing import NDArray
 
@@ -28,6 +31,7 @@ from genretrieval.retrieval import Leaves, Retriever
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.app import Server, Settings
 from genretrieval_serving.batcher import Batcher
+from genretrieval_serving.observability import configure_logging
 from genretrieval_serving.rollout import Followed
 
 N_ITEMS = 24
@@ -311,6 +315,18 @@ def running(bundle: Bundle) -> Iterator[Running]:
     """A server with default limits for tests that leave it as it is."""
     with start_server(bundle, FakeBackend()) as server:
         yield server
+
+
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """What is logged meanwhile, as a server prints it; whatever a command that ran before has set up."""
+    root = logging.getLogger()
+    handlers, level, stream = root.handlers[:], root.level, io.StringIO()
+    configure_logging("info", stream)
+    yield stream
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -148,12 +148,12 @@ def test_faults_of_ours_are_errors_and_those_of_callers_are_not(start, exporter)
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_ids_of_a_call_stand_in_the_log(start, traced, capfd) -> None:
+def test_ids_of_a_call_stand_in_the_log(start, traced, logged) -> None:
     with start(trace_endpoint="http://nowhere:4318" if traced else None, quiet=False) as running:
         httpx.get(f"{running.http}/v1/info", headers={"traceparent": parent(), "x-request-id": "r-1"})
         with Client(running.grpc) as client:
             client.info()
-    lines = [line for line in capfd.readouterr().out.splitlines() if "getInfo" in line]
+    lines = [line for line in logged.getvalue().splitlines() if "getInfo" in line]
     assert TRACE in lines[0]
     assert "r-1" in lines[0]
     assert ("trace_id" in lines[1]) == traced
