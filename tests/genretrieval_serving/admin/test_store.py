@@ -37,8 +37,10 @@ from genretrieval.errors import (
 from genretrieval.keywords import AttributeType
 from genretrieval_serving.admin import sql
 from genretrieval_serving.admin.resources import (
+    AliasFields,
     Binding,
     BlockEffect,
+    Canary,
     Fields,
     Keyword,
     KeywordFields,
@@ -451,6 +453,33 @@ class TestChanges:
             changes = store.changes(0)
         assert (changes.revision, [r.id for _, r in changes.resources]) == (1, ["a"])
         assert [r.id for _, r in store.changes(1).resources] == ["b"]
+
+    def test_what_a_later_version_keeps_is_passed_over(self, store: SqlStore) -> None:
+        rule = one(store, Create(Kind.RULES, "r", RULE))
+        with store._engine.begin() as connection:
+            row = dict(connection.execute(sa.text("SELECT * FROM documents")).mappings().one())
+            times = {"created_at": rule.created_at, "updated_at": rule.updated_at, "body": {}}
+            connection.execute(sql._documents.insert().values({**row, **times, "kind": "novelties"}))
+        assert store.changes(0).resources == [(Kind.RULES, rule)]
+
+
+class TestAliases:
+    def test_the_bundle_before_is_kept_by_the_store(self, store: SqlStore) -> None:
+        def previous(fields: Fields) -> str | None:
+            return one(store, Update(Kind.ALIASES, "prod", to(fields))).previous
+
+        created = one(store, Create(Kind.ALIASES, "prod", AliasFields(bundle="a")))
+        assert created.previous is None
+        canary = Canary(bundle="b", share=0.5)
+        assert previous(AliasFields(bundle="a", canary=canary)) is None
+        assert previous(AliasFields(bundle="b")) == "a"
+        assert previous(AliasFields(bundle="b", note="x")) == "a"
+        # As it is given with a resource: a rollback takes it away, an undeletion leaves it.
+        moved = store.get(Kind.ALIASES, "prod")
+        one(store, Delete(Kind.ALIASES, "prod"))
+        assert one(store, Undelete(Kind.ALIASES, "prod")).previous == "a"
+        assert previous(moved.model_copy(update={"bundle": "a", "previous": None})) is None
+        assert store.get(Kind.ALIASES, "prod") == store.changes(0).resources[0][1]
 
 
 class TestPages:
