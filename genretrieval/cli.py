@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -422,6 +422,7 @@ def serve(
     http_port: Annotated[int, typer.Option(help="REST; 0 takes a free port.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free port.")] = 8081,
     threads: Annotated[int | None, typer.Option(help="Cores a request may use; by default the CPU quota.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda needs the extra `serve-gpu`.")] = "cpu",
     max_wait: Annotated[
         float, typer.Option(help="Seconds; a request that would wait longer is refused at once, not answered too late.")
     ] = 0.25,
@@ -517,6 +518,7 @@ def serve(
         bundles=bundles,
         alias=alias,
         threads=threads,
+        device=device,
         max_wait=max_wait,
         max_batch=max_batch,
         drain_delay=drain_delay,
