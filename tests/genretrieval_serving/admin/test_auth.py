@@ -54,6 +54,7 @@ NEEDS = {
     "rest": {
         "POST /v1/retrieve": RETRIEVE,
         "POST /v1/retrieve:batch": RETRIEVE,
+        "POST /v1/events": RETRIEVE,
         "GET /v1/info": RETRIEVE,
         "GET /livez": OPEN,
         "GET /readyz": OPEN,
@@ -86,6 +87,7 @@ NEEDS = {
     "grpc": {
         "genretrieval.v1.RetrievalService/Retrieve": RETRIEVE,
         "genretrieval.v1.RetrievalService/BatchRetrieve": RETRIEVE,
+        "genretrieval.v1.RetrievalService/RecordEvents": RETRIEVE,
         "genretrieval.v1.RetrievalService/GetInfo": RETRIEVE,
         "grpc.health.v1.Health/Check": OPEN,
         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": OPEN,
@@ -175,8 +177,9 @@ def test_every_operation_is_in_the_table(world) -> None:
         (answer,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10)
     assert {service.name for service in answer.list_services_response.service} == served
     assert {name.partition("/")[0] for name in NEEDS["grpc"]} == served
-    methods = {method.name for method in pb.DESCRIPTOR.services_by_name["RetrievalService"].methods}
-    assert methods == {"Retrieve", "BatchRetrieve", "GetInfo"}
+    methods = {method.full_name for method in pb.DESCRIPTOR.services_by_name["RetrievalService"].methods}
+    tested = [name.replace("/", ".") for name in NEEDS["grpc"] if name.startswith("genretrieval")]
+    assert methods == set(tested)
 
 
 HTTP_CELLS = [
