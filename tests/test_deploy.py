@@ -31,8 +31,8 @@ CHART = DEPLOY / "helm" / "genretrieval"
 RUNBOOK = ROOT / "docs" / "operations.md"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 DOCKERFILES = sorted(DEPLOY.glob("*.Dockerfile"))
-SERVE = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-DEFAULTS = {parameter.name: parameter.default for parameter in SERVE.params}
+COMMAND: Any = typer.main.get_command(app)
+DEFAULTS = {parameter.name: parameter.default for parameter in COMMAND.commands["serve"].params}
 PORTS = {name: DEFAULTS[f"{name}_port"] for name in ("http", "grpc", "admin")} | {"probes": 8083}
 # Labels that Prometheus puts on what it scrapes.
 TARGET_LABELS = {"namespace", "job", "instance"}
@@ -53,13 +53,17 @@ def tool(name: str, *arguments: str | Path, **options: Any) -> str:
     return done.stdout
 
 
-def parsed(arguments: list[str]) -> dict[str, Any]:
-    """What `genretrieval serve` would be called with, defaults included; fails on what it does not take."""
+def parsed(arguments: list[str], environment: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """What a verb of `genretrieval` would be called with, defaults included; fails on what it does not take."""
     given: dict[str, Any] = {}
-    assert arguments[0] == "serve"
+    command, words = COMMAND, list(arguments)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SERVE, "callback", given.update)
-        SERVE.main(arguments[1:], standalone_mode=False)
+        for variable in environment or []:
+            patch.setenv(variable["name"], variable["name"])
+        patch.setattr(command, "callback", given.update)
+        command.main(words, standalone_mode=False)
     return given
 
 
@@ -227,17 +231,26 @@ def test_kubernetes_knows_every_field(values, tmp_path) -> None:
 
 def test_the_server_takes_every_option_of_the_chart(manifests) -> None:
     container = server(manifests)
-    given = parsed(container["args"])
+    given = parsed(container["args"], container.get("env"))
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {name: port for name, port in PORTS.items() if name in ports}
-    assert given["http_port"], given["grpc_port"] == (ports["http"], ports["grpc"])
+    assert (given["http_port"], given["grpc_port"]) == (ports["http"], ports["grpc"])
     assert given["probe_port"] == ports["probes"]
-    assert "admin" not in ports or given["admin_port"] == ports["admin"]
+    assert ("admin" in ports) == (given["admin_store"] == "GENRETRIEVAL_ADMIN_STORE")
+    assert given["admin_port"] == PORTS["admin"]
     assert pod(manifests)["terminationGracePeriodSeconds"] >= given["drain_delay"] + given["drain_seconds"] + 10
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     for option, value in given.items():
         if isinstance(value, Path):
             assert any(value.is_relative_to(path) for path in mounts), f"{option}: {value} is not mounted"
+
+
+def test_the_job_makes_the_alias_that_servers_follow(manifests) -> None:
+    for job in of_kind(manifests, "Job"):
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        made, followed = parsed(container["args"], container["env"]), parsed(server(manifests)["args"])
+        assert made["store"] == "GENRETRIEVAL_ADMIN_STORE"
+        assert (made["alias"], made["bundles"]) == (followed["alias"], followed["bundles"])
 
 
 def test_secrets_stay_out_of_what_is_typed(manifests) -> None:
@@ -315,6 +328,13 @@ def test_the_admin_port_is_for_admins(manifests) -> None:
         ("adminStore.existingSecret=", "nobody could be told apart"),
         ("bundles.volume=null", "there is no bundle to serve"),
         ("tls.clientCa=true", "tls.clientCa needs tls.existingSecret"),
+        (
+            "bundles.alias=prod,adminStore.existingSecret=,auth.insecure=true",
+            "bundles.alias is part of the admin state",
+        ),
+        ("bundles.first=one", "bundles.first is the bundle of bundles.alias"),
+        ("server.options.bundle=x", "server.options"),
+        ("autoscaling.enabled=true,autoscaling.inFlightRows=0,autoscaling.cpuPercent=null", "autoscaling"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_reason(setting, message) -> None:
