@@ -156,6 +156,7 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     # What libraries say of every request or migration would bury ours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
