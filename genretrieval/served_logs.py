@@ -29,7 +29,7 @@ KEY_VARIABLE = "GENRETRIEVAL_LOG_KEY"
 MIN_KEY_BYTES = 16
 SERVED_FOLDER = "served"
 EVENTS_FOLDER = "events"
-PARTIAL = ".partial-"
+PARTIAL = ".partial"
 
 _INSTANT = pa.timestamp("us", tz="UTC")
 _TEXTS = pa.list_(pa.string())
@@ -147,7 +147,8 @@ def write_table(folder: Path, table: pa.Table, now: datetime) -> Path:
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    partial = path.with_name(PARTIAL + path.name)
+    # By its end no reader takes it for a file of the log, and by its beginning none lists it.
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             pq.write_table(table, file, compression="zstd")
@@ -170,7 +171,7 @@ def _sync(folder: Path) -> None:
 
 def log_files(folder: Path) -> list[Path]:
     """Files of one kind, oldest first; those that are still being written are not among them."""
-    return sorted(path for path in folder.glob("*/*.parquet") if not path.name.startswith(PARTIAL))
+    return sorted(folder.glob("*/*.parquet"))
 
 
 def remove_before(folder: Path, day: date) -> int:

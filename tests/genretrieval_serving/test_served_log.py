@@ -281,7 +281,7 @@ def test_files_are_written_by_time_and_by_size(tmp_path, monkeypatch) -> None:
         log.close()
         assert len(rows(folder, EVENTS_FOLDER)) == n + 1
         assert len(log_files(folder / EVENTS_FOLDER)) == 2
-        assert not list(folder.rglob(f"{PARTIAL}*"))
+        assert not list(folder.rglob(f"*{PARTIAL}"))
 
 
 def test_a_full_disk_loses_what_there_is_no_room_for_and_is_waited_out(tmp_path, monkeypatch) -> None:
@@ -299,7 +299,7 @@ def test_a_full_disk_loses_what_there_is_no_room_for_and_is_waited_out(tmp_path,
     log.record([CLICK] * 11, time.time())
     eventually(lambda: "failed" in counted(metrics, "events"))
     assert log_files(tmp_path / EVENTS_FOLDER) == []
-    assert not list(tmp_path.rglob(f"{PARTIAL}*"))
+    assert not list(tmp_path.rglob(f"*{PARTIAL}"))
     with pytest.raises(OverloadedError, match="none of these"):
         log.record([CLICK] * 2, time.time())
     full = False
@@ -326,7 +326,7 @@ def test_old_days_are_removed(tmp_path) -> None:
         folder = tmp_path / EVENTS_FOLDER / str(today - timedelta(days=days))
         folder.mkdir(parents=True)
         (folder / "1.parquet").touch()
-        (folder / f"{PARTIAL}2.parquet").touch()
+        (folder / f".2.parquet{PARTIAL}").touch()
     (tmp_path / EVENTS_FOLDER / "notes").mkdir()
     ServedLog(LogSettings(tmp_path, retention_days=7), Metrics()).close()
     left = sorted(path.name for path in (tmp_path / EVENTS_FOLDER).iterdir())
