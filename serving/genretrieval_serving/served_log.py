@@ -49,7 +49,8 @@ MAX_WAITING = 5_000
 # Rows that could not be written yet.
 MAX_HELD = 4 * ROWS_PER_FILE
 RETRY_SECONDS = 5.0
-_TAKE_SECONDS = 0.25
+# Short, so that few rows at a time are turned into Arrow: the thread holds the interpreter meanwhile.
+_TAKE_SECONDS = 0.05
 
 T = TypeVar("T")
 Count = Callable[[str, int], None]
