@@ -31,12 +31,14 @@ class Closed(NamedTuple):
     """Nodes of one level that nothing is left under.
 
     Attributes:
-        nodes: int64 ``[n]``, sorted.
-        parents: int64 ``[n]``, the node above each of them.
+        nodes: int64, sorted.
+        parents: int64 ``[n]``, the node above each of those whose parent stays open; a search reaches no others.
+        children: int64 ``[n]``, which child of its parent each of these is, counted from 0.
     """
 
     nodes: Nodes
     parents: Nodes
+    children: Nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,14 @@ class CatalogueIndex:
         nodes = np.zeros(len(codes), np.int64)
         for level, (tokens, starts) in enumerate(zip(self.tokens, self.child_starts, strict=True)):
             wanted = codes[:, level].astype(tokens.dtype)
-            last = starts[nodes + 1].astype(np.int64) - 1
-            nodes = starts[nodes].astype(np.int64)
+            last = starts.take(nodes + 1).astype(np.int64) - 1
+            nodes = starts.take(nodes).astype(np.int64)
             # The last child whose code is not above the wanted one, by ever smaller steps.
-            for power in range((self.max_children[level] - 1).bit_length() - 1, -1, -1):
-                ahead = np.minimum(nodes + (1 << power), last)
-                np.copyto(nodes, ahead, where=tokens[ahead] <= wanted)
+            ahead = np.empty_like(nodes)
+            for power in range(int((last - nodes).max(initial=0)).bit_length() - 1, -1, -1):
+                np.add(nodes, 1 << power, out=ahead)
+                np.minimum(ahead, last, out=ahead)
+                np.copyto(nodes, ahead, where=tokens.take(ahead) <= wanted)
             levels.append(nodes)
         return tuple(levels)
 
@@ -201,18 +205,32 @@ class CatalogueIndex:
         for level in range(self.n_levels - 1, -1, -1):
             if not len(below):
                 break
-            parents = paths[level - 1][below] if level else np.zeros(len(below), np.int64)
-            levels[level] = Closed(paths[level][below], parents)
-            first = np.append(True, parents[1:] != parents[:-1]).nonzero()[0]
-            above, gone = parents[first], np.append(first[1:], len(parents)) - first
-            starts = self.child_starts[level]
-            children, of_parent = _ranges(starts[above], starts[above + 1])
-            left = np.bincount(of_parent[allowed[level][children]], minlength=len(above))
-            below = below[first[left == gone]]
+            nodes = paths[level].take(below)
+            parents = paths[level - 1].take(below) if level else np.zeros(len(below), np.int64)
+            starts = self.child_starts[level].take(parents)
+            # Closed children of one parent stand side by side: the first and the last of each.
+            ends = np.flatnonzero(parents[1:] != parents[:-1])
+            first, last = np.append(0, ends + 1), np.append(ends, len(parents) - 1)
+            gone = last - first + 1
+            begin, end = starts.take(first), self.child_starts[level].take(parents.take(first) + 1)
+            closes = gone == end - begin
+            # Most of the others have a first or a last child that is open.
+            doubt = np.flatnonzero(~closes)
+            for child, ends in ((begin, first), (end - 1, last)):
+                child = child.take(doubt)
+                doubt = doubt[(nodes.take(ends.take(doubt)) == child) | ~allowed[level].take(child)]
+            if len(doubt):
+                children, of_parent = _ranges(begin[doubt], end[doubt])
+                left = np.bincount(of_parent[allowed[level][children]], minlength=len(doubt))
+                closes[doubt] = left == gone[doubt]
+            reached = ~closes.repeat(gone) if level else np.ones(len(nodes), bool)
+            levels[level] = Closed(nodes, parents[reached], (nodes - starts)[reached])
+            below = below[first[closes]]
         return tuple(levels)
 
 
-NOTHING_CLOSED = Closed(np.empty(0, np.int64), np.empty(0, np.int64))
+_NONE = np.empty(0, np.int64)
+NOTHING_CLOSED = Closed(_NONE, _NONE, _NONE)
 
 
 def _ranges(starts: NDArray[np.integer[Any]], ends: NDArray[np.integer[Any]]) -> tuple[Nodes, Nodes]:
@@ -352,7 +370,7 @@ def mask_inputs(rows: list[Allowed]) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def closed_inputs(searches: Sequence[tuple[Closed, ...]], index: CatalogueIndex) -> dict[str, Nodes]:
+def closed_inputs(searches: Sequence[tuple[Closed, ...]]) -> dict[str, Nodes]:
     """What each search of a batch must not enter, as inputs of the retrieval graph.
 
     ``closed_parent_l`` is int64 ``[n_searches, n]``, nodes of the level above (0, the root, above level 0);
@@ -360,12 +378,11 @@ def closed_inputs(searches: Sequence[tuple[Closed, ...]], index: CatalogueIndex)
     of the batch makes n, and at least two; -1 stands for none.
     """
     inputs: dict[str, Nodes] = {}
-    for level, starts in enumerate(index.child_starts):
-        longest = max([2, *(len(search[level].nodes) for search in searches)])
-        parent, child = (np.full((len(searches), longest), -1, np.int64) for _ in range(2))
-        for row, search in enumerate(searches):
-            nodes, parents = search[level]
-            parent[row, : len(nodes)] = parents
-            child[row, : len(nodes)] = nodes - starts[parents]
-        inputs[f"closed_parent_{level}"], inputs[f"closed_child_{level}"] = parent, child
+    for level, closed in enumerate(zip(*searches, strict=True)):
+        longest = max([2, *(len(one.parents) for one in closed)])
+        both = np.full((2, len(searches), longest), -1, np.int64)
+        for row, one in enumerate(closed):
+            if n := len(one.parents):
+                both[0, row, :n], both[1, row, :n] = one.parents, one.children
+        inputs[f"closed_parent_{level}"], inputs[f"closed_child_{level}"] = both
     return inputs

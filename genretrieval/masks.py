@@ -136,11 +136,17 @@ class MaskRows:
             return (NOTHING_CLOSED,) * self.catalogue.index.n_levels
         index = self.catalogue.index
         paths = index.nodes_of(self.catalogue.ids.codes[excluded])
-        leaves, first = np.unique(paths[-1], return_index=True)
-        items, of_leaf = index.items_under(leaves)
-        left = np.bincount(of_leaf[self.lets(row, items, excluded)], minlength=len(leaves))
-        emptied = first[left == 0]
-        return index.closed_with([nodes[emptied] for nodes in paths], self._nodes(row))
+        order = np.argsort(paths[-1])
+        leaves = paths[-1][order]
+        emptied = np.append(True, leaves[1:] != leaves[:-1])
+        # A leaf of several items may have others left.
+        shared = np.flatnonzero(emptied & contains(index.uneven_leaves, leaves))
+        if len(shared):
+            items, of_leaf = index.items_under(leaves[shared])
+            left = np.bincount(of_leaf[self.lets(row, items, excluded)], minlength=len(shared))
+            emptied[shared] = left == 0
+        order = order[emptied]
+        return index.closed_with([nodes[order] for nodes in paths], self._nodes(row))
 
     def _nodes(self, row: int) -> list[NDArray[np.bool_]]:
         return [array[row] for array in self.arrays.values()]

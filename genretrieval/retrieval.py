@@ -150,6 +150,7 @@ class _Asked:
         bound: keywords of the query whose binding the request wants.
         known: events of the history whose item the catalogue has.
         excluded: int64, sorted item rows that the request itself leaves out.
+        missing: ids of the request that the catalogue does not have, as they came.
     """
 
     request: RetrieveRequest
@@ -157,6 +158,7 @@ class _Asked:
     bound: tuple[BoundKeyword, ...]
     known: KnownEvents
     excluded: NDArray[np.int64]
+    missing: list[str]
 
     @property
     def query(self) -> str | None:
@@ -286,11 +288,13 @@ class Retriever:
         """A request as this catalogue knows it."""
         bound = () if request.bindings == "off" else tuple(k for k in edits.bound if len(k.rows))
         known, rows = self._known(request), self.catalogue.rows
-        excluded = [rows[item] for item in request.exclude_item_ids if item in rows]
+        asked = request.exclude_item_ids
+        named = np.fromiter(map(rows.get, asked, repeat(-1)), np.int64, len(asked))
+        missing = [asked[i] for i in np.flatnonzero(named < 0).tolist()]
+        excluded = [named[named >= 0]]
         if request.exclude_history != "off":
-            past = known.rows if request.exclude_history == "all" else known.rows[known.purchased]
-            excluded += past.tolist()
-        return _Asked(request, edits, bound, known, np.unique(np.asarray(excluded, np.int64)))
+            excluded.append(known.rows if request.exclude_history == "all" else known.rows[known.purchased])
+        return _Asked(request, edits, bound, known, np.unique(np.concatenate(excluded)), known.missing + missing)
 
     def _retrieve(self, asked: Sequence[_Asked], width: int, started: float) -> list[_Answer]:
         """Answer requests by one run of the graph: a search for each, and one more among what its keywords bind."""
@@ -377,7 +381,7 @@ class Retriever:
             "mask_row": np.asarray(mask_rows, np.int64),
             **self._index_inputs,
             **self.masks.arrays,
-            **closed_inputs(closed, self.catalogue.index),
+            **closed_inputs(closed),
         }
         return {name: made[name] for name in manifest.graph_inputs}
 
@@ -510,8 +514,7 @@ class Retriever:
         )
 
     def _response(self, ask: _Asked, items: list[RetrievedItem], timings: Timings) -> RetrieveResponse:
-        request, rows, manifest, known = ask.request, self.catalogue.rows, self.bundle.manifest, ask.known
-        missing = known.missing + [item for item in request.exclude_item_ids if item not in rows]
+        request, manifest, known = ask.request, self.bundle.manifest, ask.known
         degraded = []
         if len(items) < request.top_k:
             degraded.append("fewer_than_top_k")
@@ -522,7 +525,7 @@ class Retriever:
         digest = hashlib.blake2b(_canonical(request), digest_size=8).hexdigest()
         return RetrieveResponse(
             items=items,
-            missing_ids=list(dict.fromkeys(missing)),
+            missing_ids=list(dict.fromkeys(ask.missing)),
             degraded=degraded,
             revision=ask.edits.revision,
             applied=list(ask.edits.applied),

@@ -94,10 +94,13 @@ def test_a_node_closes_with_the_last_allowed_leaf_below_it(ids: SemanticIds, dat
     )
     allowed, left = index.allowed_nodes(before), index.allowed_nodes(before & after)
     closed = index.closed_with(index.ancestors(np.flatnonzero(~after)), allowed)
-    for level, (nodes, parents) in enumerate(closed):
+    for level, (nodes, parents, children) in enumerate(closed):
         assert nodes.tolist() == np.flatnonzero(allowed[level] & ~left[level]).tolist()
-        children = [index.child_starts[level][parents], index.child_starts[level][parents + 1]]
-        assert ((children[0] <= nodes) & (nodes < children[1])).all()
+        # Of those that a search may reach.
+        above = index.parents(level, nodes)
+        reached = np.ones(len(nodes), bool) if not level else ~np.isin(above, closed[level - 1].nodes)
+        assert parents.tolist() == above[reached].tolist()
+        assert (index.child_starts[level][parents] + children).tolist() == nodes[reached].tolist()
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, "uint8"), (256, "uint8"), (257, "int16"), (2**15, "int16"),

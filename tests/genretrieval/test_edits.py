@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genretrieval.bundle import CATALOGUE, GRAPH, ITEM_VECTORS, KEYWORDS, Manifest, load_bundle, write_bundle
-from genretrieval.candidates import batches, with_blocks, with_pins
+from genretrieval.candidates import batches, collapsed, with_blocks, with_pins
 from genretrieval.edits import Boost, BoundKeyword, Edits, Pin
 from genretrieval.features import RequestFeatures
 from genretrieval.keyword_codebook import KeywordCodebook
@@ -307,6 +307,67 @@ def test_pins_stand_at_their_places_and_the_rest_keeps_its_order(order_, placed,
     assert [i for i in found if rows[i] not in pinned] == [i for i in order_ if rows[i] not in pinned]
     if len(pins) == 1 and pins[0].position < 6:
         assert rows[found[pins[0].position]] == pins[0].row
+
+
+@given(
+    st.permutations(range(6)),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), max_size=3),
+    st.lists(st.integers(-1, 2), min_size=6, max_size=6),
+    st.integers(1, 3),
+    st.integers(1, 7),
+)
+def test_collapsing_counts_pins_first_then_the_best(order_, placed, values, cap, top_k) -> None:
+    rows = np.arange(10, 16)
+    pins = [Pin("p", int(rows[i]), place) for i, place in placed]
+    shown = sorted((pin for pin in pins if pin.position < top_k), key=lambda pin: pin.position)
+    late = sorted((pin for pin in pins if pin.position >= top_k), key=lambda pin: pin.position)
+    first, last = ([pin.row - 10 for pin in some] for some in (shown, late))
+    counted: dict[int, int] = {}
+    kept = set()
+    for position in dict.fromkeys([*first, *(i for i in order_ if i not in first + last), *last]):
+        value = values[position]
+        counted[value] = counted.get(value, 0) + 1
+        if value < 0 or counted[value] <= cap:
+            kept.add(position)
+    left, left_pins = collapsed(order_, rows, pins, np.asarray(values), cap=cap, top_k=top_k)
+    assert left == [i for i in order_ if i in kept]
+    assert left_pins == [pin for pin in pins if pin.row - 10 in kept]
+
+
+def test_a_result_collapses_around_its_pins(folder, tmp_path) -> None:
+    """a, b and c of one brand; d of another; e of none."""
+    bundle = load_bundle(folder)
+    table = TABLE.with_columns(brand=pl.Series(["x", "x", "x", "y", None]))
+    with write_bundle(tmp_path / "brands", bundle.manifest.model_copy(update={"reserved_slots": ()})) as partial:
+        table.write_parquet(partial / CATALOGUE)
+        (partial / GRAPH).write_bytes(b"")
+    retriever = Retriever(load_bundle(tmp_path / "brands"), ByTable(LEAF_SCORES[1:5]))
+    assert order(retriever, collapse_by="brand") == "ade"
+    assert order(retriever, collapse_by="brand", collapse_cap=2) == "abde"
+    pinned = Edits(pins=(Pin("rules/p", C, 1),))
+    assert order(retriever, pinned, collapse_by="brand") == "dce"
+    both = Edits(pins=(Pin("rules/p", C, 1), Pin("rules/q", B, 0)))
+    assert order(retriever, both, collapse_by="brand") == "bde"
+    assert order(retriever, Edits(bound=(bound(B, E),)), collapse_by="brand") == "bed"
+
+
+def test_a_search_that_collapsing_left_short_goes_on_wider(folder, tmp_path) -> None:
+    """Two beams find a and b, which are of one brand; four times as many find d. A third brand there is not."""
+    table = TABLE.with_columns(brand=pl.Series(["x", "x", "x", "y", "y"]))
+    with write_bundle(tmp_path / "two", load_bundle(folder).manifest) as partial:
+        CODEBOOK.save(partial / KEYWORDS)
+        table.write_parquet(partial / CATALOGUE)
+        (partial / GRAPH).write_bytes(b"")
+    retriever = Retriever(load_bundle(tmp_path / "two"), ByTable())
+    runs = retriever.backend.rows
+    assert order(retriever, top_k=2, beam_width=2) == "ab"
+    assert len(runs) == 1
+    assert order(retriever, top_k=2, beam_width=2, collapse_by="brand") == "ad"
+    assert len(runs) == 3
+    short = ask(retriever, top_k=3, beam_width=3, collapse_by="brand")
+    assert ([item.item_id for item in short.items], short.degraded[0]) == (["a", "d"], "fewer_than_top_k")
+    # The second search was not cut off.
+    assert len(runs) == 5
 
 
 @given(st.lists(st.integers(1, 2), max_size=30))

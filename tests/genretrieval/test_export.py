@@ -86,7 +86,7 @@ def assert_parity(
         **requests,
         **graph_inputs(index),
         **mask_inputs(nodes),
-        **closed_inputs([index.closed_with(x, nodes[m]) for x, m in zip(excluded, mask_row, strict=True)], index),
+        **closed_inputs([index.closed_with(x, nodes[m]) for x, m in zip(excluded, mask_row, strict=True)]),
         "beams": np.arange(width),
         "mask_row": mask_row,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from genretrieval.features import RequestFeatures
 from genretrieval.model import Generator
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import CLOSED_BELOW, Leaves, Retriever
+from genretrieval.semantic_ids import SemanticIds
 
 Requests = dict[str, NDArray[Any]]
 Ranking = list[tuple[int, float]]
@@ -67,7 +69,7 @@ def search(
         **requests,
         **graph_inputs(index),
         **mask_inputs(masks),
-        **closed_inputs(closed, index),
+        **closed_inputs(closed),
         "beams": np.arange(width),
         "mask_row": np.arange(n),
     }
@@ -115,7 +117,8 @@ def exact(generator: Generator, request: Requests, index: CatalogueIndex) -> Ran
     target = torch.zeros(rows, n + 1, index.n_levels, dtype=torch.long)
     target[:, -1] = torch.from_numpy(codes)
     batch["target_codes"] = target
-    batch["target_scenarios"] = batch["scenario"][:, None].expand(-1, n + 1)
+    if "scenario" in batch:
+        batch["target_scenarios"] = batch["scenario"][:, None].expand(-1, n + 1)
     batch["query_rows"] = torch.arange(rows) * (n + 1) + n
     decoded = generator.decode_targets(batch).states_BTLD[:, -1]
     score = np.zeros(rows)
@@ -337,3 +340,136 @@ def test_the_order_of_tied_beams_does_not_matter(make_retriever: Callable[..., R
 
     (response,) = make_retriever(Backend(), ("beams",)).retrieve([RetrieveRequest(top_k=8)])
     assert [item.item_id for item in response.items] == ["i7", "i5", "i2", "i0"]
+
+
+class Seen:
+    """A backend that keeps the histories it was given."""
+
+    def __init__(self, backend: GraphBackend) -> None:
+        self.backend = backend
+        self.requests: Requests = {}
+
+    def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        self.requests = {name: array for name, array in inputs.items() if name.startswith("history_")}
+        return self.backend.run(inputs)
+
+
+def shop(generator: Generator, ids: SemanticIds, **columns: Any) -> Retriever:
+    """A retriever over items of such IDs; item 0 is called i0."""
+    graph = named_graph(generator)
+    table = pl.DataFrame(
+        {
+            "item_id": [f"i{row}" for row in range(ids.n_items)],
+            "semantic_id": pl.Series(ids.codes).arr.to_list(),
+            "popularity": np.arange(ids.n_items) % 3,
+            "price": np.arange(ids.n_items) % 7,
+            **columns,
+        }
+    )
+    manifest = Manifest(
+        genretrieval_version=__version__,
+        n_items=ids.n_items,
+        codebook_sizes=ids.codebook_sizes,
+        opset=1,
+        minimum_onnxruntime="1",
+        graph_inputs=graph.names,
+        max_history=8,
+        max_query_tokens=4,
+        reads_queries=False,
+        beam_width=50,
+        exclude_seen=False,
+    )
+    bundle = SimpleNamespace(
+        manifest=manifest, features=RequestFeatures, catalogue=lambda: table, item_vectors=lambda: None
+    )
+    return Retriever(bundle, Seen(GraphBackend(graph)))
+
+
+@pytest.fixture(scope="module")
+def small_shop(plain: Generator, make_ids: Any) -> tuple[Retriever, dict[str, NDArray[np.float64]]]:
+    """40 items of which some share a leaf, brand or parent; and for two histories the exact score of each item."""
+    ids = make_ids(40, seed=11)
+    brands = [None if row % 5 == 0 else f"brand{row % 4}" for row in range(40)]
+    retriever = shop(plain, ids, brand=brands, categories=[[f"c{row % 3}", "all"][row % 2 :] for row in range(40)])
+    scores = {}
+    for history in ("i3 i17", "i8"):
+        retriever.retrieve([asked(history)])
+        by_leaf = dict(exact(plain, retriever.backend.requests, retriever.catalogue.index))
+        scores[history] = np.asarray([by_leaf[leaf] for leaf in retriever.catalogue.index.item_leaves()])
+    return retriever, scores
+
+
+def asked(history: str, **fields: Any) -> RetrieveRequest:
+    return RetrieveRequest(history=[{"item_id": item, "event": "purchase"} for item in history.split()], **fields)
+
+
+def values_of(column: pl.Series) -> list[Any]:
+    return column.list.first().to_list() if isinstance(column.dtype, pl.List) else column.to_list()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_filters_exclusions_removals_and_collapse_are_exact_scoring_of_all_that_is_left(small_shop, data) -> None:
+    """With a beam for every leaf the search is exhaustive: every item is scored, and the best are returned."""
+    bundle_shop, scores = small_shop
+    rows = st.sets(st.integers(0, 39), max_size=39)
+    excluded, gone = data.draw(rows), data.draw(rows)
+    retriever = bundle_shop.on(replace(bundle_shop.catalogue, gone=np.asarray(sorted(gone), np.int64)))
+    low, brands = data.draw(st.integers(0, 7)), data.draw(st.none() | st.sets(st.sampled_from(["brand1", "brand2"])))
+    attributes = {} if brands is None else {"brand": sorted(brands)}
+    history, purchased = data.draw(st.sampled_from(sorted(scores))), data.draw(st.booleans())
+    by = data.draw(st.sampled_from([None, "brand", "category", "price"]))
+    cap, top_k = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 45))
+    request = asked(
+        history,
+        filters={"min_price": low, "attributes": attributes},
+        exclude_item_ids=[f"i{row}" for row in sorted(excluded)],
+        exclude_history="purchased" if purchased else "off",
+        collapse_by=by,
+        collapse_cap=cap,
+        top_k=top_k,
+    )
+    table = retriever.catalogue.table
+    left_out = excluded | gone | ({int(item[1:]) for item in history.split()} if purchased else set())
+    allowed = [
+        row
+        for row in range(40)
+        if row not in left_out and table["price"][row] >= low and (brands is None or table["brand"][row] in brands)
+    ]
+    leaves, popularity = retriever.catalogue.index.item_leaves(), table["popularity"]
+    allowed.sort(key=lambda row: (-round(scores[history][row], 5), leaves[row], -popularity[row], row))
+    values = values_of(table[{"category": "categories", None: "price"}.get(by, by)])
+    expected: list[int] = []
+    for row in allowed:
+        same = sum(values[other] == values[row] for other in expected)
+        if by is None or values[row] is None or same < cap:
+            expected.append(row)
+    (response,) = retriever.retrieve([request])
+    assert [item.item_id for item in response.items] == [f"i{row}" for row in expected[:top_k]]
+    np.testing.assert_allclose(
+        [item.score for item in response.items], scores[history][expected[:top_k]], rtol=0, atol=SAME
+    )
+    assert ("fewer_than_top_k" in response.degraded) == (len(expected) < top_k)
+
+    # Few beams find other items, but none that is left out, and as many as there are.
+    (narrow,) = retriever.retrieve([request.model_copy(update={"beam_width": 1})])
+    found = [int(item.item_id[1:]) for item in narrow.items]
+    assert set(found) <= set(allowed)
+    if by is None:
+        assert len(found) == min(top_k, len(allowed))
+    else:
+        assert all(value is None or [values[row] for row in found].count(value) <= cap for value in values)
+        assert len(found) == min(top_k, len(expected))
+
+
+def test_two_items_of_200_000_are_found_by_their_filter(make_generator: Any) -> None:
+    sizes = (60, 60, 60)
+    generator = make_generator(codebook_sizes=sizes, **NOTHING_ELSE)
+    codes = np.random.default_rng(0).integers(0, 60, (200_000, 3)).astype(np.int32)
+    rare = np.arange(200_000) % 100_000 == 77_777
+    retriever = shop(generator, SemanticIds(codes, sizes), brand=np.where(rare, "rare", "other"))
+    request = asked("i0", filters={"attributes": {"brand": ["rare"]}}, top_k=2, beam_width=2)
+    (response,) = retriever.retrieve([request])
+    assert {item.item_id for item in response.items} == {"i77777", "i177777"}
+    (other,) = retriever.retrieve([request.model_copy(update={"exclude_item_ids": ["i77777"]})])
+    assert [item.item_id for item in other.items] == ["i177777"]

@@ -71,7 +71,7 @@ def request(index: CatalogueIndex, n_rows: int, length: int, beams: int) -> dict
         "mask_row": np.arange(n_rows) % 2,
         **graph_inputs(index),
         **mask_inputs(masks),
-        **closed_inputs([(NOTHING_CLOSED,) * index.n_levels] * n_rows, index),
+        **closed_inputs([(NOTHING_CLOSED,) * index.n_levels] * n_rows),
     }
 
 
