@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
@@ -25,7 +25,7 @@ from genretrieval_serving.messages import (
 )
 from genretrieval_serving.service import RetrievalService, State
 from genretrieval_serving.tracing import Tracer
-from genretrieval_serving.web import application, guarded_router, open_application
+from genretrieval_serving.web import answered_by, application, body_of, guarded_router, json_of, open_application
 
 _T = TypeVar("_T")
 
@@ -58,25 +58,28 @@ async def _caller(request: Request) -> Principal:
     return principal
 
 
-async def _unless_gone(http: Request, answer: Coroutine[Any, Any, _T]) -> _T:
+async def _unless_gone(http: Request, answer: Awaitable[_T]) -> _T:
     """What is asked for, as long as somebody waits for it; gRPC cancels a call by itself.
 
     Raises:
         ClientDisconnect: the caller closed the connection.
     """
+    asking = asyncio.current_task()
+    assert asking is not None
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
-
-    asking, leaving = asyncio.create_task(answer), asyncio.create_task(gone())
-    try:
-        await asyncio.wait((asking, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not asking.done():
-            raise ClientDisconnect
-        return asking.result()
-    finally:
         asking.cancel()
+
+    leaving = asyncio.create_task(gone())
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        if leaving.done() and not asking.uncancel():
+            raise ClientDisconnect from None
+        raise
+    finally:
         leaving.cancel()
 
 
@@ -87,7 +90,14 @@ router = guarded_router(Scope.RETRIEVE, (OverloadedError, StaleReplicaError, Una
 probes = APIRouter(include_in_schema=False)
 
 
+async def _retrieve(http: Request) -> Response:
+    request = await body_of(http, RetrieveRequest)
+    within = await _within(http.headers.get("x-request-timeout"))
+    return json_of(await retrieve(request, http, await _service(http), within, await _caller(http)))
+
+
 @router.post("/v1/retrieve", operation_id="retrieve")
+@answered_by(_retrieve)
 async def retrieve(
     request: RetrieveRequest, http: Request, service: Service, within: Within, caller: Caller
 ) -> RetrieveResponse:
