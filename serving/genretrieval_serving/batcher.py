@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -58,17 +58,26 @@ class Batcher:
         row_seconds: what a row takes, as measured.
     """
 
-    def __init__(self, metrics: Metrics, *, max_wait: float = 0.25, max_batch: int = 8) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        max_wait: float = 0.25,
+        max_batch: int = 8,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """A batcher that takes nothing yet.
 
         Args:
             metrics: where rows are counted.
             max_wait: most seconds that a request of a burst waits.
             max_batch: most rows of a batch; a request of more is a batch of its own.
+            clock: seconds.
         """
         self.metrics = metrics
         self.max_wait = max_wait
         self.max_batch = max_batch
+        self._clock = clock
         self._queue: FairQueue[_Waiting] = FairQueue()
         self._arrived, self._idle = asyncio.Event(), asyncio.Event()
         self.row_seconds = 0.0
@@ -90,12 +99,12 @@ class Batcher:
             GenRetrievalError: the graph cannot answer.
         """
         for size in (1, self.max_batch):
-            begun = time.perf_counter()
+            begun = self._clock()
             outcome = await self._run(retriever, [RetrieveRequest()] * size, [NO_EDITS] * size)
             if isinstance(outcome, BaseException):
                 raise _fault(outcome)
         if not self.row_seconds:
-            self.row_seconds = (time.perf_counter() - begun) / self.max_batch
+            self.row_seconds = (self._clock() - begun) / self.max_batch
 
     @property
     def alive(self) -> bool:
@@ -108,7 +117,7 @@ class Batcher:
         Raises:
             OverloadedError: it would wait too long, or until there is no time left to answer it.
         """
-        now = time.perf_counter()
+        now = self._clock()
         running, full = max(0.0, self._running_until - now), self.max_batch * self.row_seconds
         stands = running + self._queue.rows * self.row_seconds > full
         since = now - self._looked
@@ -161,7 +170,7 @@ class Batcher:
         retriever.check(request)
         rows = rows_of(retriever, request, edits)
         self.check_room(caller, rows, within)
-        now = time.perf_counter()
+        now = self._clock()
         answer: asyncio.Future[RetrieveResponse] = asyncio.get_running_loop().create_future()
         until = math.inf if within is None else now + within
         waiting = _Waiting(caller, rows, retriever, request, edits, until, answer, now, tracing.current())
@@ -178,7 +187,7 @@ class Batcher:
 
     async def stop(self, grace: float) -> None:
         """Answer what is queued, for at most `grace` seconds; what is left gets `UnavailableError`."""
-        if self._worker is not None:
+        if self._worker is not None and not self._worker.done():
             try:
                 async with asyncio.timeout(grace):
                     await self._idle.wait()
@@ -207,7 +216,7 @@ class Batcher:
         """What waits, as far as it makes one batch; what could not be answered in time is told so."""
         batch: list[_Waiting] = []
         room: float = math.inf
-        now = time.perf_counter()
+        now = self._clock()
         # What is ready when the whole batch is.
         ready = now + min(self.max_batch, self._queue.rows) * self.row_seconds
         while room > 0 and (waiting := self._queue.take(room)) is not None:
@@ -226,7 +235,7 @@ class Batcher:
 
     async def _answer(self, retriever: Retriever, batch: list[_Waiting]) -> None:
         """Run a batch and hand out the answers; if it fails, each of its requests on its own."""
-        begun = time.perf_counter()
+        begun = self._clock()
         rows = sum(waiting.rows for waiting in batch)
         self.metrics.batch_rows.observe(rows)
         self._running_rows, self._running_until = rows, begun + rows * self.row_seconds
@@ -248,7 +257,7 @@ class Batcher:
                 waiting.answer.set_exception(_fault(outcomes))
             else:
                 waiting.answer.set_result(_timed(outcomes[i], begun - waiting.since))
-        took = (time.perf_counter() - begun) / rows
+        took = (self._clock() - begun) / rows
         self.row_seconds += (took - self.row_seconds) * _LAST_BATCH
 
     async def _run(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import ssl
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
@@ -20,6 +22,7 @@ from genretrieval.errors import (
     DeadlineError,
     GenRetrievalError,
     InvalidInputError,
+    OverloadedError,
     RequestError,
     UnavailableError,
 )
@@ -37,7 +40,10 @@ from genretrieval_serving.messages import (
     error_from,
     error_from_status,
     request_error,
+    with_retry,
 )
+
+_T = TypeVar("_T")
 
 ATTEMPTS = 4
 _RETRIES = {
@@ -110,8 +116,9 @@ class _Transport(Protocol):
 class Client:
     """Talks to one server. Safe to share between threads.
 
-    A server that cannot be reached is tried again a few times (gRPC: also one that is draining). Errors of the
-    server arrive as the same classes of `genretrieval.errors` that it raised.
+    A server that cannot be reached is tried again a few times (gRPC: also one that is draining), and so is one that is
+    overloaded, when it says and if the timeout allows it. Errors of the server arrive as the same classes of
+    `genretrieval.errors` that it raised.
     """
 
     def __init__(
@@ -228,15 +235,18 @@ class _Grpc:
         self.channel.close()
 
     def _call(self, method: Any, message: Any) -> Any:
-        try:
-            return method(message, timeout=self.timeout, metadata=self.metadata)
-        except grpc.RpcError as error:
-            raise _grpc_error(error) from error
+        def call(left: float) -> Any:
+            try:
+                return method(message, timeout=left, metadata=self.metadata)
+            except grpc.RpcError as error:
+                raise _grpc_error(error) from error
+
+        return _patiently(call, self.timeout)
 
 
 def _grpc_error(error: Any) -> GenRetrievalError:
     """The error of a failed call; without a `reason` of ours, gRPC itself failed and its code decides."""
-    reason = dict(error.trailing_metadata() or ()).get("reason", "")
+    told = dict(error.trailing_metadata() or ())
     kinds = {
         grpc.StatusCode.UNAVAILABLE: UnavailableError,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
@@ -244,17 +254,18 @@ def _grpc_error(error: Any) -> GenRetrievalError:
         grpc.StatusCode.RESOURCE_EXHAUSTED: RequestError,
         grpc.StatusCode.INVALID_ARGUMENT: RequestError,
     }
-    return error_from(reason, error.details() or "", otherwise=kinds.get(error.code(), GenRetrievalError))
+    otherwise = kinds.get(error.code(), GenRetrievalError)
+    return with_retry(error_from(told.get("reason", ""), error.details() or "", otherwise=otherwise), told)
 
 
 class _Http:
     """Retries connecting, by httpx."""
 
     def __init__(self, url: str, timeout: float, authorization: dict[str, str], tls: ClientTls | None) -> None:
+        self.timeout = timeout
         self.client = httpx.Client(
             base_url=url,
-            timeout=timeout,
-            headers={"X-Request-Timeout": str(timeout), **authorization},
+            headers=authorization,
             transport=httpx.HTTPTransport(retries=ATTEMPTS - 1, verify=tls is None or tls.context()),
         )
 
@@ -286,8 +297,27 @@ class _Http:
         self.client.close()
 
     def _call(self, method: str, path: str, body: str | None) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        return answered(self.client, self.client.build_request(method, path, content=body, headers=headers)).content
+        def call(left: float) -> bytes:
+            headers = {"Content-Type": "application/json", "X-Request-Timeout": str(left)}
+            request = self.client.build_request(method, path, content=body, headers=headers, timeout=left)
+            return answered(self.client, request).content
+
+        return _patiently(call, self.timeout)
+
+
+def _patiently(call: Callable[[float], _T], timeout: float) -> _T:
+    """What a call brings within `timeout` seconds; one that is refused for now comes again when the server says."""
+    until, attempt = time.monotonic() + timeout, 0
+    while True:
+        attempt += 1
+        try:
+            return call(until - time.monotonic())
+        except OverloadedError as error:
+            # Not all at the same moment.
+            pause = error.retry_after * random.uniform(1.0, 1.5)
+            if attempt == ATTEMPTS or pause >= until - time.monotonic():
+                raise
+        time.sleep(pause)
 
 
 def tls_for(scheme: str, tls: ClientTls | None) -> ClientTls | None:
@@ -336,4 +366,5 @@ def answered(client: httpx.Client, request: httpx.Request) -> httpx.Response:
         problem = answer.json()
     except ValueError:
         problem = {}
-    raise error_from_status(answer.status_code, problem if isinstance(problem, dict) else {}, answer.text)
+    refused = error_from_status(answer.status_code, problem if isinstance(problem, dict) else {}, answer.text)
+    raise with_retry(refused, answer.headers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Self
 
@@ -59,6 +59,16 @@ def retry_headers(error: GenRetrievalError) -> dict[str, str]:
         return {}
     seconds = max(error.retry_after, 0.001)
     return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1e3))}
+
+
+def with_retry(error: GenRetrievalError, headers: Mapping[str, str]) -> GenRetrievalError:
+    """The error, knowing what `retry_headers` said of it; a proxy may say less, or a date, which nothing reads."""
+    said = {name: headers.get(name, "") for name in ("retry-after", "retry-after-ms")}
+    if isinstance(error, UnavailableError) and said["retry-after-ms"].isdecimal():
+        error.retry_after = int(said["retry-after-ms"]) / 1e3
+    elif isinstance(error, UnavailableError) and said["retry-after"].isdecimal():
+        error.retry_after = float(said["retry-after"])
+    return error
 
 
 class BatchRetrieveRequest(_Message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from urllib.parse import urlsplit
 
 import httpx
@@ -70,3 +71,25 @@ def test_an_answer_may_take_longer_than_a_request(start, backend, monkeypatch) -
         backend.gate.clear()
         running.loop.call_soon_threadsafe(running.loop.call_later, 0.3, backend.gate.set)
         assert client.retrieve(top_k=1).items
+
+
+def test_beyond_so_many_connections_only_probes_are_answered(start, monkeypatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 2)
+    with start() as running, httpx.Client() as first, httpx.Client() as second, httpx.Client() as third:
+        for client in (first, second):
+            assert client.get(f"{running.http}/v1/info").is_success
+        assert third.get(f"{running.http}/livez").is_success
+        assert third.get(f"{running.http}/readyz").is_success
+        refused = third.get(f"{running.http}/v1/info")
+        assert (refused.status_code, refused.json()["reason"]) == (429, "OVERLOADED")
+        assert refused.headers["retry-after"] == "1"
+        assert first.get(f"{running.http}/v1/info").is_success
+
+
+def test_a_caller_that_does_not_read_is_left(start, monkeypatch) -> None:
+    monkeypatch.setattr(http_protocol, "SEND_SECONDS", 0.1)
+    with start() as running, connected(running.http) as caller:
+        caller.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: here\r\n\r\n" * 1000)
+        state = running.server._http["http"]._server.server_state
+        while state.total_requests == 0 or state.connections:
+            time.sleep(0.01)

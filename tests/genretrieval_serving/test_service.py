@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import httpx
@@ -186,12 +188,11 @@ def test_every_error_arrives_as_what_it_was(running, monkeypatch, kind, http) ->
     assert answer.json()["reason"] == kind("").reason
     assert answer.json()["detail"] == "what was wrong"
     assert ("retry-after" in answer.headers) == (kind.http_status in (429, 503))
-    with Client(running.http) as client, pytest.raises(kind) as raised:
-        client.retrieve()
-    assert type(raised.value) is kind
-    with Client(running.grpc) as client, pytest.raises(kind) as raised:
-        client.retrieve()
-    assert type(raised.value) is kind
+    for url in (running.http, running.grpc):
+        # Too little time to come again, as an overloaded server asks for.
+        with Client(url, timeout=1.0) as client, pytest.raises(kind) as raised:
+            client.retrieve()
+        assert type(raised.value) is kind
 
 
 def test_an_unforeseen_error_has_the_same_shape(running, monkeypatch, http) -> None:
@@ -277,14 +278,14 @@ def test_a_long_queue_rejects_at_once_and_what_waits_is_batched(start, backend, 
         backend.gate.clear()
         # As if rows took minutes: two full batches may wait, here the one that runs and another one.
         running.batcher.row_seconds = 100.0
-        with Client(running.http, timeout=1e4) as client, Client(running.grpc, timeout=1e4) as by_grpc:
+        with Client(running.http, timeout=1e4) as client:
             first = pool.submit(client.retrieve, top_k=1)
             assert backend.entered.acquire(timeout=10)
             queued = [pool.submit(client.retrieve, top_k=1) for _ in range(4)]
             wait_for(running, "genretrieval_queue_depth", 4)
             assert running.metric("genretrieval_in_flight_rows") == 5
-            for overloaded in (client, by_grpc):
-                with pytest.raises(errors.OverloadedError, match="4 rows wait already"):
+            for url in (running.http, running.grpc):
+                with Client(url) as overloaded, pytest.raises(errors.OverloadedError, match="4 rows wait already"):
                     overloaded.retrieve(top_k=1)
             assert http.get(f"{running.http}/livez").status_code == 200
             assert http.get(f"{running.http}/readyz").status_code == 200
@@ -298,6 +299,76 @@ def test_a_long_queue_rejects_at_once_and_what_waits_is_batched(start, backend, 
 def wait_for(running: Any, metric: str, value: float) -> None:
     while running.metric(metric) != value:
         time.sleep(0.005)
+
+
+def test_who_closes_the_connection_leaves_the_queue(start, backend, http) -> None:
+    body = b'{"top_k": 1}'
+    head = f"Host: here\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with start() as running, ThreadPoolExecutor(2) as pool, Client(running.http) as client:
+        backend.gate.clear()
+        first = pool.submit(client.retrieve)
+        assert backend.entered.acquire(timeout=10)
+        address = urlsplit(running.http)
+        with socket.create_connection((address.hostname, address.port)) as caller:
+            caller.sendall(b"POST /v1/retrieve HTTP/1.1\r\n" + head + body)
+            wait_for(running, "genretrieval_queue_depth", 1)
+        wait_for(running, "genretrieval_queue_depth", 0)
+        batch = b'{"requests": [%s, %s]}' % (body, body)
+        head = head.replace(b": %d\r" % len(body), b": %d\r" % len(batch))
+        with socket.create_connection((address.hostname, address.port)) as caller:
+            caller.sendall(b"POST /v1/retrieve:batch HTTP/1.1\r\n" + head + batch)
+            wait_for(running, "genretrieval_queue_depth", 2)
+        wait_for(running, "genretrieval_queue_depth", 0)
+        with grpc.insecure_channel(running.grpc_address) as channel:
+            call = stubs.RetrievalServiceStub(channel).Retrieve.future(pb.RetrieveRequest())
+            wait_for(running, "genretrieval_queue_depth", 1)
+            call.cancel()
+            wait_for(running, "genretrieval_queue_depth", 0)
+        assert running.metric("genretrieval_in_flight_rows") == 1
+        backend.gate.set()
+        first.result(10)
+        labels = {"transport": "rest", "code": "499"}
+        assert running.metric("genretrieval_request_duration_seconds_count", method="retrieve", **labels) == 1
+        assert running.metric("genretrieval_request_duration_seconds_count", method="batchRetrieve", **labels) == 1
+        assert running.metric("genretrieval_in_flight_requests") == 0
+    assert backend.batches == [1]
+
+
+def test_both_transports_say_when_to_come_again(running, monkeypatch, http) -> None:
+    async def fail(*_: object) -> RetrieveResponse:
+        raise errors.OverloadedError("too much", 0.0123)
+
+    monkeypatch.setattr(running.server.service, "retrieve", fail)
+    answer = http.post(f"{running.http}/v1/retrieve", json={})
+    with grpc.insecure_channel(running.grpc_address) as channel, pytest.raises(grpc.RpcError) as caught:
+        stubs.RetrievalServiceStub(channel).Retrieve(pb.RetrieveRequest(), timeout=10)
+    for told in (answer.headers, dict(caught.value.trailing_metadata())):
+        assert (told["retry-after"], told["retry-after-ms"]) == ("1", "13")
+    for url in (running.http, running.grpc):
+        with Client(url) as client, pytest.raises(errors.OverloadedError) as raised:
+            client.retrieve()
+        assert raised.value.retry_after == 0.013
+
+
+def test_the_client_comes_again_when_the_server_says(running, monkeypatch, client, example) -> None:
+    retrieve, refused = running.server.service.retrieve, []
+
+    async def sometimes(*arguments: Any) -> RetrieveResponse:
+        if len(refused) < 2:
+            refused.append(time.monotonic())
+            raise errors.OverloadedError("too much", 0.01)
+        return await retrieve(*arguments)
+
+    monkeypatch.setattr(running.server.service, "retrieve", sometimes)
+    assert client.retrieve(example).items
+    assert len(refused) == 2
+
+
+def test_a_batch_of_one_caller_waits_in_its_own_line(start, backend) -> None:
+    with start(max_batch=2, max_wait=0.0) as running, Client(running.http) as client:
+        running.batcher.row_seconds = 1e-3
+        answers = client.batch_retrieve([RetrieveRequest(top_k=1)] * 32)
+    assert all(type(answer) is RetrieveResponse for answer in answers)
 
 
 def test_a_request_whose_deadline_passes_in_the_queue_is_never_run(start, backend, http) -> None:
