@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
 from genretrieval.histories import NO_TIME
 from genretrieval.item_vectors import ItemVectors, relatives_of
 from genretrieval.keywords import without_words
-from genretrieval.masks import Mask, MaskRows, canonical_filters
+from genretrieval.masks import Mask, MaskRows
 from genretrieval.request import MAX_BEAM_WIDTH, HistoryEvent, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.schemas import EXPOSURE
 from genretrieval.servable import Catalogue, Servable
@@ -180,6 +179,11 @@ class _Asked:
         """Level to the reserved slot that stands in the query there, of two keywords the first one's."""
         return {keyword.level: keyword.slot for keyword in reversed(self.bound)}
 
+    @property
+    def edited(self) -> bool:
+        """Whether anything stands for an item, or moves it."""
+        return bool(self.bound or self.edits.boosts or self.edits.pins)
+
     def touched(self, row: int) -> list[str]:
         """Names of the bindings and rules that stand for an item, or move it."""
         sets = [(keyword.name, keyword.rows) for keyword in self.bound]
@@ -294,7 +298,7 @@ class Retriever:
         excluded = [named[named >= 0]]
         if request.exclude_history != "off":
             excluded.append(known.rows if request.exclude_history == "all" else known.rows[known.purchased])
-        return _Asked(request, edits, bound, known, np.unique(np.concatenate(excluded)), known.missing + missing)
+        return _Asked(request, edits, bound, known, _unique(np.concatenate(excluded)), known.missing + missing)
 
     def _retrieve(self, asked: Sequence[_Asked], width: int, started: float) -> list[_Answer]:
         """Answer requests by one run of the graph: a search for each, and one more among what its keywords bind."""
@@ -438,10 +442,7 @@ class Retriever:
                 order, candidates.rows, pins, values, cap=ask.request.collapse_cap, top_k=ask.request.top_k
             )
         best = with_pins(order, candidates.rows, pins, ask.request.top_k)
-        told = dense if self.dense is not None else None
-        return [
-            self._item(ask, candidates, i, float(scores[i]), None if told is None else float(told[i])) for i in best
-        ]
+        return self._told(ask, candidates, np.asarray(best, np.int64), scores, dense)
 
     def _candidates(self, found: Leaves, excluded: Rows, lets: Lets) -> tuple[Candidates, NDArray[np.float32]]:
         """Items of the found leaves, best leaf first, that may be returned, and what the dense head says of each.
@@ -496,22 +497,41 @@ class Retriever:
                     blocks.append((before, keyword.rows))
         return blocks
 
-    def _item(self, ask: _Asked, candidates: Candidates, i: int, score: float, dense: float | None) -> RetrievedItem:
-        """A candidate as it is returned."""
-        row, beam = int(candidates.rows[i]), int(candidates.beams[i])
-        codes = self.catalogue.ids.codes[row].tolist()
-        codebook = self.features.keywords
-        return RetrievedItem(
-            item_id=self.catalogue.item_ids[row],
-            score=score,
-            semantic_id=codes,
-            level_scores=[] if beam < 0 else candidates.level_scores[beam].tolist(),
-            dense_score=dense,
-            keyword_path=[codebook.words(level, codes[level]) for level in range(codebook.n_groups)]
-            if codebook
-            else [],
-            touched_by=ask.touched(row),
-        )
+    def _told(
+        self,
+        ask: _Asked,
+        candidates: Candidates,
+        best: NDArray[np.int64],
+        scores: NDArray[np.float64],
+        dense: NDArray[np.float32],
+    ) -> list[RetrievedItem]:
+        """Candidates as they are returned, those at the positions `best`; what NumPy holds is read at once."""
+        rows, beams = candidates.rows[best], candidates.beams[best]
+        codes = self.catalogue.ids.codes[rows].tolist()
+        level_scores = candidates.level_scores[beams].tolist()
+        codebook, edited = self.features.keywords, ask.edited
+        return [
+            RetrievedItem(
+                item_id=self.catalogue.item_ids[row],
+                score=score,
+                semantic_id=of_row,
+                level_scores=[] if beam < 0 else of_beam,
+                dense_score=None if self.dense is None else said,
+                keyword_path=[codebook.words(level, of_row[level]) for level in range(codebook.n_groups)]
+                if codebook
+                else [],
+                touched_by=ask.touched(row) if edited else [],
+            )
+            for row, beam, score, said, of_row, of_beam in zip(
+                rows.tolist(),
+                beams.tolist(),
+                scores[best].tolist(),
+                dense[best].tolist(),
+                codes,
+                level_scores,
+                strict=True,
+            )
+        ]
 
     def _response(self, ask: _Asked, items: list[RetrievedItem], timings: Timings) -> RetrieveResponse:
         request, manifest, known = ask.request, self.bundle.manifest, ask.known
@@ -522,7 +542,6 @@ class Retriever:
             degraded.append("query_ignored")
         if len(known.interactions) > manifest.max_history + manifest.max_past:
             degraded.append("history_truncated")
-        digest = hashlib.blake2b(_canonical(request), digest_size=8).hexdigest()
         return RetrieveResponse(
             items=items,
             missing_ids=list(dict.fromkeys(ask.missing)),
@@ -531,18 +550,16 @@ class Retriever:
             applied=list(ask.edits.applied),
             bundle_version=manifest.version,
             catalogue_revision=self.catalogue.revision,
-            attribution_token=f"{manifest.version}.{ask.edits.revision}.{digest}",
             timings=timings,
         )
+
+
+def _unique(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sorted, each once; for few rows a fraction of the time of `np.unique`."""
+    rows = np.sort(rows)
+    return rows[np.append(True, rows[1:] != rows[:-1])] if len(rows) else rows
 
 
 def _real(found: Leaves) -> NDArray[np.bool_]:
     """Which beams ended in a leaf."""
     return found.scores >= CLOSED_BELOW
-
-
-def _canonical(request: RetrieveRequest) -> bytes:
-    """The same text for equal requests."""
-    filters = canonical_filters(request.filters) if request.filters else ""
-    rest = request.model_copy(update={"profile": dict(sorted(request.profile.items())), "filters": None})
-    return (rest.model_dump_json() + filters).encode()

@@ -372,18 +372,6 @@ def test_a_batch_of_more_filters_than_rows_is_answered(retriever) -> None:
     ]
 
 
-def test_a_token_names_the_request_whatever_the_order_of_its_mappings(retriever) -> None:
-    one, same, other = retriever.retrieve(
-        [
-            RetrieveRequest(profile={"a": "1", "b": "2"}),
-            RetrieveRequest(profile={"b": "2", "a": "1"}),
-            RetrieveRequest(profile={"b": "2"}),
-        ]
-    )
-    assert one.attribution_token == same.attribution_token != other.attribution_token
-    assert one.attribution_token.startswith(one.bundle_version + ".0.")
-
-
 def by_price(low: float) -> Mask:
     return Mask(Filters(min_price=low))
 
