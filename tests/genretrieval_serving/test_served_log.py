@@ -19,7 +19,7 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 
-from genretrieval.errors import InvalidInputError, OverloadedError, RequestError
+from genretrieval.errors import DataError, InvalidInputError, OverloadedError, RequestError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval.served_logs import (
     EVENTS,
@@ -39,7 +39,7 @@ from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as st
 from genretrieval_serving.client import Client
 from genretrieval_serving.messages import MAX_EVENTS, FeedbackEvent
 from genretrieval_serving.observability import Metrics
-from genretrieval_serving.served_log import LogSettings, ServedLog
+from genretrieval_serving.served_log import LogSettings, ServedLog, forget
 
 KEYS = UserKeys(b"a secret of enough bytes")
 USER = "jane.doe@shop.example"
@@ -356,3 +356,21 @@ def test_a_user_can_be_forgotten(start, tmp_path) -> None:
     assert len(log_files(tmp_path / SERVED_FOLDER)) == 1
     again = forget_user(tmp_path, KEYS.of(USER))
     assert (again.answers, again.events, again.files) == (0, 0, 0)
+
+
+def test_forgetting_waits_for_what_running_servers_hold(start, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(served_log, "WRITE_SECONDS", 0.0)
+    with start(served_log=LogSettings(tmp_path, keys=KEYS)) as running, Client(running.grpc) as client:
+        client.retrieve(user_id=USER)
+    said = forget(USER, tmp_path, KEYS, None, wait=True)
+    assert next(said) == "logs: 1 answers and 0 events removed, 1 files written anew"
+    assert next(said).startswith("waiting")
+    with start(served_log=LogSettings(tmp_path, keys=KEYS)) as running, Client(running.grpc) as client:
+        client.record_events([CLICK])
+    assert list(said) == ["logs: 0 answers and 1 events removed, 1 files written anew"]
+    with pytest.raises(InvalidInputError, match="the server's own"):
+        next(forget(USER, tmp_path, KEYS, "memory", wait=False))
+    with pytest.raises(UnavailableError):
+        next(forget(USER, tmp_path, KEYS, "redis://127.0.0.1:1/0", wait=False))
+    with pytest.raises(DataError, match="--log-folder"):
+        next(forget(USER, tmp_path / "nowhere", KEYS, None, wait=False))
