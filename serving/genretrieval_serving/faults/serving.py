@@ -351,7 +351,7 @@ def bundle_swapped(ground: Ground) -> Verdict:
 
 def clock_jumped(ground: Ground) -> Verdict:
     """The wall clock jumps a day ahead and back under load; nothing fails, and what is bound by time follows it."""
-    libraries = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    libraries = list(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     if not libraries:
         return Verdict(skipped="libfaketime is not installed, without which a process has no clock of its own")
     truth, clock = Truth.of(ground.bundle), ground.folder / "clock"
