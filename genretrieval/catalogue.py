@@ -50,6 +50,8 @@ class CatalogueIndex:
         tokens: level l: `token_type` ``[n_nodes_l]``, the code that each node adds to its parent's prefix.
         child_starts: level l: int32 ``[n_nodes_(l-1) + 1]``; node p of the level above has the children
             ``[child_starts[l][p], child_starts[l][p + 1])``. Level 0 hangs under one root.
+        heads: int32 or int64 ``[n_nodes_1]``, sorted: the first two codes of each node of level 1 as one number (of
+            level 0 the one, where there is no other), by which an item is found.
         max_children: largest number of children of any node above each level; what a search step has to look at.
         leaf_items: int32 ``[n_items]``, item rows, leaf after leaf, in the order they are to be listed.
         uneven_leaves: int32, sorted, leaves that hold more items than one, or none. The others need no word.
@@ -61,6 +63,7 @@ class CatalogueIndex:
     codebook_sizes: tuple[int, ...]
     tokens: tuple[NDArray[np.integer[Any]], ...]
     child_starts: tuple[NDArray[np.int32], ...]
+    heads: NDArray[np.integer[Any]]
     max_children: tuple[int, ...]
     leaf_items: NDArray[np.int32]
     uneven_leaves: NDArray[np.int32]
@@ -85,7 +88,7 @@ class CatalogueIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        alone = (self.leaf_items, self.uneven_leaves, self.uneven_shifts, self.keyword_leaves)
+        alone = (self.heads, self.leaf_items, self.uneven_leaves, self.uneven_shifts, self.keyword_leaves)
         return sum(array.nbytes for array in (*self.tokens, *self.child_starts, *alone))
 
     def item_nodes(self) -> Nodes:
@@ -123,11 +126,12 @@ class CatalogueIndex:
     def nodes_of(self, codes: NDArray[np.int32]) -> tuple[Nodes, ...]:
         """Level l: int64 ``[n]``, node ids on the way to each semantic ID of ``[n, n_levels]``, which the index holds.
 
-        Quick for few of them, and without an array as long as the catalogue.
+        Quick for few of them, most of all in the order of the index, and without an array as long as the catalogue.
         """
-        levels = []
-        nodes = np.zeros(len(codes), np.int64)
-        for level, (tokens, starts) in enumerate(zip(self.tokens, self.child_starts, strict=True)):
+        nodes = self.heads.searchsorted(_heads(codes, self.codebook_sizes))
+        levels = [nodes] if self.n_levels == 1 else [self.parents(1, nodes), nodes]
+        for level in range(2, self.n_levels):
+            tokens, starts = self.tokens[level], self.child_starts[level]
             wanted = codes[:, level].astype(tokens.dtype)
             last = starts.take(nodes + 1).astype(np.int64) - 1
             nodes = starts.take(nodes).astype(np.int64)
@@ -187,41 +191,37 @@ class CatalogueIndex:
             levels.append(np.logical_or.reduceat(levels[-1], starts[:-1]))
         return tuple(reversed(levels))
 
-    def closed_with(self, paths: Sequence[Nodes], allowed: Sequence[NDArray[np.bool_]]) -> tuple[Closed, ...]:
+    def closed_with(self, paths: Sequence[Nodes], allowed: Sequence[NDArray[np.bool_]] | None) -> tuple[Closed, ...]:
         """What closes when a few leaves do: on each level the nodes under which nothing allowed is left.
 
         Only the children of nodes above a closed one are looked at, so it costs what the leaves are, not the catalogue.
 
         Args:
             paths: level l: int64, the way to each of the leaves, which are sorted, each once.
-            allowed: level l: bool, at least ``[n_nodes_l]``, what is allowed before.
+            allowed: level l: bool, at least ``[n_nodes_l]``, what is allowed before; None for every node.
 
         Returns:
             Level l: nodes that were allowed and are not any more.
         """
         levels = [NOTHING_CLOSED] * self.n_levels
         # One leaf below each node that closes stands for it.
-        below = np.flatnonzero(allowed[-1][paths[-1]])
+        below = np.arange(len(paths[-1])) if allowed is None else np.flatnonzero(allowed[-1].take(paths[-1]))
         for level in range(self.n_levels - 1, -1, -1):
             if not len(below):
                 break
             nodes = paths[level].take(below)
             parents = paths[level - 1].take(below) if level else np.zeros(len(below), np.int64)
             starts = self.child_starts[level].take(parents)
-            # Closed children of one parent stand side by side: the first and the last of each.
+            # Closed children of one parent stand side by side: where the first is, and how many there are.
             ends = np.flatnonzero(parents[1:] != parents[:-1])
-            first, last = np.append(0, ends + 1), np.append(ends, len(parents) - 1)
-            gone = last - first + 1
+            first = np.append(0, ends + 1)
+            gone = np.append(ends, len(parents) - 1) - first + 1
             begin, end = starts.take(first), self.child_starts[level].take(parents.take(first) + 1)
             closes = gone == end - begin
-            # Most of the others have a first or a last child that is open.
-            doubt = np.flatnonzero(~closes)
-            for child, ends in ((begin, first), (end - 1, last)):
-                child = child.take(doubt)
-                doubt = doubt[(nodes.take(ends.take(doubt)) == child) | ~allowed[level].take(child)]
-            if len(doubt):
+            if allowed is not None:
+                doubt = np.flatnonzero(~closes)
                 children, of_parent = _ranges(begin[doubt], end[doubt])
-                left = np.bincount(of_parent[allowed[level][children]], minlength=len(doubt))
+                left = np.bincount(of_parent[allowed[level].take(children)], minlength=len(doubt))
                 closes[doubt] = left == gone[doubt]
             reached = ~closes.repeat(gone) if level else np.ones(len(nodes), bool)
             levels[level] = Closed(nodes, parents[reached], (nodes - starts)[reached])
@@ -269,10 +269,11 @@ def build_index(
     if reserved is not None and len(reserved):
         paths = SemanticIds(np.concatenate([ids.codes, reserved]), ids.codebook_sizes)
         order = None if order is None else np.concatenate([order, np.zeros(len(reserved), np.int64)])
-    by_key = _sorted_rows(paths, order)
+    by_key = sorted_rows(paths.codes, ids.codebook_sizes, order)
     codes = paths.codes[by_key]
     new_node = np.zeros(len(codes), bool)
     new_node[0] = True
+    heads: NDArray[np.integer[Any]] = np.empty(0, np.int32)
     tokens, child_starts, first = [], [], np.zeros(1, np.int64)
     for level, size in enumerate(ids.codebook_sizes):
         column = np.ascontiguousarray(codes[:, level], token_type(size))
@@ -280,6 +281,8 @@ def build_index(
         new_node[1:] |= column[1:] != column[:-1]
         first = np.flatnonzero(new_node)
         tokens.append(column[first])
+        if level == min(1, ids.n_levels - 1):
+            heads = _heads(codes[first], ids.codebook_sizes)
         # Root: one parent, the whole table. Afterwards a parent's children begin where its first row begins.
         starts = np.flatnonzero(_marked(len(codes), parent_first)[first])
         child_starts.append(np.append(starts, len(first)).astype(np.int32))
@@ -295,12 +298,24 @@ def build_index(
         codebook_sizes=ids.codebook_sizes,
         tokens=tuple(tokens),
         child_starts=tuple(child_starts),
+        heads=heads,
         max_children=tuple(int(np.diff(starts).max()) for starts in child_starts),
         leaf_items=by_key[is_item].astype(np.int32),
         uneven_leaves=uneven.astype(np.int32),
         uneven_shifts=np.append(0, np.cumsum(rows[uneven] - 1)).astype(np.int32),
         keyword_leaves=keyword_leaves,
     )
+
+
+def _heads(codes: NDArray[np.int32], codebook_sizes: tuple[int, ...]) -> NDArray[np.integer[Any]]:
+    """The first two codes as one number, of the smallest type that holds all of them."""
+    if len(codebook_sizes) == 1:
+        return codes[:, 0]
+    wide = codebook_sizes[0] * codebook_sizes[1] > np.iinfo(np.int32).max
+    heads: NDArray[np.integer[Any]] = codes[:, 0].astype(np.int64 if wide else np.int32)
+    heads *= codebook_sizes[1]
+    heads += codes[:, 1]
+    return heads
 
 
 def _marked(n: int, places: Nodes) -> NDArray[np.bool_]:
@@ -324,28 +339,21 @@ def reserved_paths(codebook_sizes: tuple[int, ...], reserved_slots: tuple[int, .
     return paths
 
 
-def _sorted_rows(ids: SemanticIds, order: NDArray[np.int64] | None) -> Nodes:
-    """Rows by semantic ID, then `order`, then row."""
-    bits = [max(1, int(size - 1).bit_length()) for size in ids.codebook_sizes]
-    low, high = (0, 0) if order is None else (int(order.min()), int(order.max()))
-    if sum(bits) + (high - low).bit_length() > 63:
-        columns = [ids.codes[:, level] for level in range(ids.n_levels - 1, -1, -1)]
-        return np.lexsort((*(() if order is None else (order,)), *columns))
-    key = np.zeros(ids.n_items, np.int64)
-    for level, width in enumerate(bits):
-        key <<= width
-        key |= ids.codes[:, level]
+def sorted_rows(codes: NDArray[np.int32], codebook_sizes: tuple[int, ...], order: Nodes | None = None) -> Nodes:
+    """Rows of ``[n, n_levels]`` by semantic ID, then `order`, then row: int64 ``[n]``."""
+    widths = [max(1, int(size - 1).bit_length()) for size in codebook_sizes]
+    columns = list(codes.T)
     if order is not None:
-        key <<= (high - low).bit_length()
-        key |= order - low
-    # Several times faster than a stable sort; what is equal is put right afterwards.
-    rows = np.argsort(key)
-    key = key[rows]
-    equal = np.flatnonzero(key[1:] == key[:-1])
-    if len(equal):
-        tied = np.union1d(equal, equal + 1)
-        rows[tied] = rows[tied][np.lexsort((rows[tied], key[tied]))]
-    return rows
+        low, high = int(order.min()), int(order.max())
+        widths.append((high - low).bit_length())
+        columns.append(order - low)
+    if sum(widths) > 63:
+        return np.lexsort(columns[::-1])
+    key = np.zeros(len(codes), np.int64)
+    for column, width in zip(columns, widths, strict=True):
+        key <<= width
+        key |= column
+    return np.argsort(key, kind="stable")
 
 
 def graph_inputs(index: CatalogueIndex) -> dict[str, NDArray[np.integer[Any]]]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genretrieval.candidates import Rows, contains
-from genretrieval.catalogue import NOTHING_CLOSED, Closed
+from genretrieval.catalogue import NOTHING_CLOSED, Closed, sorted_rows
 from genretrieval.request import Filters
 from genretrieval.servable import Catalogue
 
@@ -135,9 +135,9 @@ class MaskRows:
         if not len(excluded):
             return (NOTHING_CLOSED,) * self.catalogue.index.n_levels
         index = self.catalogue.index
-        paths = index.nodes_of(self.catalogue.ids.codes[excluded])
-        order = np.argsort(paths[-1])
-        leaves = paths[-1][order]
+        codes = self.catalogue.ids.codes[excluded]
+        paths = index.nodes_of(codes[sorted_rows(codes, index.codebook_sizes)])
+        leaves = paths[-1]
         emptied = np.append(True, leaves[1:] != leaves[:-1])
         # A leaf of several items may have others left.
         shared = np.flatnonzero(emptied & contains(index.uneven_leaves, leaves))
@@ -145,8 +145,8 @@ class MaskRows:
             items, of_leaf = index.items_under(leaves[shared])
             left = np.bincount(of_leaf[self.lets(row, items, excluded)], minlength=len(shared))
             emptied[shared] = left == 0
-        order = order[emptied]
-        return index.closed_with([nodes[order] for nodes in paths], self._nodes(row))
+        every = not row and not len(self.catalogue.gone) and not len(index.keyword_leaves)
+        return index.closed_with([nodes[emptied] for nodes in paths], None if every else self._nodes(row))
 
     def _nodes(self, row: int) -> list[NDArray[np.bool_]]:
         return [array[row] for array in self.arrays.values()]
