@@ -139,7 +139,7 @@ def test_what_its_caller_does_not_sample_costs_nothing(start, exporter) -> None:
 def test_faults_of_ours_are_errors_and_those_of_callers_are_not(start, exporter) -> None:
     with start(load=False) as running:
         httpx.get(f"{running.http}/v1/info", headers={"traceparent": parent("1" * 32)})
-        httpx.post(f"{running.http}/v1/retrieve", json={"top_k": -1}, headers={"traceparent": parent("2" * 32)})
+        httpx.get(f"{running.http}/v1/info?top_k=1", headers={"traceparent": parent("2" * 32)})
         with pytest.raises(grpc.RpcError):
             retrieve_by_grpc(running.grpc_address, ("traceparent", parent("3" * 32)))
         found = traces(exporter, 3)
