@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NO_ATTRIBUTES = frozenset({"item_id", "semantic_id", "popularity"})
 # A table in more pieces is put together: each batch of new items is one.
 _CHUNKS = 64
+# Item ids that are turned into Python's in one go.
+_AT_ONCE = 20_000
 
 
 class Servable(Protocol):
@@ -78,7 +80,9 @@ class Catalogue:
         ids = SemanticIds(codes, bundle.manifest.codebook_sizes)
         reserved = reserved_paths(ids.codebook_sizes, bundle.manifest.reserved_slots)
         index = _indexed(ids, table, reserved)
-        item_ids = table["item_id"].to_list()
+        # Some at a time, as no other thread runs meanwhile: a server may be answering from another bundle.
+        ids_ = table["item_id"]
+        item_ids = [item for at in range(0, len(ids_), _AT_ONCE) for item in ids_.slice(at, _AT_ONCE).to_list()]
         return cls(table, ids, index, {item: row for row, item in enumerate(item_ids)}, item_ids)
 
     def updated(self, changes: CatalogueChanges) -> Catalogue:
