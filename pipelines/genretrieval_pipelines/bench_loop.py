@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,22 +75,26 @@ class LoopConfig:
         cut: share of its time that is over when the first bundle is trained.
         held_out: share of the users who never meet the server.
         old_policy: train also on what the shop itself logged of the same visits.
+        seeds: trainings of each bundle, which differ in their seed; the server has the first.
         seed: of the visitors.
 
     Raises:
-        DataError: a share is out of range.
+        DataError: a share is out of range, or there is no training.
     """
 
     shop: ShopConfig = field(default_factory=ShopConfig)
     cut: float = 0.6
     held_out: float = 0.2
     old_policy: bool = True
+    seeds: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what measures nothing."""
         if not (0 < self.cut < 1 and 0 < self.held_out < 1):
             raise DataError("cut and held_out must lie between 0 and 1")
+        if self.seeds < 1:
+            raise DataError(f"seeds is {self.seeds}; train at least once")
 
 
 def bench_loop(
@@ -113,7 +117,8 @@ def bench_loop(
         config: settings.
 
     Returns:
-        Figures ``loop.*``; the spread of a mean is its 95 % interval over requests.
+        Figures ``loop.*``, means of the trainings; their spread is the 95 % interval over requests, that of ``by_seed``
+        the lowest and the highest training.
     """
     keys = UserKeys(_SECRET)
     shop = folder / "shop"
@@ -121,18 +126,15 @@ def bench_loop(
         synthesize(shop, config.shop)
     loop = _Loop(shop, config)
 
-    def train(name: str, logs: Path) -> Retriever:
-        bundle = folder / name
-        run(
-            recipe,
-            logs,
-            bundle,
-            folder / f"{name}.work",
-            open_backend=open_backend,
-            console=Console(quiet=True),
-            evaluate=False,
-        )
-        return Retriever(load_bundle(bundle), open_backend(bundle / GRAPH))
+    def train(name: str, logs: Path) -> list[Retriever]:
+        trained = []
+        for seed in range(config.seeds):
+            bundle = folder / f"{name}-{seed}"
+            seeded = recipe.model_copy(update={"training": replace(recipe.training, seed=seed)})
+            quiet = Console(quiet=True)
+            run(seeded, logs, bundle, folder / f"{name}.work", open_backend=open_backend, console=quiet, evaluate=False)
+            trained.append(Retriever(load_bundle(bundle), open_backend(bundle / GRAPH)))
+        return trained
 
     _say(console, "training on what was logged before")
     first = train("first", loop.write_logs(folder / "earlier", loop.before))
@@ -140,7 +142,7 @@ def bench_loop(
     if served.exists():
         shutil.rmtree(served)
     _say(console, f"{len(loop.visits):,} visits to the server")
-    with serve_logged(folder / "first", served, keys) as server:
+    with serve_logged(folder / "first-0", served, keys) as server:
         n_events = loop.serve(server)
     report = import_logs(SERVED_LOGS, served, folder / "merged", ServedOptions(earlier=folder / "earlier", keys=keys))
     for line in report.lines():
@@ -293,12 +295,12 @@ class _Loop:
             "timestamp": int(time),
         }
 
-    def compare(self, retrievers: Mapping[str, Retriever]) -> dict[str, Figure]:
+    def compare(self, retrievers: Mapping[str, Sequence[Retriever]]) -> dict[str, Figure]:
         """What each shows every user at the end of the log, once without and once with a query."""
         users = np.repeat(np.arange(len(self.user_ids), dtype=np.int64), 2)
         times = np.full(len(users), self.truth.end - 1, np.int64)
         searches = np.arange(len(users)) % 2 == 1
-        worth: dict[str, list[float]] = {name: [] for name in retrievers}
+        worth = {name: np.zeros((len(trained), len(users))) for name, trained in retrievers.items()}
         for start in range(0, len(users), _BATCH):
             part = slice(start, start + _BATCH)
             wanted, queries = self._asked(users[part], times[part], searches[part])
@@ -307,11 +309,12 @@ class _Loop:
                 self._request(u, t, q, self._history(u))
                 for u, t, q in zip(users[part].tolist(), times[part].tolist(), queries, strict=True)
             ]
-            for name, retriever in retrievers.items():
-                pages = _pages(retriever.retrieve(requests), self.item_rows)
-                of_page = np.take_along_axis(best, np.maximum(pages, 0), axis=1) * (pages != NOTHING)
-                worth[name] += of_page.mean(axis=1).tolist()
-        return self._figures({name: np.asarray(values) for name, values in worth.items()}, self.meets[users])
+            for name, trained in retrievers.items():
+                for seed, retriever in enumerate(trained):
+                    pages = _pages(retriever.retrieve(requests), self.item_rows)
+                    of_page = np.take_along_axis(best, np.maximum(pages, 0), axis=1) * (pages != NOTHING)
+                    worth[name][seed, part] = of_page.mean(axis=1)
+        return self._figures(worth, self.meets[users])
 
     def _history(self, user: int) -> list[HistoryEvent]:
         """The newest of what a user took before the cut and at the server."""
@@ -322,12 +325,17 @@ class _Loop:
             found = mean_with_interval(values, seed=0)
             return Figure(found.value, _UNIT, found.spread)
 
-        figures = {f"loop.utility.{name}": mean(values) for name, values in worth.items()}
+        figures = {f"loop.utility.{name}": mean(values.mean(axis=0)) for name, values in worth.items()}
         for name, values in worth.items():
-            if name != "first":
-                figures[f"loop.gain.{name}"] = mean(values - worth["first"])
-                figures[f"loop.gain.{name}.met"] = mean((values - worth["first"])[met])
-                figures[f"loop.gain.{name}.held_out"] = mean((values - worth["first"])[~met])
+            if name == "first":
+                continue
+            gains = values - worth["first"]
+            of_request, of_seed = gains.mean(axis=0), gains.mean(axis=1)
+            figures[f"loop.gain.{name}"] = mean(of_request)
+            figures[f"loop.gain.{name}.met"] = mean(of_request[met])
+            figures[f"loop.gain.{name}.held_out"] = mean(of_request[~met])
+            spread = (float(of_seed.min()), float(of_seed.max()))
+            figures[f"loop.gain.{name}.by_seed"] = Figure(float(of_seed.mean()), _UNIT, spread)
         return figures
 
 

@@ -95,11 +95,16 @@ def test_better_pages_are_worth_more(shop) -> None:
     loop = _Loop(shop, CONFIG)
     best = np.argsort(-loop.truth.popularity)
     by_popularity = Shelf([loop.item_ids[row] for row in best])
-    figures = loop.compare({"first": Shelf([loop.item_ids[row] for row in best[::-1]]), "second": by_popularity})
+    worst, in_order = Shelf([loop.item_ids[row] for row in best[::-1]]), Shelf(loop.item_ids)
+    figures = loop.compare({"first": [worst, worst], "second": [by_popularity, in_order]})
     assert figures["loop.utility.second"].value > figures["loop.utility.first"].value > 0
     gain = figures["loop.gain.second"]
     assert gain.value == pytest.approx(figures["loop.utility.second"].value - figures["loop.utility.first"].value)
     assert gain.spread is not None
+    by_seed = figures["loop.gain.second.by_seed"]
+    assert by_seed.spread is not None
+    assert by_seed.spread[0] < by_seed.value < by_seed.spread[1]
+    assert by_seed.value == pytest.approx(gain.value)
     assert {request.user_id for request in by_popularity.requests} == set(loop.user_ids)
     assert sum(request.query is not None for request in by_popularity.requests) == 12
 
@@ -128,7 +133,7 @@ def test_an_empty_page_is_left_and_a_choice_is_remembered(shop) -> None:
         Visitors(truth, ShopConfig(n_items=90, n_users=12), [], seed=0)
 
 
-@pytest.mark.parametrize("changes", [{"cut": 0.0}, {"held_out": 1.0}])
+@pytest.mark.parametrize("changes", [{"cut": 0.0}, {"held_out": 1.0}, {"seeds": 0}])
 def test_a_share_must_leave_something(changes) -> None:
-    with pytest.raises(DataError, match="between 0 and 1"):
+    with pytest.raises(DataError, match=r"between 0 and 1|at least once"):
         LoopConfig(**changes)
