@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from genretrieval.errors import DataError
 from genretrieval.semantic_ids import SemanticIds
 
 Nodes = NDArray[np.int64]
+AnyNodes = NDArray[np.integer[Any]]
 Allowed = tuple[NDArray[np.bool_], ...]
 
 
@@ -41,7 +43,7 @@ class Closed(NamedTuple):
     children: Nodes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CatalogueIndex:
     """An immutable snapshot of the trie over semantic IDs, in as few bytes an item as its numbers need.
 
@@ -50,8 +52,6 @@ class CatalogueIndex:
         tokens: level l: `token_type` ``[n_nodes_l]``, the code that each node adds to its parent's prefix.
         child_starts: level l: int32 ``[n_nodes_(l-1) + 1]``; node p of the level above has the children
             ``[child_starts[l][p], child_starts[l][p + 1])``. Level 0 hangs under one root.
-        heads: int32 or int64 ``[n_nodes_1]``, sorted: the first two codes of each node of level 1 as one number (of
-            level 0 the one, where there is no other), by which an item is found.
         max_children: largest number of children of any node above each level; what a search step has to look at.
         leaf_items: int32 ``[n_items]``, item rows, leaf after leaf, in the order they are to be listed.
         uneven_leaves: int32, sorted, leaves that hold more items than one, or none. The others need no word.
@@ -63,7 +63,6 @@ class CatalogueIndex:
     codebook_sizes: tuple[int, ...]
     tokens: tuple[NDArray[np.integer[Any]], ...]
     child_starts: tuple[NDArray[np.int32], ...]
-    heads: NDArray[np.integer[Any]]
     max_children: tuple[int, ...]
     leaf_items: NDArray[np.int32]
     uneven_leaves: NDArray[np.int32]
@@ -88,14 +87,14 @@ class CatalogueIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        alone = (self.heads, self.leaf_items, self.uneven_leaves, self.uneven_shifts, self.keyword_leaves)
+        alone = (self.leaf_items, self.uneven_leaves, self.uneven_shifts, self.keyword_leaves)
         return sum(array.nbytes for array in (*self.tokens, *self.child_starts, *alone))
 
     def item_nodes(self) -> Nodes:
         """int64 ``[n_items, n_levels]``: the path of every item row, as node ids."""
-        return self.paths(self.item_leaves())
+        return self.paths(self.item_leaves)
 
-    def paths(self, leaves: Nodes) -> Nodes:
+    def paths(self, leaves: AnyNodes) -> Nodes:
         """int64 ``[len(leaves), n_levels]``: the path to each leaf, as node ids."""
         parents = [np.repeat(np.arange(len(s) - 1), np.diff(s)) for s in self.child_starts]
         path = np.empty((len(leaves), self.n_levels), np.int64)
@@ -104,65 +103,57 @@ class CatalogueIndex:
             path[:, level - 1] = parents[level][path[:, level]]
         return path
 
-    def parents(self, level: int, nodes: Nodes) -> Nodes:
+    def parents(self, level: int, nodes: AnyNodes) -> Nodes:
         """int64: the node above each of `nodes`, quick for few of them; all of level 0 hang under root 0."""
         # A key of another type would have the whole array copied into it.
         found: Nodes = np.searchsorted(self.child_starts[level], nodes.astype(np.int32), side="right") - 1
         return found
 
-    def ancestors(self, leaves: Nodes) -> tuple[Nodes, ...]:
+    def ancestors(self, leaves: AnyNodes) -> tuple[Nodes, ...]:
         """Level l: int64, node ids on the way to each of `leaves`; quick for few of them, as `paths` is for all."""
         levels = [np.asarray(leaves, np.int64)]
         for level in range(self.n_levels - 1, 0, -1):
             levels.append(self.parents(level, levels[-1]))
         return tuple(reversed(levels))
 
-    def item_leaves(self) -> Nodes:
-        """int64 ``[n_items]``: the leaf of every item row."""
-        leaves = np.empty(self.n_items, np.int64)
-        leaves[self.leaf_items] = np.repeat(np.arange(self.n_leaves), np.diff(self.leaf_starts()))
+    @cached_property
+    def item_leaves(self) -> NDArray[np.int32]:
+        """int32 ``[n_items]``: the leaf of every item row, made when it is first asked for; `nbytes` leaves it out."""
+        leaves = np.empty(self.n_items, np.int32)
+        leaves[self.leaf_items] = np.repeat(np.arange(self.n_leaves, dtype=np.int32), np.diff(self.leaf_starts()))
         return leaves
 
-    def nodes_of(self, codes: NDArray[np.int32]) -> tuple[Nodes, ...]:
-        """Level l: int64 ``[n]``, node ids on the way to each semantic ID of ``[n, n_levels]``, which the index holds.
-
-        Quick for few of them, most of all in the order of the index, and without an array as long as the catalogue.
-        """
-        nodes = self.heads.searchsorted(_heads(codes, self.codebook_sizes))
-        levels = [nodes] if self.n_levels == 1 else [self.parents(1, nodes), nodes]
-        for level in range(2, self.n_levels):
-            tokens, starts = self.tokens[level], self.child_starts[level]
-            wanted = codes[:, level].astype(tokens.dtype)
-            last = starts.take(nodes + 1).astype(np.int64) - 1
-            nodes = starts.take(nodes).astype(np.int64)
-            # The last child whose code is not above the wanted one, by ever smaller steps.
-            ahead = np.empty_like(nodes)
-            for power in range(int((last - nodes).max(initial=0)).bit_length() - 1, -1, -1):
-                np.add(nodes, 1 << power, out=ahead)
-                np.minimum(ahead, last, out=ahead)
-                np.copyto(nodes, ahead, where=tokens.take(ahead) <= wanted)
-            levels.append(nodes)
-        return tuple(levels)
-
-    def leaf_codes(self, leaves: Nodes) -> NDArray[np.int32]:
+    def leaf_codes(self, leaves: AnyNodes) -> NDArray[np.int32]:
         """int32 ``[len(leaves), n_levels]``: the semantic IDs of `leaves`."""
         codes = np.empty((len(leaves), self.n_levels), np.int32)
         for level, nodes in enumerate(self.ancestors(leaves)):
             codes[:, level] = self.tokens[level][nodes]
         return codes
 
-    def leaf_starts(self, leaves: Nodes | None = None) -> Nodes:
+    def leaf_starts(self, leaves: AnyNodes | None = None) -> Nodes:
         """int64: where the items of `leaves` begin in `leaf_items`; by default all, and where the last one ends."""
         if leaves is None:
             behind = np.diff(self.uneven_leaves, prepend=-1, append=self.n_leaves)
             return np.arange(self.n_leaves + 1) + np.repeat(self.uneven_shifts, behind)
-        return leaves + self.uneven_shifts[np.searchsorted(self.uneven_leaves, leaves.astype(np.int32))]
+        shifts = self.uneven_shifts[np.searchsorted(self.uneven_leaves, leaves.astype(np.int32))]
+        return leaves.astype(np.int64) + shifts
+
+    def leaf_sizes(self, leaves: AnyNodes) -> NDArray[np.int32]:
+        """int32 ``[len(leaves)]``: how many items each of `leaves` holds."""
+        leaves = leaves.astype(np.int32)
+        sizes = np.ones(len(leaves), np.int32)
+        if len(self.uneven_leaves):
+            behind = self.uneven_leaves.searchsorted(leaves)
+            uneven = np.flatnonzero(self.uneven_leaves.take(behind, mode="clip") == leaves)
+            behind = behind[uneven]
+            sizes[uneven] += self.uneven_shifts[behind + 1] - self.uneven_shifts[behind]
+        return sizes
 
     def items_of(self, leaf: int) -> NDArray[np.int32]:
         """Item rows under `leaf`, in listing order."""
         return self.items_under(np.asarray([leaf]))[0]
 
-    def items_under(self, leaves: Nodes) -> tuple[NDArray[np.int32], Nodes]:
+    def items_under(self, leaves: AnyNodes) -> tuple[NDArray[np.int32], Nodes]:
         """Item rows under each of `leaves` in turn, in listing order, and the position in `leaves` of each row's."""
         places, of_leaf = _ranges(self.leaf_starts(leaves), self.leaf_starts(leaves + 1))
         return self.leaf_items[places], of_leaf
@@ -191,46 +182,52 @@ class CatalogueIndex:
             levels.append(np.logical_or.reduceat(levels[-1], starts[:-1]))
         return tuple(reversed(levels))
 
-    def closed_with(self, paths: Sequence[Nodes], allowed: Sequence[NDArray[np.bool_]] | None) -> tuple[Closed, ...]:
+    def closed_with(self, leaves: Nodes, allowed: Sequence[NDArray[np.bool_]] | None) -> tuple[Closed, ...]:
         """What closes when a few leaves do: on each level the nodes under which nothing allowed is left.
 
         Only the children of nodes above a closed one are looked at, so it costs what the leaves are, not the catalogue.
 
         Args:
-            paths: level l: int64, the way to each of the leaves, which are sorted, each once.
+            leaves: int64, sorted, each once.
             allowed: level l: bool, at least ``[n_nodes_l]``, what is allowed before; None for every node.
 
         Returns:
             Level l: nodes that were allowed and are not any more.
         """
         levels = [NOTHING_CLOSED] * self.n_levels
-        # One leaf below each node that closes stands for it.
-        below = np.arange(len(paths[-1])) if allowed is None else np.flatnonzero(allowed[-1].take(paths[-1]))
+        nodes = leaves if allowed is None else leaves[allowed[-1].take(leaves)]
         for level in range(self.n_levels - 1, -1, -1):
-            if not len(below):
+            if not len(nodes):
                 break
-            nodes = paths[level].take(below)
-            parents = paths[level - 1].take(below) if level else np.zeros(len(below), np.int64)
-            starts = self.child_starts[level].take(parents)
-            # Closed children of one parent stand side by side: where the first is, and how many there are.
-            ends = np.flatnonzero(parents[1:] != parents[:-1])
-            first = np.append(0, ends + 1)
-            gone = np.append(ends, len(parents) - 1) - first + 1
-            begin, end = starts.take(first), self.child_starts[level].take(parents.take(first) + 1)
+            parents = self.parents(level, nodes)
+            # Closed children of one parent stand side by side.
+            first, gone = runs(parents)
+            above = parents.take(first)
+            begin, end = self.child_starts[level].take(above), self.child_starts[level].take(above + 1)
             closes = gone == end - begin
             if allowed is not None:
                 doubt = np.flatnonzero(~closes)
                 children, of_parent = _ranges(begin[doubt], end[doubt])
                 left = np.bincount(of_parent[allowed[level].take(children)], minlength=len(doubt))
                 closes[doubt] = left == gone[doubt]
-            reached = ~closes.repeat(gone) if level else np.ones(len(nodes), bool)
-            levels[level] = Closed(nodes, parents[reached], (nodes - starts)[reached])
-            below = below[first[closes]]
+            levels[level] = Closed(nodes, parents, nodes - begin.repeat(gone))
+            if level and closes.any():
+                reached = ~closes.repeat(gone)
+                levels[level] = Closed(nodes, parents[reached], levels[level].children[reached])
+            nodes = above[closes]
         return tuple(levels)
 
 
 _NONE = np.empty(0, np.int64)
 NOTHING_CLOSED = Closed(_NONE, _NONE, _NONE)
+
+
+def runs(values: AnyNodes) -> tuple[Nodes, Nodes]:
+    """Where runs of equal values begin in a vector of one value or more, and how long they are: int64."""
+    edges = np.ones(len(values) + 1, bool)
+    np.not_equal(values[1:], values[:-1], out=edges[1:-1])
+    bounds = edges.nonzero()[0]
+    return bounds[:-1], bounds[1:] - bounds[:-1]
 
 
 def _ranges(starts: NDArray[np.integer[Any]], ends: NDArray[np.integer[Any]]) -> tuple[Nodes, Nodes]:
@@ -273,7 +270,6 @@ def build_index(
     codes = paths.codes[by_key]
     new_node = np.zeros(len(codes), bool)
     new_node[0] = True
-    heads: NDArray[np.integer[Any]] = np.empty(0, np.int32)
     tokens, child_starts, first = [], [], np.zeros(1, np.int64)
     for level, size in enumerate(ids.codebook_sizes):
         column = np.ascontiguousarray(codes[:, level], token_type(size))
@@ -281,8 +277,6 @@ def build_index(
         new_node[1:] |= column[1:] != column[:-1]
         first = np.flatnonzero(new_node)
         tokens.append(column[first])
-        if level == min(1, ids.n_levels - 1):
-            heads = _heads(codes[first], ids.codebook_sizes)
         # Root: one parent, the whole table. Afterwards a parent's children begin where its first row begins.
         starts = np.flatnonzero(_marked(len(codes), parent_first)[first])
         child_starts.append(np.append(starts, len(first)).astype(np.int32))
@@ -298,24 +292,12 @@ def build_index(
         codebook_sizes=ids.codebook_sizes,
         tokens=tuple(tokens),
         child_starts=tuple(child_starts),
-        heads=heads,
         max_children=tuple(int(np.diff(starts).max()) for starts in child_starts),
         leaf_items=by_key[is_item].astype(np.int32),
         uneven_leaves=uneven.astype(np.int32),
         uneven_shifts=np.append(0, np.cumsum(rows[uneven] - 1)).astype(np.int32),
         keyword_leaves=keyword_leaves,
     )
-
-
-def _heads(codes: NDArray[np.int32], codebook_sizes: tuple[int, ...]) -> NDArray[np.integer[Any]]:
-    """The first two codes as one number, of the smallest type that holds all of them."""
-    if len(codebook_sizes) == 1:
-        return codes[:, 0]
-    wide = codebook_sizes[0] * codebook_sizes[1] > np.iinfo(np.int32).max
-    heads: NDArray[np.integer[Any]] = codes[:, 0].astype(np.int64 if wide else np.int32)
-    heads *= codebook_sizes[1]
-    heads += codes[:, 1]
-    return heads
 
 
 def _marked(n: int, places: Nodes) -> NDArray[np.bool_]:

@@ -610,6 +610,23 @@ def bench_decode(
     _report_figures(bench(sizes, rounds=2 if quick else rounds, bundle=bundle, quick=quick), json_file)
 
 
+@bench_app.command("scale")
+def bench_scale(
+    items: Annotated[list[int] | None, typer.Option(help="Catalogue sizes; repeat.")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give tighter medians.")] = 200,
+    quick: Annotated[bool, typer.Option(help="A few rounds of small sizes; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Catalogues of 10 thousand to 10 million items: latency, memory, rebuild, filters and exclusions."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_scale import bench_scale as bench
+    with _extra("serve"):
+        from genretrieval_serving.backend import OnnxBackend
+    sizes = items or ([2_000, 20_000] if quick else [10_000, 100_000, 1_000_000, 10_000_000])
+    rounds = 3 if quick else rounds
+    _report_figures(bench(sizes, rounds, lambda graph: OnnxBackend(graph, threads=1), Console(stderr=True)), json_file)
+
+
 @bench_app.command("train")
 def bench_train(
     data: Annotated[Path | None, typer.Option(help="A shop's logs; without, a shop is made.")] = None,
@@ -712,6 +729,7 @@ def bench_loop(
     old_policy: Annotated[
         bool, typer.Option(help="Train also on what the shop itself logged of the same visits.")
     ] = True,
+    seeds: Annotated[int, typer.Option(help="Trainings of each bundle.")] = 1,
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -743,7 +761,7 @@ def bench_loop(
         open_backend=_open_backend,
         serve_logged=serve_logged,
         console=Console(stderr=True),
-        config=LoopConfig(ShopConfig(**size), old_policy=old_policy),
+        config=LoopConfig(ShopConfig(**size), old_policy=old_policy, seeds=seeds),
     )
     _report_figures(figures, json_file)
 

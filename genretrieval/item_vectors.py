@@ -62,7 +62,7 @@ def relatives_of(catalogue: Catalogue, n_bundle: int) -> list[NDArray[np.int64]]
     item depends on the bundle and its ID alone, and on nothing that came before it.
     """
     index = catalogue.index
-    ways = index.nodes_of(catalogue.ids.codes[n_bundle:])
+    ways = index.ancestors(index.item_leaves[n_bundle:])
     n_later = len(catalogue.item_ids) - n_bundle
     found: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * n_later
     left = np.arange(n_later)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genretrieval.candidates import Rows, contains
-from genretrieval.catalogue import NOTHING_CLOSED, Closed, sorted_rows
+from genretrieval.catalogue import NOTHING_CLOSED, Closed, runs
 from genretrieval.request import Filters
 from genretrieval.servable import Catalogue
 
@@ -135,18 +135,18 @@ class MaskRows:
         if not len(excluded):
             return (NOTHING_CLOSED,) * self.catalogue.index.n_levels
         index = self.catalogue.index
-        codes = self.catalogue.ids.codes[excluded]
-        paths = index.nodes_of(codes[sorted_rows(codes, index.codebook_sizes)])
-        leaves = paths[-1]
-        emptied = np.append(True, leaves[1:] != leaves[:-1])
-        # A leaf of several items may have others left.
-        shared = np.flatnonzero(emptied & contains(index.uneven_leaves, leaves))
-        if len(shared):
+        leaves = np.sort(index.item_leaves[excluded])
+        first, n_excluded = runs(leaves)
+        leaves = leaves[first].astype(np.int64)
+        emptied = n_excluded == index.leaf_sizes(leaves)
+        every = not row and not len(self.catalogue.gone) and not len(index.keyword_leaves)
+        if not every:
+            # What is left of a leaf may be what the mask does not let through.
+            shared = np.flatnonzero(~emptied)
             items, of_leaf = index.items_under(leaves[shared])
             left = np.bincount(of_leaf[self.lets(row, items, excluded)], minlength=len(shared))
             emptied[shared] = left == 0
-        every = not row and not len(self.catalogue.gone) and not len(index.keyword_leaves)
-        return index.closed_with([nodes[emptied] for nodes in paths], None if every else self._nodes(row))
+        return index.closed_with(leaves[emptied], None if every else self._nodes(row))
 
     def _nodes(self, row: int) -> list[NDArray[np.bool_]]:
         return [array[row] for array in self.arrays.values()]
@@ -171,7 +171,7 @@ class MaskRows:
 
         Where it lets few items through, or leaves few out, only the way to those is followed.
         """
-        index, codes, n = self.catalogue.index, self.catalogue.ids.codes, self.catalogue.index.n_items
+        index, n = self.catalogue.index, self.catalogue.index.n_items
         items = np.ones(n, bool) if filtered is None else filtered.copy()
         if mask.within is not None:
             inside = np.zeros(n, bool)
@@ -184,23 +184,24 @@ class MaskRows:
         self._items[row] = np.packbits(items, bitorder="little")
         n_left, nodes = int(np.count_nonzero(items)), self._nodes(row)
         if n_left <= _FEW * n:
-            for of_level, way in zip(nodes, index.nodes_of(codes[items]), strict=True):
+            for of_level, way in zip(nodes, index.ancestors(index.item_leaves[items]), strict=True):
                 of_level[:] = False
                 of_level[way] = True
         elif n - n_left <= _FEW * n:
             for of_level in nodes:
                 of_level[:] = True
-            left_out = index.nodes_of(codes[~items])[-1]
-            leaves = np.union1d(left_out, index.keyword_leaves)
+            leaves = np.union1d(index.item_leaves[~items], index.keyword_leaves)
             under, of_leaf = index.items_under(leaves)
             emptied = leaves[np.bincount(of_leaf[items[under]], minlength=len(leaves)) == 0]
-            for of_level, closed in zip(nodes, index.closed_with(index.ancestors(emptied), nodes), strict=True):
+            for of_level, closed in zip(nodes, index.closed_with(emptied, nodes), strict=True):
                 of_level[closed.nodes] = False
         else:
             for of_level, allowed in zip(nodes, index.allowed_nodes(index.allowed_leaves(items)), strict=True):
                 of_level[: len(allowed)] = allowed
         for of_level, way in zip(nodes, index.ancestors(index.keyword_leaves[list(mask.open)]), strict=True):
             of_level[way] = True
+        # Whoever keeps a copy of an array, on a device of its own, knows by its identity that it is still the same.
+        self.arrays = {name: array.view() for name, array in self.arrays.items()}
 
     def _take_row(self) -> int | None:
         """A row that nobody holds: a fresh one, else the least recently used."""

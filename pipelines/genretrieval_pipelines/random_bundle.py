@@ -113,7 +113,7 @@ def random_bundle(
         {
             "item_id": pl.select(pl.format("item-{}", pl.int_range(n_items))).to_series(),
             **named,
-            "price": rng.uniform(1, 100, n_items).round(2),
+            "price": rng.uniform(1, 100, n_items),
             "in_stock": rng.random(n_items) < 0.9,
             "semantic_id": pl.Series(codes.astype(np.int32)).arr.to_list(),
             "popularity": rng.integers(0, 1000, n_items),

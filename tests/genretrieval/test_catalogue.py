@@ -65,8 +65,8 @@ def test_children_and_leaves_are_those_of_a_dict_trie(ids: SemanticIds) -> None:
     )
     every = np.arange(index.n_leaves)
     assert list(map(tuple, index.leaf_codes(every).tolist())) == levels[-1]
-    for found, nodes in zip(index.nodes_of(ids.codes), index.item_nodes().T, strict=True):
-        assert found.tolist() == nodes.tolist()
+    assert index.leaf_codes(index.item_leaves).tolist() == ids.codes.tolist()
+    assert index.leaf_sizes(every).tolist() == [len(index.items_of(leaf)) for leaf in every]
     assert index.leaf_codes(every[::-2]).tolist() == index.leaf_codes(every)[::-2].tolist()
 
 
@@ -93,7 +93,7 @@ def test_a_node_closes_with_the_last_allowed_leaf_below_it(ids: SemanticIds, dat
         np.array(data.draw(st.lists(st.booleans(), min_size=index.n_leaves, max_size=index.n_leaves))) for _ in range(2)
     )
     allowed, left = index.allowed_nodes(before), index.allowed_nodes(before & after)
-    closed = index.closed_with(index.ancestors(np.flatnonzero(~after)), None if before.all() else allowed)
+    closed = index.closed_with(np.flatnonzero(~after), None if before.all() else allowed)
     for level, (nodes, parents, children) in enumerate(closed):
         assert nodes.tolist() == np.flatnonzero(allowed[level] & ~left[level]).tolist()
         # Of those that a search may reach.
@@ -112,11 +112,11 @@ def test_a_code_takes_as_few_bytes_as_its_codebook_needs(size: int, expected: st
 
 
 def test_bytes_of_an_index_by_hand() -> None:
-    """A code of a byte and a start of four on each level; four a pair and an item; a shared leaf costs eight."""
+    """A code of a byte and a start of four on each level; four an item, and a shared leaf costs eight."""
     alone = build_index(SemanticIds(np.array([[0, 0], [0, 1], [1, 0]], np.int32), (3, 3)))
-    assert alone.nbytes == (2 + 3) * 1 + (2 + 3) * 4 + 3 * 4 + 3 * 4 + 4
+    assert alone.nbytes == (2 + 3) * 1 + (2 + 3) * 4 + 3 * 4 + 4
     shared = build_index(SemanticIds(np.array([[0, 0], [0, 0], [1, 0]], np.int32), (3, 3)))
-    assert shared.nbytes == (2 + 2) * 1 + (2 + 3) * 4 + 2 * 4 + 3 * 4 + (4 + 4) + 4
+    assert shared.nbytes == (2 + 2) * 1 + (2 + 3) * 4 + 3 * 4 + (4 + 4) + 4
 
 
 @given(catalogues())

@@ -81,12 +81,12 @@ def assert_parity(
     nodes = [index.allowed_nodes(mask) for mask in masks]
     mask_row = rng.integers(0, n_masks, len(requests["history_codes"]))
     entered = rng.random((len(mask_row), index.n_leaves)) < rng.choice([0.3, 0.9, 1.0], (len(mask_row), 1))
-    excluded = [index.ancestors(np.flatnonzero(~row)) for row in entered]
+    excluded = [np.flatnonzero(~row) for row in entered]
     inputs = {
         **requests,
         **graph_inputs(index),
         **mask_inputs(nodes),
-        **closed_inputs([index.closed_with(x, nodes[m]) for x, m in zip(excluded, mask_row, strict=True)]),
+        **closed_inputs([index.closed_with(leaves, nodes[m]) for leaves, m in zip(excluded, mask_row, strict=True)]),
         "beams": np.arange(width),
         "mask_row": mask_row,
     }

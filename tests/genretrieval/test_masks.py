@@ -73,7 +73,7 @@ def test_ancestors_are_the_way_to_a_leaf(codes) -> None:
     index = catalogue(codes).index
     leaves = np.arange(index.n_leaves)
     assert np.stack(index.ancestors(leaves), axis=1).tolist() == index.paths(leaves).tolist()
-    assert index.item_leaves().tolist() == index.item_nodes()[:, -1].tolist()
+    assert index.item_leaves.tolist() == index.item_nodes()[:, -1].tolist()
 
 
 @given(items, st.data())

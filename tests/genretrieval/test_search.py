@@ -63,8 +63,8 @@ def search(
     n = len(requests["history_codes"])
     every = np.ones((n, index.n_leaves), bool)
     masks = [index.allowed_nodes(mask) for mask in (every if allowed is None else allowed)]
-    excluded = [index.ancestors(np.flatnonzero(~row)) for row in (every if entered is None else entered)]
-    closed = [index.closed_with(paths, mask) for paths, mask in zip(excluded, masks, strict=True)]
+    excluded = [np.flatnonzero(~row) for row in (every if entered is None else entered)]
+    closed = [index.closed_with(leaves, mask) for leaves, mask in zip(excluded, masks, strict=True)]
     inputs = {
         **requests,
         **graph_inputs(index),
@@ -395,7 +395,7 @@ def small_shop(plain: Generator, make_ids: Any) -> tuple[Retriever, dict[str, ND
     for history in ("i3 i17", "i8"):
         retriever.retrieve([asked(history)])
         by_leaf = dict(exact(plain, retriever.backend.requests, retriever.catalogue.index))
-        scores[history] = np.asarray([by_leaf[leaf] for leaf in retriever.catalogue.index.item_leaves()])
+        scores[history] = np.asarray([by_leaf[leaf] for leaf in retriever.catalogue.index.item_leaves])
     return retriever, scores
 
 
@@ -436,7 +436,7 @@ def test_filters_exclusions_removals_and_collapse_are_exact_scoring_of_all_that_
         for row in range(40)
         if row not in left_out and table["price"][row] >= low and (brands is None or table["brand"][row] in brands)
     ]
-    leaves, popularity = retriever.catalogue.index.item_leaves(), table["popularity"]
+    leaves, popularity = retriever.catalogue.index.item_leaves, table["popularity"]
     allowed.sort(key=lambda row: (-round(scores[history][row], 5), leaves[row], -popularity[row], row))
     values = values_of(table[{"category": "categories", None: "price"}.get(by, by)])
     expected: list[int] = []
