@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
-from typing import TYPE_CHECKING, Protocol
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -50,6 +50,66 @@ class Servable(Protocol):
         ...
 
 
+class _GrownIds(Sequence[str]):
+    """Item row to item id: a bundle's, and behind them the few that came later, for which the many are not copied.
+
+    To copy a million Python objects, or to let go of them, holds up every other thread.
+    """
+
+    def __init__(self, of_bundle: Sequence[str], later: list[str]) -> None:
+        self.of_bundle, self.later = of_bundle, later
+        self._n_bundle = len(of_bundle)
+
+    @classmethod
+    def of(cls, item_ids: Sequence[str]) -> _GrownIds:
+        return item_ids if isinstance(item_ids, cls) else cls(item_ids, [])
+
+    def with_more(self, more: list[str]) -> _GrownIds:
+        return _GrownIds(self.of_bundle, [*self.later, *more])
+
+    def continues(self, before: _GrownIds) -> bool:
+        return self.of_bundle is before.of_bundle and self.later[: len(before.later)] == before.later
+
+    def __getitem__(self, row: Any) -> Any:
+        if row < 0:
+            row += len(self)
+        return self.of_bundle[row] if row < self._n_bundle else self.later[row - self._n_bundle]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self.of_bundle, self.later)
+
+    def __len__(self) -> int:
+        return self._n_bundle + len(self.later)
+
+
+class _GrownRows(Mapping[str, int]):
+    """Item id to item row, as `_GrownIds` is the reverse."""
+
+    def __init__(self, of_bundle: Mapping[str, int], later: dict[str, int]) -> None:
+        self.of_bundle, self.later = of_bundle, later
+
+    @classmethod
+    def of(cls, rows: Mapping[str, int]) -> _GrownRows:
+        return rows if isinstance(rows, cls) else cls(rows, {})
+
+    def with_more(self, more: dict[str, int]) -> _GrownRows:
+        return _GrownRows(self.of_bundle, self.later | more)
+
+    def get(self, item: str, otherwise: Any = None) -> Any:
+        row = self.of_bundle.get(item)
+        return self.later.get(item, otherwise) if row is None else row
+
+    def __getitem__(self, item: str) -> int:
+        row = self.of_bundle.get(item)
+        return self.later[item] if row is None else row
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self.of_bundle, self.later)
+
+    def __len__(self) -> int:
+        return len(self.of_bundle) + len(self.later)
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """Items that can be retrieved: an immutable snapshot, kept by a request from its beginning to its end.
@@ -67,8 +127,8 @@ class Catalogue:
     table: pl.DataFrame
     ids: SemanticIds
     index: CatalogueIndex
-    rows: dict[str, int]
-    item_ids: list[str]
+    rows: Mapping[str, int]
+    item_ids: Sequence[str]
     gone: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     revision: int = 0
 
@@ -141,9 +201,10 @@ class Catalogue:
         codes = np.asarray(new["value"].explode().to_numpy(), np.int32).reshape(len(new), -1)
         ids = SemanticIds(np.concatenate([self.ids.codes, codes]), self.ids.codebook_sizes)
         index = _indexed(ids, table, self.index.leaf_codes(self.index.keyword_leaves))
-        item_ids = new["item_id"].to_list()
-        known = self.rows | {item: row for row, item in enumerate(item_ids, len(self.item_ids))}
-        return replace(self, table=table, ids=ids, index=index, rows=known, item_ids=self.item_ids + item_ids)
+        came = new["item_id"].to_list()
+        known = _GrownRows.of(self.rows).with_more({item: row for row, item in enumerate(came, len(self.item_ids))})
+        item_ids = _GrownIds.of(self.item_ids).with_more(came)
+        return replace(self, table=table, ids=ids, index=index, rows=known, item_ids=item_ids)
 
     def matching(self, filters: Filters) -> NDArray[np.bool_]:
         """Which items satisfy `filters`, bool ``[n_items]``.

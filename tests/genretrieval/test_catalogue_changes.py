@@ -120,7 +120,7 @@ def test_items_come_go_and_come_back(base) -> None:
     came = base.catalogue.updated(
         base.check(changes({"item_id": "e", "semantic_id": [1, 2], "title": "cap", "op": "upsert"}), "1")
     )
-    assert came.item_ids == ["a", "b", "c", "d", "e"]
+    assert list(came.item_ids) == ["a", "b", "c", "d", "e"]
     assert came.rows["e"] == 4
     assert came.ids.codes[4].tolist() == [1, 2]
     assert came.table.row(4, named=True) == {
@@ -133,6 +133,22 @@ def test_items_come_go_and_come_back(base) -> None:
     assert gone.table.equals(came.table)
     back = gone.updated(base.check(changes({"item_id": "e", "price": 2.0, "op": None}), "3"))
     assert (back.gone.tolist(), back.table["title"][4], back.table["price"][4], back.revision) == ([0], "cap", 2.0, 3)
+
+
+def test_items_that_come_do_not_have_those_of_the_bundle_copied(base) -> None:
+    catalogue = base.catalogue
+    for row, item in enumerate("efg", 4):
+        rows, item_ids = catalogue.rows, catalogue.item_ids
+        catalogue = catalogue.updated(base.check(changes({"item_id": item, "semantic_id": [1, 2]}), item))
+        assert catalogue.rows.of_bundle is base.catalogue.rows
+        assert catalogue.item_ids.of_bundle is base.catalogue.item_ids
+        assert (list(item_ids), item in rows) == (list("abcdefg"[:row]), False)
+        assert (catalogue.item_ids[row], catalogue.item_ids[-1], catalogue.rows[item]) == (item, item, row)
+    assert [catalogue.rows.get(item, -1) for item in ("a", "g", "x")] == [0, 6, -1]
+    with pytest.raises(IndexError):
+        catalogue.item_ids[7]
+    with pytest.raises(KeyError):
+        catalogue.rows["x"]
 
 
 def test_what_comes_before_its_id_waits_for_it(base) -> None:
