@@ -46,22 +46,34 @@ from genretrieval_serving.messages import (
 _T = TypeVar("_T")
 
 ATTEMPTS = 4
+_SERVICE = "genretrieval.v1.RetrievalService"
 _RETRIES = {
     "methodConfig": [
         {
-            "name": [{"service": "genretrieval.v1.RetrievalService"}],
+            # Not RecordEvents: a server may have kept the events of a call whose answer was lost.
+            "name": [{"service": _SERVICE, "method": name} for name in ("Retrieve", "BatchRetrieve", "GetInfo")],
             "retryPolicy": {
                 "maxAttempts": ATTEMPTS,
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                # A call that reaches a server while it drains ends as cancelled.
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],
     # All addresses that a name has, one after another, as behind a headless service.
     "loadBalancingConfig": [{"round_robin": {}}],
 }
+_CHANNEL = [
+    ("grpc.service_config", json.dumps(_RETRIES)),
+    ("grpc.enable_retries", 1),
+    # A replica that is back is found before the next one goes: by itself gRPC waits for up to two minutes, and for
+    # 20 seconds on a port that is open while its server still starts.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+]
 
 
 @dataclass(frozen=True)
@@ -206,12 +218,11 @@ class _Grpc:
     """Retries by the channel's retry policy."""
 
     def __init__(self, address: str, timeout: float, authorization: dict[str, str], tls: ClientTls | None) -> None:
-        options = [("grpc.service_config", json.dumps(_RETRIES)), ("grpc.enable_retries", 1)]
         target = f"ipv4:{address}" if "," in address else address
         self.channel = (
-            grpc.insecure_channel(target, options=options)
+            grpc.insecure_channel(target, options=_CHANNEL)
             if tls is None
-            else grpc.secure_channel(target, tls.credentials(), options=options)
+            else grpc.secure_channel(target, tls.credentials(), options=_CHANNEL)
         )
         self.stub = stubs.RetrievalServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.timeout = timeout
@@ -249,6 +260,7 @@ def _grpc_error(error: Any) -> GenRetrievalError:
     told = dict(error.trailing_metadata() or ())
     kinds = {
         grpc.StatusCode.UNAVAILABLE: UnavailableError,
+        grpc.StatusCode.CANCELLED: UnavailableError,
         grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
         # Not our queue, which has a reason: a message over the size limit.
         grpc.StatusCode.RESOURCE_EXHAUSTED: RequestError,

@@ -17,7 +17,7 @@ from genretrieval_serving.faults.admin_store import admin_store_faults
 from genretrieval_serving.faults.serving import Ground, Verdict
 
 
-def admin_store(ground: Ground) -> Verdict:
+def _admin_store(ground: Ground) -> Verdict:
     """Writers race for slots, and are killed, as is their database; see `genretrieval_serving.faults.admin_store`."""
     figures, problems = admin_store_faults(ground.count(100), writers=ground.count(50))
     prefix = "faults.admin_store."
@@ -25,7 +25,7 @@ def admin_store(ground: Ground) -> Verdict:
 
 
 FAULTS: dict[str, Callable[[Ground], Verdict]] = {
-    fault.__name__: fault
+    fault.__name__.removeprefix("_"): fault
     for fault in (
         serving.replica_killed,
         serving.replica_drained,
@@ -37,7 +37,7 @@ FAULTS: dict[str, Callable[[Ground], Verdict]] = {
         serving.clock_jumped,
         serving.slow_clients,
         serving.malformed_requests,
-        admin_store,
+        _admin_store,
     )
 }
 

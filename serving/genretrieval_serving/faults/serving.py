@@ -119,7 +119,7 @@ def replica_killed(ground: Ground) -> Verdict:
         asking(truth, lambda: _both(one, two)) as tally,
     ):
         for _ in range(rounds):
-            time.sleep(rng.uniform(0.2, 1.0))
+            time.sleep(rng.uniform(1.5, 2.5))
             victim = rng.choice([one, two])
             victim.kill()
             time.sleep(rng.uniform(0.2, 1.0))
@@ -137,7 +137,8 @@ def replica_drained(ground: Ground) -> Verdict:
         asking(truth, lambda: _both(one, two)) as tally,
     ):
         for number in range(rounds):
-            time.sleep(rng.uniform(0.2, 1.0))
+            # As an orchestrator waits until clients have found the one before.
+            time.sleep(rng.uniform(1.5, 2.5))
             leaving = (one, two)[number % 2]
             if (code := leaving.terminate()) != 0:
                 problems.append(f"a drained replica exited with {code}")
