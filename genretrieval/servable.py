@@ -148,7 +148,7 @@ class Catalogue:
     def updated(self, changes: CatalogueChanges) -> Catalogue:
         """The catalogue after `changes`, which were checked to fit it; this one stays as it is.
 
-        Rows never move: new items get the next ones, and those of removed items are kept as `gone`. Changes of items
+        Rows do not move: new items get the next ones, and those of removed items are kept as `gone`. Changes of items
         that it does not have, and bring no semantic ID, are passed over.
         """
         new = changes.ids.filter(pl.Series(self.rows_of(changes.ids["item_id"]) < 0))
@@ -171,6 +171,13 @@ class Catalogue:
     def rows_of(self, item_ids: pl.Series) -> NDArray[np.int64]:
         """Item rows, int64 ``[len(item_ids)]``, -1 for items that it does not have."""
         return np.fromiter(map(self.rows.get, item_ids.to_list(), repeat(-1)), np.int64, len(item_ids))
+
+    def keeps_rows_of(self, before: Catalogue) -> bool:
+        """Whether this one is `before` after some changes, or as good as that: its items have the rows they had.
+
+        Two states of a catalogue that were made on their own from the same bundle may number later items differently.
+        """
+        return _GrownIds.of(self.item_ids).continues(_GrownIds.of(before.item_ids))
 
     def way_to(self, codes: Sequence[int]) -> list[int]:
         """Nodes of the index on the way to a semantic ID, one a level, as far as there are any."""

@@ -150,7 +150,7 @@ class Items:
         self._text: pl.Series | None = None
 
     def on(self, catalogue: Catalogue) -> Items:
-        """Items of another state of the catalogue, whose rows did not move."""
+        """Items of another state of the catalogue."""
         return Items(catalogue, self.reserved_slots, self._texts)
 
     def prepare(self) -> pl.Series:
@@ -299,7 +299,7 @@ class _Synonyms:
 
 
 _Applied = Keyword | Rule | Synonyms
-# `settled`: all its items are named and found, so that no later state of the catalogue can add one.
+# `settled`: all its items are named and found, so that no change of the catalogue can add one.
 _Compiled = _BoundKeyword | _Rule | _Synonyms
 
 
@@ -369,8 +369,9 @@ class AdminSnapshot:
         return self._resolved(self.items, changes, dict(self._compiled), dict(self.broken))
 
     def on(self, items: Items) -> AdminSnapshot:
-        """The same state on a later state of its catalogue, whose rows did not move; what is settled is kept."""
-        settled = {name: part for name, part in self._compiled.items() if part.settled}
+        """The same state on another state of its catalogue; what is settled is kept, unless rows have moved."""
+        rows_stay = items.catalogue.keeps_rows_of(self.items.catalogue)
+        settled = {name: part for name, part in self._compiled.items() if part.settled and rows_stay}
         rest = [found for name, found in self.resources.items() if name not in settled]
         return self._resolved(items, Changes(self.revision, rest), settled, {})
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genretrieval.catalogue import build_index
+from genretrieval.catalogue_changes import CatalogueChanges
 from genretrieval.edits import NO_EDITS
 from genretrieval.errors import RequestError
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
@@ -107,6 +108,34 @@ def test_what_a_later_state_of_the_catalogue_cannot_change_is_not_looked_for_aga
     assert set(new.blocked.tolist()) - set(old.blocked.tolist()) == {7, 20}
     assert new.bound[0].rows is old.bound[0].rows
     assert (new.pins, new.applied) == (old.pins, old.applied)
+
+
+def test_what_operators_named_stays_named_when_a_late_file_moves_rows(snapshot_of, stored, noon) -> None:
+    def came(*items: str) -> CatalogueChanges:
+        codes = pl.Series("value", [[1, 1, 1]] * len(items), pl.List(pl.Int32()))
+        named = pl.Series("item_id", items)
+        removed = pl.Series("value", [False] * len(items))
+        return CatalogueChanges(pl.DataFrame([named, removed]), pl.DataFrame([named, codes]), {})
+
+    empty = snapshot_of()
+    exported = empty.items.catalogue
+    shown = exported.updated(came("recalled"))
+    before = empty.on(empty.items.on(shown)).updated(
+        Changes(
+            1,
+            [
+                bound(stored, items=("recalled",)),
+                stored("rules/block", effect={"kind": "block", "items": {"item_ids": ["recalled"]}}),
+                stored("rules/pin", effect={"kind": "pin", "items": [{"item_id": "recalled", "position": 1}]}),
+            ],
+        )
+    )
+    request = RetrieveRequest(query="new")
+    for state in (shown.updated(came("fresh")), exported.updated(came("fresh", "recalled"))):
+        after = before.on(before.items.on(state))
+        edits, row = after.edits(request, noon), state.rows["recalled"]
+        assert (edits.blocked.tolist(), edits.bound[0].rows.tolist(), edits.pins[0].row) == ([row], [row], row)
+        assert state.keeps_rows_of(shown) == (row == shown.rows["recalled"])
 
 
 @pytest.mark.parametrize(
