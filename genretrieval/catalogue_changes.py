@@ -102,9 +102,11 @@ class ChangesFile:
 
         Raises:
             DataError: it is no whole Parquet file.
+            OSError: its bytes cannot be had, which says nothing about what it is.
         """
+        content = path.read_bytes()
         try:
-            file = pq.ParquetFile(io.BytesIO(path.read_bytes()))
+            file = pq.ParquetFile(io.BytesIO(content))
             header: dict[str, Any] = json.loads((file.metadata.metadata or {}).get(_HEADER, b"{}"))
             table = pl.from_arrow(file.read())
             assert isinstance(table, pl.DataFrame)

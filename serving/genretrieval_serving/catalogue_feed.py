@@ -50,6 +50,9 @@ _WAITING = 64
 _UNSERVED_SECONDS = 600.0
 _TOLD = 5
 
+# Files by name, and what each comes to.
+_Found = dict[str, tuple[ChangesFile, CatalogueChanges]]
+
 
 @dataclass(frozen=True, slots=True)
 class Changed:
@@ -262,6 +265,8 @@ class _Followed:
         self._waiting: list[CatalogueChanges] = []
         # Name to what a file was when it was refused, so that it is read again when it is another one.
         self._refused: dict[str, tuple[int, int]] = {}
+        # Names that could not be read when they were last looked at.
+        self._unread: set[str] = set()
         self._vanished: set[str] = set()
 
     @staticmethod
@@ -275,11 +280,16 @@ class _Followed:
         found = self._read(folder, [name for name in names if name not in self._applied])
         if not found:
             return
-        merged = {name for file, _ in found.values() for name in file.merges}
-        if self._applied and (min(found) < max(self._applied) or merged & self._applied):
-            log.info("catalogue_built_again", late=sorted(found)[:_TOLD])
-            found |= self._read(folder, [name for name in names if name in self._applied])
-            self.catalogue, self._waiting, self._applied = self._files.catalogue, [], set()
+        if late := self._late(found):
+            again = self._again(folder, [name for name in names if name in self._applied])
+            if again is None:
+                found = {name: one for name, one in found.items() if name not in late}
+                if not found:
+                    return
+            else:
+                log.info("catalogue_built_again", late=late[:_TOLD])
+                found |= again
+                self.catalogue, self._waiting, self._applied = self._files.catalogue, [], set()
         merged = {name for file, _ in found.values() for name in file.merges}
         applied = {name: changes for name, (_, changes) in sorted(found.items()) if name not in merged}
         self._apply(CatalogueChanges.merged(list(applied.values())))
@@ -293,6 +303,21 @@ class _Followed:
             unlisted=sum(changes.unlisted for changes in applied.values()),
         )
 
+    def _late(self, found: _Found) -> list[str]:
+        """Names of those that cannot come behind what is applied."""
+        last = max(self._applied, default="")
+        return sorted(name for name, (file, _) in found.items() if name < last or self._applied & {*file.merges})
+
+    def _again(self, folder: Path, names: Sequence[str]) -> _Found | None:
+        """Applied files once more; None where one cannot be read now, without which sold out items would come back."""
+        found: _Found = {}
+        for name in sorted(names, key=lambda name: name not in self._unread):
+            one = self._read(folder, [name])
+            if not one and name not in self._refused:
+                return None
+            found |= one
+        return found
+
     def _apply(self, changes: CatalogueChanges) -> None:
         early = [part.only(changes.ids["item_id"]) for part in self._waiting] if len(changes.ids) else []
         self.catalogue = self.catalogue.updated(CatalogueChanges.merged([*early, changes]))
@@ -304,9 +329,12 @@ class _Followed:
         if len(self._waiting) > _WAITING:
             self._waiting = [CatalogueChanges.merged(self._waiting)]
 
-    def _read(self, folder: Path, names: Sequence[str]) -> dict[str, tuple[ChangesFile, CatalogueChanges]]:
-        """Files that can be applied; the others are logged and counted, once for each state that they are in."""
-        found = {}
+    def _read(self, folder: Path, names: Sequence[str]) -> _Found:
+        """Files that can be applied; the others are logged and counted, once for each state that they are in.
+
+        What is wrong with one stays so until it is another. What cannot be had is asked for again with every look.
+        """
+        found: _Found = {}
         for name in names:
             path = folder / name
             try:
@@ -325,10 +353,16 @@ class _Followed:
                     if time.time() - status.st_mtime < YOUNG_SECONDS:
                         continue
                     raise
+                self._unread.discard(name)
                 found[name] = file, self._files.check(file, name)
                 self._refused.pop(name, None)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                if name not in self._unread:
+                    self._metrics.catalogue_changes_refused.inc()
+                    log.error("catalogue_changes_unread", file=name, why=error.strerror or str(error))
+                self._unread.add(name)
             except DataError as error:
                 self._refused[name] = state
                 self._metrics.catalogue_changes_refused.inc()

@@ -86,7 +86,11 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
     """Rows as they would be in the folder: a null in a column that is there is a value."""
     from genretrieval.catalogue_changes import OP, SEMANTIC_ID, ChangesFile
 
-    rows = map(json.loads, ChangesFile.read(file).table.write_ndjson().splitlines())
+    try:
+        table = ChangesFile.read(file).table
+    except OSError as error:
+        raise InvalidInputError(f"{file} cannot be read: {error.strerror}") from error
+    rows = map(json.loads, table.write_ndjson().splitlines())
     return [{name: row[name] for name in row if row[name] is not None or name not in (OP, SEMANTIC_ID)} for row in rows]
 
 

@@ -185,6 +185,50 @@ def test_a_bad_file_is_refused_whole_and_once(serve, folder) -> None:
     assert (served.price("item-1"), served.price("item-2"), served.refused) == (7.0, 8.0, 4)
 
 
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of files that the file system does not give out."""
+    names: set[str] = set()
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name in names:
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    return names
+
+
+def test_a_file_that_cannot_be_read_is_asked_for_again(serve, folder, unreadable) -> None:
+    unreadable.add(put(folder, f"{NOW}-a", old=True, item_id=["item-1"], price=[7.0]).name)
+    put(folder, f"{NOW}-b", item_id=["item-2"], price=[7.0])
+    served = serve()
+    served.feed.refresh()
+    assert (served.price("item-1"), served.price("item-2"), served.refused) == (1.0, 7.0, 1)
+    unreadable.clear()
+    served.feed.refresh()
+    assert (served.price("item-1"), served.refused) == (7.0, 1)
+
+
+def test_the_catalogue_is_not_built_again_without_a_file_that_cannot_be_read(serve, folder, unreadable) -> None:
+    unreadable.add(put(folder, f"{NOW}-b", old=True, item_id=["item-1"], op=["remove"]).name)
+    put(folder, f"{NOW}-c", item_id=["item-2"], price=[7.0])
+    applied = unreadable.copy()
+    unreadable.clear()
+    served = serve()
+    unreadable |= applied
+    put(folder, f"{NOW}-a", item_id=["item-2", "item-3"], price=[5.0, 5.0])
+    put(folder, f"{NOW}-d", item_id=["item-4"], price=[7.0])
+    served.feed.refresh()
+    assert served.catalogue.gone.tolist() == [1]
+    assert (served.price("item-3"), served.price("item-4"), served.catalogue.revision) == (3.0, 7.0, 3)
+    unreadable.clear()
+    served.feed.refresh()
+    assert (served.price("item-2"), served.price("item-3"), served.catalogue.revision) == (7.0, 5.0, 4)
+    assert serve().state() == served.state()
+
+
 def test_what_vanishes_stays_in_force_until_a_restart(serve, folder) -> None:
     served = serve()
     path = put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
