@@ -350,7 +350,7 @@ class _Followed:
                 try:
                     file = ChangesFile.read(path)
                 except DataError:
-                    if time.time() - status.st_mtime < YOUNG_SECONDS:
+                    if 0 <= time.time() - status.st_mtime < YOUNG_SECONDS:
                         continue
                     raise
                 self._unread.discard(name)

@@ -53,9 +53,9 @@ def put(folder: Path, name: str, *, old: bool = False, **columns: Any) -> Path:
     return path
 
 
-def age(path: Path) -> None:
-    """As if it had been written two days ago."""
-    then = time.time() - 2 * 86_400
+def age(path: Path, days: float = 2) -> None:
+    """As if it had been written some days ago."""
+    then = time.time() - days * 86_400
     os.utime(path, (then, then))
 
 
@@ -165,6 +165,15 @@ def test_a_file_that_is_still_being_written_is_waited_for(serve, folder) -> None
     served.feed.refresh()
     assert (served.price("item-1"), served.refused) == (7.0, 0)
     assert serve().state() == served.state()
+
+
+def test_a_file_of_tomorrow_is_not_still_being_written(serve, folder) -> None:
+    served = serve()
+    cut = folder / f"{NOW}-cut.parquet"
+    cut.write_bytes(b"PAR1 and no more")
+    age(cut, days=-1)
+    served.feed.refresh()
+    assert served.refused == 1
 
 
 def test_a_bad_file_is_refused_whole_and_once(serve, folder) -> None:
