@@ -41,8 +41,10 @@ HISTORY_UNAVAILABLE = "history_unavailable"
 BUDGET_SECONDS = 0.02
 # So long the store may take when nobody waits any more: a first connection may need longer than the budget.
 PATIENCE_SECONDS = 1.0
-# After so many failures in a row nobody waits for the store, until one request in `PAUSE_SECONDS` finds it well again.
+# After so many failures in a row, over so many seconds, nobody waits for the store, until one request in
+# `PAUSE_SECONDS` finds it well again. A burst at a pool without connections, or a loop that was held up, is no reason.
 MAX_FAILURES = 5
+FAILING_SECONDS = 1.0
 PAUSE_SECONDS = 5.0
 MAX_USERS_IN_MEMORY = 10_000
 MAX_CONNECTIONS = 32
@@ -311,11 +313,12 @@ class _Breaker:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._failures = 0
-        self._ask_again = 0.0
+        self._failing_since = 0.0
+        self._ask_again: float | None = None
 
     def lets_through(self) -> bool:
         """Whether to ask; of a store that is away one in `PAUSE_SECONDS` may."""
-        if self._failures < MAX_FAILURES:
+        if self._ask_again is None:
             return True
         now = self._clock()
         if now < self._ask_again:
@@ -324,14 +327,17 @@ class _Breaker:
         return True
 
     def succeeded(self) -> None:
-        if self._failures >= MAX_FAILURES:
+        if self._ask_again is not None:
             log.info("histories_back")
-        self._failures = 0
+        self._failures, self._ask_again = 0, None
 
     def failed(self, error: str) -> None:
+        now = self._clock()
+        self._failing_since = now if not self._failures else self._failing_since
         self._failures += 1
-        if self._failures == MAX_FAILURES:
-            self._ask_again = self._clock() + PAUSE_SECONDS
+        long = now >= self._failing_since + FAILING_SECONDS
+        if self._ask_again is None and self._failures >= MAX_FAILURES and long:
+            self._ask_again = now + PAUSE_SECONDS
             log.warning("histories_away", error=error, pause_seconds=PAUSE_SECONDS)
 
 
@@ -408,5 +414,6 @@ class Histories:
     def _asked(self, task: asyncio.Task[list[HistoryEvent]]) -> None:
         """Take note of what became of a task, also where nobody waits for it any more."""
         self._asking.discard(task)
-        if not task.cancelled():
-            task.exception()
+        if not task.cancelled() and task.exception() is None:
+            # Also one that came too late for its request: the store is there.
+            self._breaker.succeeded()

@@ -276,6 +276,7 @@ class _ParquetLog(Generic[T]):
         self._epoch = time.time() - time.monotonic()
         self._waiting: deque[T] = deque()
         self._held: list[pa.RecordBatch] = []
+        self._n_held = 0
         self._held_since = 0.0
         self._try_again = 0.0
         self._swept = ""
@@ -287,7 +288,7 @@ class _ParquetLog(Generic[T]):
     def offer(self, records: Sequence[T]) -> bool:
         """Take records, all or none; False, and counted as dropped, where there is no room. Never waits for a disk."""
         with self._wake:
-            full = len(self._waiting) + len(records) > MAX_WAITING or self._n_held() > MAX_HELD
+            full = len(self._waiting) + len(records) > MAX_WAITING or self._n_held > MAX_HELD
             if not full and not self._closing and self._thread.is_alive():
                 self._waiting.extend(records)
                 return True
@@ -301,9 +302,6 @@ class _ParquetLog(Generic[T]):
             self._wake.notify()
         self._thread.join()
 
-    def _n_held(self) -> int:
-        return sum(map(len, self._held))
-
     def _work(self) -> None:
         closing = False
         while not closing:
@@ -314,20 +312,34 @@ class _ParquetLog(Generic[T]):
             now = time.monotonic()
             if taken:
                 self._held_since = self._held_since if self._held else now
-                self._held.append(pa.RecordBatch.from_pylist(list(map(self._as_row, taken)), schema=self._schema))
-            due = now >= self._held_since + self._write_seconds or self._n_held() >= ROWS_PER_FILE
+                self._hold(taken)
+            due = now >= self._held_since + self._write_seconds or self._n_held >= ROWS_PER_FILE
             if self._held and (closing or (due and now >= self._try_again)):
                 self._write()
             self._sweep()
         if self._held:
-            self._count("dropped", self._n_held())
-            log.error("served_log_lost", folder=str(self._folder), rows=self._n_held())
+            self._count("dropped", self._n_held)
+            log.error("served_log_lost", folder=str(self._folder), rows=self._n_held)
+
+    def _hold(self, taken: Sequence[T]) -> None:
+        """Keep records as rows until they are written; one that Arrow cannot hold is left out alone."""
+        try:
+            self._held.append(pa.RecordBatch.from_pylist(list(map(self._as_row, taken)), schema=self._schema))
+        except Exception as error:  # noqa: BLE001 - no record may end the thread that writes all others
+            if len(taken) > 1:
+                for record in taken:
+                    self._hold([record])
+                return
+            self._count("dropped", 1)
+            log.error("served_log_cannot_hold", folder=str(self._folder), error=repr(error))
+            return
+        self._n_held += len(taken)
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._epoch + time.monotonic(), UTC)
 
     def _write(self) -> None:
-        rows = self._n_held()
+        rows = self._n_held
         try:
             write_table(self._folder, pa.Table.from_batches(self._held, self._schema), self._now())
         except OSError as error:
@@ -335,7 +347,7 @@ class _ParquetLog(Generic[T]):
             self._count("failed", rows)
             log.error("served_log_not_written", folder=str(self._folder), rows=rows, error=str(error))
             return
-        self._held = []
+        self._held, self._n_held = [], 0
         self._count("written", rows)
 
     def _sweep(self) -> None:

@@ -16,6 +16,7 @@ from genretrieval.request import MAX_HISTORY_EVENTS, HistoryEvent, RetrievedItem
 from genretrieval_serving import history
 from genretrieval_serving.client import Client
 from genretrieval_serving.history import (
+    FAILING_SECONDS,
     HISTORY_UNAVAILABLE,
     MAX_FAILURES,
     PAUSE_SECONDS,
@@ -147,15 +148,21 @@ def test_a_dead_store_is_left_alone_and_found_again() -> None:
         store, metrics, now = Flaky(), Metrics(), 0.0
         histories = Histories(store, metrics, clock=lambda: now)
         store.outcome = UnavailableError("away")
+        # A burst says nothing yet; failures that go on do.
         for _ in range(MAX_FAILURES + 10):
             assert not (await histories.complete(REQUEST)).available
-        assert store.asked == MAX_FAILURES
-        assert lookups(metrics) == {"failed": MAX_FAILURES, "skipped": 10}
+        burst = MAX_FAILURES + 10
+        assert store.asked == burst
+        now += FAILING_SECONDS
+        for _ in range(10):
+            assert not (await histories.complete(REQUEST)).available
+        assert store.asked == burst + 1
+        assert lookups(metrics) == {"failed": burst + 1, "skipped": 9}
         assert not await histories.append({"u": events("c3")})
         now += PAUSE_SECONDS
         assert not (await histories.complete(REQUEST)).available
         assert not (await histories.complete(REQUEST)).available
-        assert store.asked == MAX_FAILURES + 1
+        assert store.asked == burst + 2
         store.outcome = "a1"
         now += PAUSE_SECONDS
         assert [(await histories.complete(REQUEST)).available for _ in range(3)] == [True] * 3

@@ -284,6 +284,15 @@ def test_files_are_written_by_time_and_by_size(tmp_path, monkeypatch) -> None:
         assert not list(folder.rglob(f"*{PARTIAL}"))
 
 
+def test_a_record_that_cannot_be_held_takes_no_other_along(tmp_path) -> None:
+    metrics = Metrics()
+    log = ServedLog(LogSettings(tmp_path), metrics, write_seconds=0.0)
+    log.record([CLICK, CLICK.model_copy(update={"item_id": "\ud800"}), CLICK], time.time())
+    log.close()
+    assert len(rows(tmp_path, EVENTS_FOLDER)) == 2
+    assert counted(metrics, "events")["dropped"] == 1
+
+
 def test_a_full_disk_loses_what_there_is_no_room_for_and_is_waited_out(tmp_path, monkeypatch) -> None:
     full = True
 
