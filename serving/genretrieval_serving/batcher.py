@@ -26,8 +26,9 @@ from genretrieval_serving.observability import Metrics
 
 log = structlog.get_logger(__name__)
 
-# Full batches that may wait whatever `max_wait` says: with fewer the graph would idle between two of them.
-STANDING_BATCHES = 2
+# Full batches, what is left of the one that runs among them, that a request may always wait for. With fewer the graph
+# would run half-empty batches: docs/decisions/0009-admission.md.
+STANDING_BATCHES = 1.5
 # How much of the measured time of a row the last batch is.
 _LAST_BATCH = 0.1
 

@@ -42,6 +42,7 @@ class _Servicer(stubs.RetrievalServiceServicer):
 
     async def Retrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call(caller: Principal) -> Any:
+            self.service.check_room(caller)
             request = wire.request_from_proto(message)
             return wire.response_to_proto(await self.service.retrieve(request, context.time_remaining(), caller))
 
@@ -49,6 +50,7 @@ class _Servicer(stubs.RetrievalServiceServicer):
 
     async def BatchRetrieve(self, message: Any, context: Any) -> Any:  # noqa: N802
         async def call(caller: Principal) -> Any:
+            self.service.check_room(caller)
             requests = wire.batch_from_proto(message)
             outcomes = await self.service.batch_retrieve(requests, context.time_remaining(), caller)
             return pb.BatchRetrieveResponse(results=[wire.outcome_to_proto(outcome) for outcome in outcomes])

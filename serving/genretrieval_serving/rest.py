@@ -156,7 +156,12 @@ def create_app(
     """The REST application over `service`; `quiet` leaves out the log line of every request."""
     app = _application(probes) if probes_here else _application()
     app.state.service = service
-    return open_application(app, auth, service.metrics, transport="rest", quiet=quiet, tracer=tracer)
+
+    async def admit(authorization: str | None) -> None:
+        service.check_room(await auth.allow(authorization, Scope.RETRIEVE))
+
+    doors = {"retrieve": admit, "batchRetrieve": admit}
+    return open_application(app, auth, service.metrics, transport="rest", quiet=quiet, tracer=tracer, admit=doors)
 
 
 def create_probes(service: RetrievalService) -> FastAPI:

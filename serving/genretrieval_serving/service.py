@@ -81,6 +81,19 @@ class RetrievalService:
         """
         return self._opened()[1]
 
+    def check_room(self, caller: Principal) -> None:
+        """Whether a request of `caller` would be taken now; so a transport need not read one that would not.
+
+        Raises:
+            OverloadedError: it would wait too long.
+            UnavailableError: the bundle is still being loaded.
+        """
+        try:
+            self._opened()[0].check_room(caller.name)
+        except UnavailableError as error:
+            self.metrics.rejected.labels(error.reason).inc()
+            raise
+
     async def retrieve(
         self, request: RetrieveRequest, within: float | None = None, caller: Principal = ANONYMOUS
     ) -> RetrieveResponse:
@@ -94,7 +107,6 @@ class RetrievalService:
         batcher, deployment = self._opened()
         came, deadline = time.time(), _Deadline(within)
         with self._counting():
-            batcher.check_room(caller.name)
             if self.rate_limiter is not None:
                 self.rate_limiter.count(caller.name)
             if request.min_revision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any, ClassVar, TypeVar
@@ -36,6 +36,8 @@ PROBLEM = "application/problem+json"
 CLIENT_CLOSED_REQUEST = 499  # what proxies log; HTTP has no status for it
 _COMPONENT = "#/components/schemas/"
 
+# Raises where a call with this `Authorization` would be refused whatever it asked.
+Admit = Callable[[str | None], Awaitable[None]]
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 _Body = TypeVar("_Body", bound=BaseModel)
 _Operation = TypeVar("_Operation", bound=Callable[..., Any])
@@ -194,16 +196,38 @@ def application(title: str, routers: Sequence[APIRouter], models: Sequence[type[
 
 
 def open_application(
-    app: FastAPI, auth: Authenticator, metrics: Metrics, *, transport: str, quiet: bool, tracer: Tracer | None = None
+    app: FastAPI,
+    auth: Authenticator,
+    metrics: Metrics,
+    *,
+    transport: str,
+    quiet: bool,
+    tracer: Tracer | None = None,
+    admit: Mapping[str, Admit] | None = None,
 ) -> FastAPI:
-    """Let `app` take calls, counted, logged and traced as `transport`; `quiet` leaves out the log lines."""
+    """Let `app` take calls, counted, logged and traced as `transport`.
+
+    Args:
+        app: without its state.
+        auth: who may call.
+        metrics: of the server.
+        transport: what calls are counted as.
+        quiet: no line in the log for a call.
+        tracer: makes spans.
+        admit: by operation id, what is asked before anything of a call but its headers is looked at. An overloaded
+            server refuses most calls, so that must cost little.
+    """
     app.state.auth = auth
     app.state.parameters = {
         operation["operationId"]: frozenset(p["name"] for p in operation.get("parameters", ()) if p["in"] == "query")
         for operations in app.openapi()["paths"].values()
         for operation in operations.values()
     }
-    app.add_middleware(_Calls, metrics=metrics, transport=transport, quiet=quiet, tracer=tracer)
+    admit = admit or {}
+    doors = {
+        route.path: (route, admit[route.operation_id]) for route in app.state.routes if route.operation_id in admit
+    }
+    app.add_middleware(_Calls, metrics=metrics, transport=transport, quiet=quiet, tracer=tracer, doors=doors)
     return app
 
 
@@ -255,8 +279,17 @@ async def _on_fault(request: Request, error: Exception) -> JSONResponse:
 class _Calls:
     """Around every call: its request id, the limit on its body, its metric and its log line."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, transport: str, quiet: bool, tracer: Tracer | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        transport: str,
+        quiet: bool,
+        tracer: Tracer | None,
+        doors: Mapping[str, tuple[Route, Admit]],
+    ) -> None:
         self.app, self.metrics, self.transport, self.quiet, self.tracer = app, metrics, transport, quiet, tracer
+        self.doors = doors
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
@@ -285,7 +318,7 @@ class _Calls:
         carrier = {name: headers.get(name.encode(), b"").decode("latin-1") for name in tracing.CARRIED}
         with tracing.call(self.tracer, self.transport, carrier, id_) as call:
             try:
-                await self.app(scope, limited_receive, noting_send)
+                await self._enter(scope, limited_receive, noting_send, headers.get(b"authorization"))
             finally:
                 seconds = time.perf_counter() - begun
                 route = scope.get("route")
@@ -296,3 +329,15 @@ class _Calls:
                     log.info(
                         "request", transport=self.transport, method=method, code=status, ms=round(seconds * 1e3, 3)
                     )
+
+    async def _enter(self, scope: AsgiScope, receive: Receive, send: Send, authorization: bytes | None) -> None:
+        """Hand a call on, if it may come in at all."""
+        route, admit = self.doors.get(scope["path"], (None, None))
+        if admit is not None and scope["method"] == "POST":
+            try:
+                await admit(None if authorization is None else authorization.decode("latin-1"))
+            except GenRetrievalError as error:
+                scope["route"] = route
+                await refusal(error)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

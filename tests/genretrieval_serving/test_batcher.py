@@ -140,24 +140,25 @@ def test_a_batch_is_full_by_rows(busy) -> None:
     asyncio.run(main())
 
 
-def test_a_standing_queue_is_two_batches_long(busy) -> None:
+def test_a_standing_queue_is_one_and_a_half_batches_long(busy) -> None:
     async def main() -> None:
         async with busy(1.0, max_batch=2, max_wait=0.0) as bench:
-            # One row runs and a full batch takes 2 s: up to three rows may be ahead that wait.
-            tasks = [bench.ask() for _ in range(4)]
+            # A full batch takes 2 s, so 3 s may be waited for: the row that runs, and two before the last one taken.
+            tasks = [bench.ask() for _ in range(3)]
             await bench.fill()
-            assert bench.rows() == (5, 4)
-            with pytest.raises(OverloadedError, match=r"4 rows wait already, 5 s of work") as refused:
+            assert bench.rows() == (4, 3)
+            with pytest.raises(OverloadedError, match=r"3 rows wait already, 4 s of work") as refused:
                 await bench.ask()
-            assert refused.value.retry_after == 5.0
+            assert refused.value.retry_after == 4.0
             # Another caller would be next but one.
             tasks.append(bench.ask("b"))
             await bench.fill()
-            assert bench.rows() == (6, 5)
-            # What runs is nearly done, so there is room again.
-            bench.clock.now += 0.999
-            with pytest.raises(OverloadedError):
+            assert bench.rows() == (5, 4)
+            # One row more is ahead now, and what runs is half done.
+            bench.clock.now += 0.5
+            with pytest.raises(OverloadedError) as refused:
                 await bench.ask()
+            assert refused.value.retry_after == 4.5
             bench.backend.gate.set()
             await asyncio.gather(*tasks)
 
