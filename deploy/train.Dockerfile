@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
-# From logs to a bundle: `genretrieval run`, and `torchrun` for several GPUs. Mount logs and results under /work.
+# From logs to a bundle: `genretrieval run`, and `torchrun` for several GPUs. Mount logs and results under /data.
 # TORCH_INDEX_URL is the package index of the wanted build of torch, as PyTorch's install page names it; without it,
 # PyPI's, which on Linux is the one for CUDA.
 #
 #     docker build --file deploy/train.Dockerfile --tag genretrieval/train:0.1.0 .
-#     docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" genretrieval/train:0.1.0 \
+#     docker run --rm --volume "$PWD:/data" --user "$(id -u):$(id -g)" genretrieval/train:0.1.0 \
 #         run next_item --data logs --output bundle
 
 ARG BASE=python:3.12-slim
@@ -37,7 +37,7 @@ ENV PATH=/opt/genretrieval/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 10001:10001
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["genretrieval"]
 CMD ["--help"]
 
