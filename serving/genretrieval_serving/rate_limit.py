@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from limits import parse
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
+import re
+import time
+from collections.abc import Callable
 
 from genretrieval.errors import InvalidInputError, RateLimitedError
+
+_UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
+_RATE = re.compile(r"\s*([1-9]\d*)\s*(?:/|per)\s*([1-9]\d*)?\s*(second|minute|hour|day)s?\s*", re.IGNORECASE)
 
 
 class RateLimiter:
     """Counts the requests of every caller, each of a batch for itself, in this process alone.
 
-    The window slides: the requests of the last one count by how much of it is still within reach.
+    A caller may make all of its requests at once, and afterwards one more in every even share of the time (the generic
+    cell rate algorithm, ITU-T I.371, which keeps one number a caller). Clocks that jump change nothing.
     """
 
-    def __init__(self, rate: str) -> None:
+    def __init__(self, rate: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Nobody has called yet.
 
         Args:
             rate: for example ``100/second``, ``1000 per minute`` or ``50/10 seconds``.
+            clock: seconds.
 
         Raises:
             InvalidInputError: `rate` says no such thing.
         """
-        try:
-            self._rate = parse(rate)
-        except ValueError as error:
-            raise InvalidInputError(f"{rate!r} is no rate limit; give one such as 100/second") from error
-        if self._rate.amount < 1:
-            raise InvalidInputError(f"{rate!r} would refuse every request; give one such as 100/second")
-        self._counts = MemoryStorage()
-        self._windows = SlidingWindowCounterRateLimiter(self._counts)
+        if (parsed := _RATE.fullmatch(rate)) is None:
+            raise InvalidInputError(f"{rate!r} is no rate limit; give one such as 100/second")
+        self._amount = int(parsed[1])
+        self._seconds = int(parsed[2] or 1) * _UNITS[parsed[3].lower()]
+        self._clock = clock
+        # When what a caller has made is worked off, one share after another.
+        self._worked_off: dict[str, float] = {}
+        self._sweep_at = 0.0
 
     def count(self, caller: str) -> None:
         """Count a request of `caller`.
@@ -39,20 +44,21 @@ class RateLimiter:
         Raises:
             RateLimitedError: it is one too many, and was not counted.
         """
-        if not self._windows.hit(self._rate, caller):
+        now, share = self._clock(), self._seconds / self._amount
+        self._sweep(now)
+        worked_off = max(now, self._worked_off.get(caller, now)) + share
+        early = worked_off - now - self._seconds
+        # A share that is missing by rounding alone is there.
+        if early > 1e-9 * self._seconds:
             raise RateLimitedError(
-                f"{caller} may make {self._rate.amount} requests in {self._rate.get_expiry()} s and has made them; "
+                f"{caller} may make {self._amount} requests in {self._seconds} s and has made them; "
                 "send fewer, or have the server's rate limit raised",
-                self._free_in(caller),
+                early,
             )
+        self._worked_off[caller] = worked_off
 
-    def _free_in(self, caller: str) -> float:
-        """Seconds until one more would be taken; what `limits` itself tells is when the window ends, which is sooner.
-
-        A request of the last window counts by the share of it that is still within one window from now.
-        """
-        most, window = self._rate.amount, self._rate.get_expiry()
-        last, last_ends, now, now_ends = self._counts.get_sliding_window(self._rate.key_for(caller), window)
-        if now < most:
-            return max(0.0, last_ends - window * (most - now) / max(1, last))
-        return now_ends - window + window * (1 - most / now)
+    def _sweep(self, now: float) -> None:
+        """Forget, once in a while, who has nothing left to work off."""
+        if now >= self._sweep_at:
+            self._worked_off = {caller: at for caller, at in self._worked_off.items() if at > now}
+            self._sweep_at = now + self._seconds
