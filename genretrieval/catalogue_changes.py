@@ -375,7 +375,7 @@ class _Checked:
         if not (isinstance(raw.dtype, pl.List | pl.Array) and inner.is_integer()) and raw.dtype != pl.Null:
             self._wrong(SEMANTIC_ID, f"is {raw.dtype}, not list<int32>")
             return pl.Series(SEMANTIC_ID, [None] * len(self.given), _CODES)
-        given = raw.cast(pl.List(pl.Int64))
+        given = raw.cast(pl.List(pl.Int64), strict=False)  # what is too large becomes null, and so no code
         sizes = self.manifest.codebook_sizes
         frame = pl.DataFrame({SEMANTIC_ID: given})
         codes = [pl.col(SEMANTIC_ID).list.get(level, null_on_oob=True) for level in range(len(sizes))]

@@ -358,15 +358,16 @@ class _Followed:
                 self._refused.pop(name, None)
             except FileNotFoundError:
                 continue
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 if name not in self._unread:
                     self._metrics.catalogue_changes_refused.inc()
-                    log.error("catalogue_changes_unread", file=name, why=error.strerror or str(error))
+                    log.error("catalogue_changes_unread", file=name, why=repr(error))
                 self._unread.add(name)
-            except DataError as error:
+            except (Exception, pl.exceptions.PanicException) as error:  # noqa: BLE001 - no file may hold up the others
                 self._refused[name] = state
                 self._metrics.catalogue_changes_refused.inc()
-                log.warning("catalogue_changes_refused", file=name, why=str(error))
+                why = str(error) if isinstance(error, DataError) else repr(error)
+                log.warning("catalogue_changes_refused", file=name, why=why)
         return found
 
     def _tell_of_vanished(self, names: Sequence[str]) -> None:

@@ -191,6 +191,7 @@ def test_what_is_refused(base, row, told) -> None:
         (pl.Series("price", ["cheap"]), r"price is String, which cannot be read as Float64, as the catalogue has it"),
         (pl.Series("in_stock", [1]), r"in_stock is Int64, which cannot be read as Boolean"),
         (pl.Series("semantic_id", [[0.0, 0.0]]), r"semantic_id is List\(Float64\), not list<int32>"),
+        (pl.Series("semantic_id", [[2**63, 0]], pl.List(pl.UInt64())), r"semantic_id is no ID of this bundle"),
         (pl.Series("op", [1.5]), r"op is Float64, which cannot be read as String \(upsert or remove\)"),
     ],
 )

@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 
 from genretrieval.bundle import Bundle
-from genretrieval.catalogue_changes import ChangesFile
+from genretrieval.catalogue_changes import ChangeChecker, ChangesFile
 from genretrieval.errors import (
     DataError,
     IdempotencyKeyReusedError,
@@ -192,6 +192,25 @@ def test_a_bad_file_is_refused_whole_and_once(serve, folder) -> None:
     put(folder, bad.stem, item_id=["item-1", "item-2"], price=[7.0, 8.0])
     served.feed.refresh()
     assert (served.price("item-1"), served.price("item-2"), served.refused) == (7.0, 8.0, 4)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("never met before"), pl.exceptions.PanicException("polars broke")])
+def test_a_file_that_nobody_thought_of_leaves_the_others_alone(serve, folder, monkeypatch, fault) -> None:
+    served = serve()
+    check = ChangeChecker.check
+
+    def checked(self: ChangeChecker, file: ChangesFile, source: str) -> Any:
+        if source.startswith(f"{NOW}-a"):
+            raise fault
+        return check(self, file, source)
+
+    monkeypatch.setattr(ChangeChecker, "check", checked)
+    put(folder, f"{NOW}-a", item_id=["item-1"], price=[7.0])
+    put(folder, f"{NOW}-b", item_id=["item-2"], price=[7.0])
+    for _ in range(2):
+        served.feed.refresh()
+        assert (served.price("item-1"), served.price("item-2"), served.refused) == (1.0, 7.0, 1)
+    assert serve().price("item-2") == 7.0
 
 
 @pytest.fixture
