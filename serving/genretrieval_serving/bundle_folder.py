@@ -37,8 +37,18 @@ class BundleFolder:
         return sorted(entry.name for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
     def manifest(self, name: str) -> Manifest:
-        """What a bundle says of itself; see `read_manifest` for errors."""
-        return read_manifest(self.path / name)
+        """What a bundle says of itself.
+
+        Raises:
+            BundleError: it cannot be read; see `read_manifest`.
+        """
+        try:
+            return read_manifest(self.path / name)
+        except OSError as error:
+            raise BundleError(
+                f"the manifest of {name} in {self.path} cannot be read ({error.strerror or error}); see that the "
+                "server may read the folder, and that its disk is well"
+            ) from error
 
     def open(self, name: str) -> Retriever:
         """A bundle whose files are as they were written, and which has answered.

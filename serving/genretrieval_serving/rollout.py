@@ -87,6 +87,8 @@ class Rollout:
         self._deployment: Deployment | None = None
         self._arms: dict[str, Arm] = {}
         self._failures: dict[str, _Failure] = {}
+        # Why the alias is not followed at present.
+        self._error: str | None = None
         self._declared_for: object = None
         # One bundle at a time: each takes memory, and the cores from requests.
         self._loading = threading.Lock()
@@ -152,16 +154,27 @@ class Rollout:
         wanted = None if alias is None or alias.canary is None else alias.canary.bundle
         if canary is not None or wanted is not None:
             arms.append(self._status(canary, wanted, share))
-        return DeploymentStatus(alias=self.alias, arms=arms)
+        return DeploymentStatus(alias=self.alias, error=self._error, arms=arms)
 
     def bundles(self) -> BundleList:
         """Bundles of the folder, as their manifests say."""
         return BundleList(bundles=[self._info(name) for name in self.folder.names()])
 
     def _follow(self) -> None:
-        while not self._stopping.wait(LOOK_SECONDS):
-            while not self._stopping.is_set() and self._advance():
-                pass
+        while not self._stopping.wait(LOOK_SECONDS if self._error is None else FIRST_PAUSE):
+            try:
+                while not self._stopping.is_set() and self._advance():
+                    pass
+            except Exception as error:
+                # Whatever is met, what is served goes on, and the alias is followed as soon as it can be.
+                if self._error is None:
+                    self._metrics.bundle_load_failures.inc()
+                    log.error("alias_not_followed", alias=self.alias, retry_in=FIRST_PAUSE, exc_info=error)
+                self._error = str(error) or repr(error)
+            else:
+                if self._error is not None:
+                    log.info("alias_followed_again", alias=self.alias)
+                self._error = None
 
     def _advance(self) -> bool:
         """One step towards what the alias asks for; whether the next may be made at once."""
@@ -242,7 +255,7 @@ class Rollout:
             self._declared_for = of
 
     def _name_of(self, arm: Arm | None) -> str | None:
-        return next((name for name, held in self._arms.items() if held is arm), None)
+        return next((name for name, held in list(self._arms.items()) if held is arm), None)
 
     def _status(self, arm: Arm | None, wanted: str | None, share: float) -> ArmStatus:
         failure = self._failures.get(wanted or "")

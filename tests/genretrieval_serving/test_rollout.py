@@ -24,11 +24,12 @@ import pytest
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
-from genretrieval.bundle import CATALOGUE, GRAPH, MANIFEST, load_bundle, sha256
+from genretrieval.bundle import CATALOGUE, GRAPH, MANIFEST, Manifest, load_bundle, sha256
 from genretrieval.cli import app
 from genretrieval.errors import BundleError, ConflictError, InvalidInputError, NotFoundError
 from genretrieval.request import RetrieveResponse
 from genretrieval.retrieval import Retriever
+from genretrieval_serving import bundle_folder as bundle_folder_module
 from genretrieval_serving import rollout as rollout_module
 from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.resources import AliasFields, Canary, Kind
@@ -261,7 +262,8 @@ def test_a_bad_bundle_is_refused_by_the_api_and_by_every_replica(way, wary, mode
     # As if another server had found it good, whose disk is not this one's.
     with capture_logs() as logs, Client(running.http) as client:
         put(store, "a", Canary(bundle=name, share=1.0))
-        until(lambda: running.metric("genretrieval_bundle_load_failures_total") > failures)
+        until(lambda: any(arm.failures for arm in admin.deployment().arms[1:]))
+        assert running.metric("genretrieval_bundle_load_failures_total") > failures
         canary = admin.deployment().arms[1]
         assert (canary.wanted, canary.bundle, canary.version) == (name, None, None)
         assert why in canary.error
@@ -288,6 +290,41 @@ def test_a_bundle_that_was_mended_is_found_by_the_next_try(
         shutil.copy(written / "b" / GRAPH, bundles / "b" / GRAPH)
         until(lambda: names(admin) == {"primary": "b"})
         assert admin.deployment().arms[0].error is None
+
+
+def test_what_keeps_it_from_following_is_told_until_it_follows_again(serving, follow, store, monkeypatch) -> None:
+    monkeypatch.setattr(rollout_module, "FIRST_PAUSE", 0.05)
+    original = bundle_folder_module.read_manifest
+
+    def read_manifest(folder: Path) -> Manifest:
+        if folder.name == "c":
+            raise PermissionError(13, "Permission denied")
+        return original(folder)
+
+    def sync_slots(*_: Any) -> None:
+        raise RuntimeError("never seen before")
+
+    monkeypatch.setattr(bundle_folder_module, "read_manifest", read_manifest)
+    put(store, "a")
+    with served(serving, follow(), store) as (_, admin):
+        put(store, "c", id_="other")
+        put(store, "b")
+        until(lambda: names(admin) == {"primary": "b"})
+        assert ["Permission denied" in (bundle.error or "") for bundle in admin.bundles()] == [
+            False,
+            False,
+            True,
+            False,
+        ]
+        with monkeypatch.context() as patch, capture_logs() as logs:
+            patch.setattr(store, "sync_slots", sync_slots)
+            put(store, "a")
+            until(lambda: admin.deployment().error == "never seen before")
+            time.sleep(0.2)
+            assert names(admin) == {"primary": "b"}
+        until(lambda: names(admin) == {"primary": "a"})
+        until(lambda: admin.deployment().error is None)
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["alias_not_followed"]
 
 
 def test_what_is_wanted_no_more_when_it_is_loaded_is_given_up(serving, follow, store, opened, monkeypatch) -> None:

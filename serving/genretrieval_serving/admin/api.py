@@ -489,7 +489,7 @@ def deployment(request: Request) -> DeploymentStatus:
     return serving.deployment()
 
 
-@_reads.get("/v1/bundles", operation_id="bundles.list")
+@_reads.get("/v1/bundles", operation_id="bundles.list", responses=documented(409))
 def bundles(request: Request) -> BundleList:
     """Bundles that an alias may name, in this server's folder of them."""
     serving: Serving = request.app.state.serving

@@ -283,6 +283,7 @@ class DeploymentStatus(_Message):
     """What one server answers with, and what the alias that it follows asks of it."""
 
     alias: str | None = None
+    error: str | None = Field(default=None, description="Why the alias is not followed now; that is tried again.")
     arms: list[ArmStatus]
 
 
