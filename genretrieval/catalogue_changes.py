@@ -19,7 +19,8 @@ the same catalogue, in whatever order and groups it met them. A row about an ite
 an ID, waits until one comes.
 
 A semantic ID means something only by the codebooks that it was made with. A file may say which
-(`ChangesFile.codebooks`); a bundle with others passes over its IDs.
+(`ChangesFile.codebooks`); a bundle with others passes over its IDs. Another bundle may have other attributes, too:
+those that a bundle does not have are passed over, because the removals beside them count everywhere.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ class CatalogueChanges:
         attributes: of each attribute that is changed, its new values.
         n_sets: how many changes they are.
         unlisted: new items whose leaf has as many items already as a response lists.
+        unknown: attributes of the table that the catalogue does not have; they were passed over.
     """
 
     removed: pl.DataFrame
@@ -163,6 +165,7 @@ class CatalogueChanges:
     attributes: Mapping[str, pl.DataFrame]
     n_sets: int = 1
     unlisted: int = 0
+    unknown: frozenset[str] = frozenset()
 
     @classmethod
     def merged(cls, changes: Sequence[CatalogueChanges]) -> CatalogueChanges:
@@ -177,6 +180,7 @@ class CatalogueChanges:
             },
             sum(part.n_sets for part in changes),
             sum(part.unlisted for part in changes),
+            frozenset(chain.from_iterable(part.unknown for part in changes)),
         )
 
     def only(self, items: pl.Series) -> CatalogueChanges:
@@ -217,8 +221,9 @@ class ChangeChecker:
         catalogue: what they are checked against; for files, the bundle's as it was exported.
         manifest: of the bundle.
         keywords: where semantic IDs begin with keyword slots, what they stand for.
-        strict: whether an item without an ID, and one that no response would list, are mistakes, too. Somebody who
-            changes an item by a call wants to know; in a file such rows are waited with and listed behind.
+        strict: whether an attribute that the catalogue does not have, an item without an ID, and one that no response
+            would list are mistakes, too. Somebody who changes an item by a call wants to know; in a file they are
+            passed over, waited with and listed behind.
     """
 
     catalogue: Catalogue
@@ -250,6 +255,7 @@ class _Checked:
         self.of_our_codebooks = file.codebooks is None or ours is None or file.codebooks == ours
         self.n_sets = file.n_sets
         self.problems: list[Problem] = []
+        self.unknown: set[str] = set()
 
     def changes(self) -> CatalogueChanges:
         """All of it, if nothing is wrong."""
@@ -285,6 +291,7 @@ class _Checked:
             {name: frame(values, rows) for name, values, rows in self._set(attributes, removed, named) if rows.any()},
             self.n_sets,
             unlisted,
+            frozenset(self.unknown),
         )
 
     def _wrong(self, column: str | None, reason: str, rows: pl.Series | None = None) -> None:
@@ -322,10 +329,12 @@ class _Checked:
                 continue
             if name == _POPULARITY:
                 self._wrong(name, "comes with the bundle and is 0 for an item that comes later: leave it out")
-            elif name not in schema:
+            elif name in schema:
+                found[name] = self._read(name, schema[name], ", as the catalogue has it")
+            elif self.strict:
                 self._wrong(name, f"is no attribute of this catalogue, which has {', '.join(sorted(schema))}")
             else:
-                found[name] = self._read(name, schema[name], ", as the catalogue has it")
+                self.unknown.add(name)
         return found
 
     def _item_ids(self) -> pl.Series:

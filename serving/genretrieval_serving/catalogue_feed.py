@@ -33,7 +33,7 @@ from genretrieval.errors import (
     UnavailableError,
 )
 from genretrieval.retrieval import Retriever
-from genretrieval.servable import Catalogue, Servable
+from genretrieval.servable import NO_ATTRIBUTES, Catalogue, Servable
 from genretrieval_serving.deployment import Arm, Deployment
 from genretrieval_serving.observability import Metrics
 
@@ -267,6 +267,8 @@ class _Followed:
         self._refused: dict[str, tuple[int, int]] = {}
         # Names that could not be read when they were last looked at.
         self._unread: set[str] = set()
+        # Attributes of files that the bundle does not have.
+        self._unknown: set[str] = set()
         self._vanished: set[str] = set()
 
     @staticmethod
@@ -355,6 +357,7 @@ class _Followed:
                     raise
                 self._unread.discard(name)
                 found[name] = file, self._files.check(file, name)
+                self._tell_of_unknown(name, found[name][1].unknown)
                 self._refused.pop(name, None)
             except FileNotFoundError:
                 continue
@@ -369,6 +372,13 @@ class _Followed:
                 why = str(error) if isinstance(error, DataError) else repr(error)
                 log.warning("catalogue_changes_refused", file=name, why=why)
         return found
+
+    def _tell_of_unknown(self, file: str, attributes: frozenset[str]) -> None:
+        """A slip of the pen, or an attribute that another bundle has: the log says it once, not for every file."""
+        if new := attributes - self._unknown:
+            attributes_here = sorted(self._files.catalogue.table.schema.keys() - NO_ATTRIBUTES)
+            log.warning("catalogue_attributes_unknown", file=file, passed_over=sorted(new), known=attributes_here)
+            self._unknown |= new
 
     def _tell_of_vanished(self, names: Sequence[str]) -> None:
         """What was applied stays in force: a folder that is not mounted must not put back what is sold out."""
@@ -410,7 +420,8 @@ def compact(folder: Path, bundle: Servable, older_than: timedelta = KEPT) -> tup
         Name of the file, and how many it stands for; None where fewer than two are old enough.
 
     Raises:
-        DataError: a file is refused, or its semantic IDs are of other codebooks than the bundle's.
+        DataError: a file is refused, its semantic IDs are of other codebooks than the bundle's, or it names attributes
+            that the bundle does not have.
     """
     latest = time.time() - older_than.total_seconds()
     names = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
@@ -428,6 +439,11 @@ def compact(folder: Path, bundle: Servable, older_than: timedelta = KEPT) -> tup
         )
     checker = ChangeChecker(Catalogue.open(bundle), bundle.manifest, bundle.features().keywords)
     changes = CatalogueChanges.merged([checker.check(file, name) for name, file in files.items()])
+    if changes.unknown:
+        raise DataError(
+            f"{', '.join(sorted(changes.unknown))}: the bundle has no such attributes, which would be lost; give one "
+            "that has them, or move the files away that name them. Nothing was changed"
+        )
     *others, last = files
     replaced = sorted({*others, *merged})
     ChangesFile(changes.table(), codebooks, changes.n_sets, tuple(replaced)).write(folder / last)

@@ -161,7 +161,6 @@ def test_what_comes_before_its_id_waits_for_it(base) -> None:
 
 WRONG = [
     ({"itemid": "a"}, r"item_id is missing: every row needs it; the table has itemid"),
-    ({"item_id": "a", "colour": "red"}, r"colour is no attribute of this catalogue, which has brand, categories, "),
     ({"item_id": "a", "popularity": 3}, r"popularity comes with the bundle"),
     ({"item_id": None}, r"item_id is null or empty \(1 row, first 1\)"),
     ({"item_id": "x" * 513}, r"item_id has more than 512 characters"),
@@ -210,13 +209,13 @@ def test_types_that_lose_nothing_are_read(base) -> None:
 
 
 def test_every_problem_is_told_at_once(base) -> None:
-    rows = ({"item_id": None, "colour": "red", "op": "x"}, {"item_id": "e", "semantic_id": [9, 9]})
+    rows = ({"item_id": None, "popularity": 1, "op": "x"}, {"item_id": "e", "semantic_id": [9, 9]})
     with pytest.raises(DataError) as told:
         base.check(changes(*rows), "stock.parquet")
     lines = str(told.value).splitlines()
     assert lines[0] == "stock.parquet: refused whole, nothing of it was applied:"
     assert [line.split()[:2] for line in lines[1:]] == [
-        ["stock.parquet:", name] for name in ("colour", "item_id", "op", "semantic_id")
+        ["stock.parquet:", name] for name in ("popularity", "item_id", "op", "semantic_id")
     ]
 
 
@@ -237,6 +236,20 @@ def test_a_full_leaf(shop) -> None:
     assert capped.check(changes(row, {"item_id": "a", "op": "remove"}), "1").unlisted == 0
     with pytest.raises(DataError, match=r"as many items as a response lists of one \(2\)"):
         replace(capped, strict=True).check(changes(row), "1")
+
+
+def test_attributes_of_another_bundle_are_passed_over_and_the_rest_counts(base) -> None:
+    rows = (
+        {"item_id": "a", "colour": "red", "price": 7.0, "fields": ["colour", "price"]},
+        {"item_id": "b", "op": "remove"},
+    )
+    found = base.check(changes(*rows), "1")
+    assert (found.unknown, set(found.attributes)) == ({"colour"}, {"price"})
+    catalogue = base.catalogue.updated(CatalogueChanges.merged([found]))
+    assert (catalogue.gone.tolist(), catalogue.table["price"][0]) == ([1], 7.0)
+    told = r"colour is no attribute of this catalogue, which has brand, categories, "
+    with pytest.raises(DataError, match=told):
+        replace(base, strict=True).check(changes(*rows), "1")
 
 
 def test_a_call_must_bring_an_id(base) -> None:

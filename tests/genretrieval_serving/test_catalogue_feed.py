@@ -257,6 +257,15 @@ def test_the_catalogue_is_not_built_again_without_a_file_that_cannot_be_read(ser
     assert serve().state() == served.state()
 
 
+def test_an_attribute_that_a_bundle_does_not_have_is_told_once(serve, folder, capsys) -> None:
+    served = serve()
+    for name in "ab":
+        put(folder, f"{NOW}-{name}", item_id=["item-1"], colour=["red"], op=["remove"])
+        served.feed.refresh()
+    assert (served.catalogue.gone.tolist(), served.refused) == ([1], 0)
+    assert capsys.readouterr().out.count("catalogue_attributes_unknown") == 1
+
+
 def test_what_vanishes_stays_in_force_until_a_restart(serve, folder) -> None:
     served = serve()
     path = put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
@@ -309,7 +318,7 @@ def test_what_would_be_lost_is_not_merged(folder, bundle) -> None:
     with pytest.raises(DataError, match=f"{NOW}-b.parquet: semantic IDs of other codebooks"):
         compact(folder, bundle)
     put(folder, f"{NOW}-b", old=True, item_id=["item-1"], colour=["red"])
-    with pytest.raises(DataError, match="colour is no attribute"):
+    with pytest.raises(DataError, match="colour: the bundle has no such attributes"):
         compact(folder, bundle)
     assert len(list(folder.iterdir())) == 2
 
