@@ -167,7 +167,8 @@ class CatalogueFeed:
         Raises:
             RequestError: the changes do not fit the catalogue that is served.
             IdempotencyKeyReusedError: the key came before with another request.
-            UnavailableError: the folder cannot be read or written to.
+            UnavailableError: the folder cannot be read or written to, so that nothing was changed; or the change is
+                written and not yet in force here. The message says which.
         """
         assert self._deployment is not None, "follow comes first"
         with self._turn:
@@ -210,7 +211,17 @@ class CatalogueFeed:
         note(_changed(changes, catalogue, name))
         codebooks = arm.manifest.files.get(CODEBOOKS)
         ChangesFile(changes.table(), codebooks, call=call).write(self.folder / name)
-        self.refresh()
+        failed: Exception | None = None
+        try:
+            self.refresh()
+        except Exception as error:  # noqa: BLE001 - whatever keeps it from being shown, it is written
+            failed = error
+        if failed or not self._followed(arm).has(name):
+            log.error("catalogue_change_not_in_force", file=name, exc_info=failed)
+            raise UnavailableError(
+                f"the change is written, as {name}, and not yet in force on this server, which goes on trying; servers "
+                "that can read the folder follow it. The log says why; to send it again changes nothing more"
+            ) from failed
         return _changed(changes, arm.retriever.catalogue, name)
 
     def _show(self, arm: Arm, catalogue: Catalogue) -> None:
@@ -275,6 +286,10 @@ class _Followed:
     def checker(retriever: Retriever, catalogue: Catalogue, *, strict: bool = False) -> ChangeChecker:
         """Of changes of a bundle's catalogue."""
         return ChangeChecker(catalogue, retriever.bundle.manifest, retriever.features.keywords, strict)
+
+    def has(self, name: str) -> bool:
+        """Whether a file is part of the catalogue."""
+        return name in self._applied
 
     def catch_up(self, folder: Path, names: Sequence[str]) -> None:
         """Apply what is new among the files of the folder."""

@@ -393,6 +393,33 @@ def test_a_full_folder_changes_nothing(serve, folder, monkeypatch) -> None:
     assert served.catalogue.revision == 0
 
 
+def test_a_change_that_is_written_is_not_said_to_be_none(serve, folder, monkeypatch, unreadable) -> None:
+    served = serve()
+    write = ChangesFile.write
+
+    def written(file: ChangesFile, path: Path) -> None:
+        write(file, path)
+        if path.name not in unreadable:
+            monkeypatch.setattr(served.feed, "folder", folder / "unmounted")
+
+    monkeypatch.setattr(ChangesFile, "write", written)
+    told = r"is written, as .*, and not yet in force on this server"
+    with pytest.raises(UnavailableError, match=told):
+        change(served, {"item_id": "item-1", "op": "remove"}, key="k")
+    monkeypatch.setattr(served.feed, "folder", folder)
+    assert change(served, {"item_id": "item-1", "op": "remove"}, key="k").n_removed == 1
+    assert (served.catalogue.gone.tolist(), len(list(folder.iterdir()))) == ([1], 1)
+
+    name = f"{datetime.now(UTC) + timedelta(hours=1):%Y%m%dT%H%M%S}-next.parquet"
+    monkeypatch.setattr(catalogue_feed, "_next_name", lambda *_: name)
+    unreadable.add(name)
+    with pytest.raises(UnavailableError, match=told):
+        change(served, {"item_id": "item-2", "op": "remove"})
+    unreadable.clear()
+    served.feed.refresh()
+    assert served.catalogue.gone.tolist() == [1, 2]
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue_feed, "POLL_SECONDS", 0.02)
