@@ -14,6 +14,7 @@ import time
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
@@ -366,7 +367,15 @@ class AdminSnapshot:
 
     def updated(self, changes: Changes) -> AdminSnapshot:
         """The snapshot after `changes`; only the items of what changed are looked for."""
+        if not changes.resources:  # as after each change of items, which only the audit tells of
+            return self._at(changes.revision)
         return self._resolved(self.items, changes, dict(self._compiled), dict(self.broken))
+
+    def _at(self, revision: int) -> AdminSnapshot:
+        """The same state at a later revision."""
+        later = copy(self)
+        later.revision, later._nothing = revision, replace(NO_EDITS, revision=revision)
+        return later
 
     def on(self, items: Items) -> AdminSnapshot:
         """The same state on another state of its catalogue; what is settled is kept, unless rows have moved."""

@@ -116,6 +116,15 @@ def test_it_asks_for_changes_only_where_the_revision_moved(make, store, stored) 
     assert store.asked == ["revision"]
 
 
+def test_a_revision_without_resources_has_nothing_compiled_again(make, store, stored, monkeypatch) -> None:
+    replica = make()
+    store.put(stored("rules/r", effect=BLOCK))
+    replica.refresh()
+    monkeypatch.setattr(AdminSnapshot, "_resolved", None)
+    assert store.put() == replica.refresh() == 2
+    assert (edits(replica).applied, edits(replica).revision) == (("rules/r",), 2)
+
+
 def test_slots_are_counted_after_a_change_and_as_time_goes_by(make, store, stored, metrics, elapsed) -> None:
     replica = make()
     binding = {"items": {"item_ids": ["item-1"]}}
