@@ -58,7 +58,13 @@ class Arm:
     """
 
     def __init__(
-        self, name: str, retriever: Retriever, replica: Replica | None = None, *, allow_unbound: bool = True
+        self,
+        name: str,
+        retriever: Retriever,
+        replica: Replica | None = None,
+        *,
+        allow_unbound: bool = True,
+        prepare_first: bool = False,
     ) -> None:
         """Find the items of all bindings and rules on the bundle's catalogue. Takes a while; not for the loop.
 
@@ -67,6 +73,8 @@ class Arm:
             retriever: the model.
             replica: admin state; None for a server without.
             allow_unbound: leave out bindings and rules that cannot hold on the bundle.
+            prepare_first: make text selectors quick before the arm is there, not while it answers. Where others answer
+                meanwhile, their admin state goes on being followed; it would wait at the first new text selector.
 
         Raises:
             BundleError: some cannot, and `allow_unbound` does not leave them out.
@@ -76,8 +84,11 @@ class Arm:
         view = None
         if replica is not None:
             items = Items(retriever.catalogue, retriever.bundle.manifest.reserved_slots)
+            if prepare_first:
+                _prepare(items)
             view = replica.view(items, allow_unbound=allow_unbound)
-            threading.Thread(target=_prepare, args=(items,), name="admin-texts", daemon=True).start()
+            if not prepare_first:
+                threading.Thread(target=_prepare, args=(items,), name="admin-texts", daemon=True).start()
         self.shown = Shown(retriever, view)
         self._closed = False
         self._showing = threading.Lock()
@@ -102,8 +113,9 @@ class Arm:
             if self._closed:
                 return
             before = self.shown
-            view = None if before.view is None else before.view.on(catalogue)
-            self.shown = Shown(before.retriever.on(catalogue), view)
+            # The view last: it is kept up to date from when it exists, so nothing may fail between that and its use.
+            retriever = before.retriever.on(catalogue)
+            self.shown = Shown(retriever, None if before.view is None else before.view.on(catalogue))
             if before.view is not None:
                 before.view.drop()
 
@@ -129,6 +141,11 @@ class Split(NamedTuple):
     canary: Arm | None = None
     share: float = 0.0
 
+    @property
+    def named(self) -> dict[str, Arm]:
+        """Arms by what they are here; `Arm.name` may already say what one is to become."""
+        return {"primary": self.primary} | ({} if self.canary is None else {"canary": self.canary})
+
 
 class Deployment:
     """The arms of a server.
@@ -149,7 +166,7 @@ class Deployment:
     @property
     def arms(self) -> list[Arm]:
         """All that take requests."""
-        return [arm for arm in self.split[:2] if arm is not None]
+        return list(self.split.named.values())
 
     def become(self, split: Split) -> None:
         """From now on requests go to these arms; those that have begun stay where they are."""
@@ -158,18 +175,18 @@ class Deployment:
                 arm.name, arm.since = name, datetime.now(UTC)
         self.split = split
 
-    def arm_for(self, request: RetrieveRequest) -> Arm:
-        """The arm that answers a request; of one user always the same, on all replicas.
+    def arm_for(self, request: RetrieveRequest) -> tuple[str, Arm]:
+        """The arm that answers a request, and what it is now; of one user always the same, on all replicas.
 
         Whoever a share takes in, a larger one does, too. Another canary takes in others.
         """
         primary, canary, share = self.split
         if canary is None:
-            return primary
+            return "primary", primary
         who = request.user_id or request.model_dump_json()
         salted = f"{canary.manifest.uuid} {who}".encode("utf-8", "surrogatepass")
         place = int.from_bytes(hashlib.blake2b(salted, digest_size=8).digest(), "big") / 2**64
-        return canary if place < share else primary
+        return ("canary", canary) if place < share else ("primary", primary)
 
 
 def reserved_slots(manifest: Manifest) -> list[SlotRef]:

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 import structlog
@@ -98,8 +98,8 @@ class Metrics:
         """Read when the admin state was last read when metrics are scraped."""
         self.admin_revision_lag.set_function(lag)
 
-    def watch_arms(self, arms: Callable[[], Iterable[Arm]]) -> None:
-        """Look what is served when metrics are scraped."""
+    def watch_arms(self, arms: Callable[[], Mapping[str, Arm]]) -> None:
+        """Look what is served, by name, when metrics are scraped."""
         self.registry.register(_Arms(arms))
 
     def text(self) -> bytes:
@@ -110,7 +110,7 @@ class Metrics:
 class _Arms(Collector):
     """Metrics of what is served; of a bundle that is served no more there are none."""
 
-    def __init__(self, arms: Callable[[], Iterable[Arm]]) -> None:
+    def __init__(self, arms: Callable[[], Mapping[str, Arm]]) -> None:
         self._arms = arms
 
     def collect(self) -> Iterable[Metric]:
@@ -120,11 +120,11 @@ class _Arms(Collector):
             "genretrieval_catalogue_revision", "Revision of the catalogue being served.", labels=labels[:1]
         )
         items = GaugeMetricFamily("genretrieval_catalogue_items", "Items that can be retrieved.", labels=labels[:1])
-        for arm in self._arms():
+        for name, arm in self._arms().items():
             catalogue = arm.retriever.catalogue
-            info.add_metric((arm.name, arm.manifest.version, arm.manifest.uuid), 1)
-            revision.add_metric((arm.name,), catalogue.revision)
-            items.add_metric((arm.name,), len(catalogue.item_ids) - len(catalogue.gone))
+            info.add_metric((name, arm.manifest.version, arm.manifest.uuid), 1)
+            revision.add_metric((name,), catalogue.revision)
+            items.add_metric((name,), len(catalogue.item_ids) - len(catalogue.gone))
         return info, revision, items
 
 

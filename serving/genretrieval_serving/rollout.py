@@ -204,7 +204,7 @@ class Rollout:
             split = Split(split.primary, canary, alias.canary.share)
         if split != before:
             self._deployment.become(split)
-            names = {arm.name: self._name_of(arm) for arm in self._deployment.arms}
+            names = {name: self._name_of(arm) for name, arm in split.named.items()}
             log.info("bundles_serving", alias=self.alias, **names, share=split.share)
         for name, arm in list(self._arms.items()):
             if arm not in self._deployment.arms and name not in alias.bundles:
@@ -217,7 +217,8 @@ class Rollout:
         log.info("bundle_loading", bundle=name)
         try:
             with self._loading:
-                arm = Arm("loaded", self._current(self.folder.open(name)), self._replica)
+                retriever = self._current(self.folder.open(name))
+                arm = Arm("loaded", retriever, self._replica, prepare_first=self._deployment is not None)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, what is served goes on
             before = self._failures.get(name)
             failure = self._failures[name] = _Failure.after(before, str(error))

@@ -64,7 +64,7 @@ class RetrievalService:
 
     def open(self, batcher: Batcher, deployment: Deployment) -> None:
         """Become ready, with a started batcher and what is served."""
-        self.metrics.watch_arms(lambda: deployment.arms)
+        self.metrics.watch_arms(lambda: deployment.split.named)
         self._open, self.state = (batcher, deployment), State.READY
 
     @property
@@ -113,15 +113,15 @@ class RetrievalService:
                 await _caught_up(deployment.primary, request.min_revision, deadline.left())
             completed = await self._completed(request, deadline.left())
             # After all that waits: an arm that was given up meanwhile has the admin state of then.
-            arm = deployment.arm_for(request)
+            name, arm = deployment.arm_for(request)
             answering = arm.answering(completed.request)
             response = await batcher.submit(
                 answering.retriever, completed.request, deadline.left(), answering.edits, caller.name
             )
         response = _told(response, completed, answering)
-        self.metrics.answered(response, arm.name)
+        self.metrics.answered(response, name)
         if self.served_log is not None:
-            self.served_log.answered(Answered(came, completed.request, response, answering, arm.name))
+            self.served_log.answered(Answered(came, completed.request, response, answering, name))
         return response
 
     async def _completed(self, request: RetrieveRequest, within: float | None) -> Completed:

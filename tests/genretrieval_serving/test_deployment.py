@@ -12,6 +12,7 @@ from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Retriever
 from genretrieval_serving.admin.replica import Replica
 from genretrieval_serving.admin.resources import Kind, RuleFields
+from genretrieval_serving.admin.snapshot import Items
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.store import Call, Create
 from genretrieval_serving.deployment import Arm, Deployment, Split
@@ -46,7 +47,7 @@ def test_a_share_takes_in_more_as_it_grows_and_another_canary_takes_in_others(bu
 
     def taken(canary: Arm, share: float) -> set[int]:
         deployment.become(Split(primary, canary, share))
-        return {n for n, request in enumerate(requests) if deployment.arm_for(request) is canary}
+        return {n for n, request in enumerate(requests) if deployment.arm_for(request) == ("canary", canary)}
 
     tenth, half = taken(canary, 0.1), taken(canary, 0.5)
     # Five standard deviations.
@@ -59,6 +60,41 @@ def test_a_share_takes_in_more_as_it_grows_and_another_canary_takes_in_others(bu
     assert [arm.name for arm in deployment.arms] == ["primary", "canary"]
     deployment.become(Split(canary))
     assert (canary.name, deployment.arms) == ("primary", [canary])
+
+
+def test_metrics_tell_arms_apart_while_one_takes_over(bundle, backend) -> None:
+    primary, canary = (arm_of(bundle, backend, uuid) for uuid in "pc")
+    deployment, metrics = Deployment(primary), Metrics()
+    deployment.become(Split(primary, canary, 1.0))
+    metrics.watch_arms(lambda: deployment.split.named)
+    canary.name = "primary"  # in the middle of `become`
+    assert deployment.arm_for(REQUEST) == ("canary", canary)
+    found = metrics.text().decode()
+    assert [found.count(f'catalogue_items{{arm="{name}"}}') for name in ("primary", "canary")] == [1, 1]
+
+
+def test_a_state_of_the_catalogue_that_cannot_be_shown_leaves_the_one_before(
+    bundle, backend, store, monkeypatch
+) -> None:
+    replica = Replica(store, Metrics())
+    arm = Arm("primary", Retriever(bundle, backend), replica)
+    shown, views = arm.shown, replica._views
+
+    def on(*_: Any) -> Retriever:
+        raise MemoryError
+
+    monkeypatch.setattr(Retriever, "on", on)
+    with pytest.raises(MemoryError):
+        arm.show(shown.retriever.catalogue)
+    assert (arm.shown, replica._views) == (shown, views)
+
+
+def test_an_arm_that_waits_for_text_keeps_no_others_from_being_followed(bundle, backend, store, monkeypatch) -> None:
+    replica = Replica(store, Metrics())
+    followed_by: list[int] = []
+    monkeypatch.setattr(Items, "prepare", lambda _: followed_by.append(len(replica._views)))
+    Arm("loaded", Retriever(bundle, backend), replica, prepare_first=True)
+    assert (followed_by, len(replica._views)) == ([0], 1)
 
 
 def test_model_and_admin_state_are_of_one_state_of_the_catalogue(bundle, backend, store) -> None:
