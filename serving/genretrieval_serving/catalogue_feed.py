@@ -110,10 +110,7 @@ class CatalogueFeed:
             try:
                 followed.catch_up(self.folder, self._names())
             except OSError as error:
-                raise UnavailableError(
-                    f"{self.folder} cannot be read ({error.strerror}), and without its changes items would be served "
-                    "that are sold out; see that it is mounted"
-                ) from error
+                raise self._unreadable(error) from error
             self._of_bundle[retriever.bundle.manifest.uuid] = followed
             return retriever if followed.catalogue is retriever.catalogue else retriever.on(followed.catalogue)
 
@@ -128,6 +125,20 @@ class CatalogueFeed:
         if self._thread.is_alive():
             self._thread.join()
 
+    def catch_up(self, arm: Arm) -> None:
+        """Show one arm what is new, right before it takes over; else what was removed while it loaded would come back.
+
+        For `genretrieval_serving.rollout`: an arm that takes no requests yet is not among those that are followed.
+
+        Raises:
+            UnavailableError: the folder cannot be read.
+        """
+        with self._turn:
+            try:
+                self._bring_up(arm, self._names())
+            except OSError as error:
+                raise self._unreadable(error) from error
+
     def refresh(self) -> None:
         """Apply and show what is new now.
 
@@ -138,11 +149,7 @@ class CatalogueFeed:
         with self._turn:
             names, arms = self._names(), self._deployment.arms
             for arm in arms:
-                followed = self._followed(arm)
-                followed.catch_up(self.folder, names)
-                if followed.catalogue is not arm.retriever.catalogue:
-                    self._show(arm, followed.catalogue)
-                followed.served_at = time.monotonic()
+                self._bring_up(arm, names)
             latest = time.monotonic() - _UNSERVED_SECONDS
             self._of_bundle = {uuid_: one for uuid_, one in self._of_bundle.items() if one.served_at > latest}
 
@@ -223,6 +230,19 @@ class CatalogueFeed:
                 "that can read the folder follow it. The log says why; to send it again changes nothing more"
             ) from failed
         return _changed(changes, arm.retriever.catalogue, name)
+
+    def _unreadable(self, error: OSError) -> UnavailableError:
+        return UnavailableError(
+            f"{self.folder} cannot be read ({error.strerror}), and without its changes items would be served "
+            "that are sold out; see that it is mounted"
+        )
+
+    def _bring_up(self, arm: Arm, names: Sequence[str]) -> None:
+        followed = self._followed(arm)
+        followed.catch_up(self.folder, names)
+        if followed.catalogue is not arm.retriever.catalogue:
+            self._show(arm, followed.catalogue)
+        followed.served_at = time.monotonic()
 
     def _show(self, arm: Arm, catalogue: Catalogue) -> None:
         begun = time.monotonic()

@@ -332,6 +332,19 @@ def test_every_arm_is_shown_every_change(bundle, keyword_bundle, backend, folder
     assert [arm.retriever.catalogue.gone.tolist() for arm in (served.arm, canary)] == [[1], [1]]
 
 
+def test_an_arm_that_takes_over_has_what_changed_while_it_loaded(bundle, keyword_bundle, backend, folder) -> None:
+    served = Served(bundle, backend, folder)
+    loaded = Arm("loaded", served.feed.current(Retriever(keyword_bundle, backend)))
+    put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
+    served.feed.refresh()
+    assert (served.catalogue.gone.tolist(), loaded.retriever.catalogue.gone.tolist()) == ([1], [])
+    served.feed.catch_up(loaded)
+    assert loaded.retriever.catalogue.gone.tolist() == [1]
+    served.feed.folder = folder / "unmounted"
+    with pytest.raises(UnavailableError, match="see that it is mounted"):
+        served.feed.catch_up(loaded)
+
+
 def change(served: Served, *rows: dict[str, Any], **call: Any) -> Any:
     table = pl.DataFrame(list(rows), {"semantic_id": pl.List(pl.Int64())} if "semantic_id" in rows[0] else None)
     asked = {"fingerprint": call.pop("fingerprint", "1"), "principal": "ann"}
