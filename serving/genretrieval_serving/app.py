@@ -308,17 +308,15 @@ class Server:
         if isinstance(self._model, Followed):
             assert self._store is not None
             assert self._replica is not None
-            self._rollout = Rollout(self._model, self._replica, self._store, self.service.metrics, self._current)
+            self._rollout = Rollout(self._model, self._replica, self._store, self.service.metrics, self._feed)
             return self._rollout.begin()
-        retriever = self._current(self._model())
+        retriever = self._model()
+        if self._feed is not None:
+            retriever = self._feed.current(retriever)
         arm = Arm("primary", retriever, self._replica, allow_unbound=self.settings.allow_unbound)
         if self._store is not None:
             self._store.sync_slots(reserved_slots(arm.manifest), preferred_levels(retriever))
         return Deployment(arm)
-
-    def _current(self, retriever: Retriever) -> Retriever:
-        """A bundle just opened, on its catalogue as it is now."""
-        return retriever if self._feed is None else self._feed.current(retriever)
 
     async def stop(self) -> None:
         """Stop being ready, stop listening, finish what was accepted."""
@@ -339,7 +337,7 @@ class Server:
             await self._batcher.stop(max(0.0, latest - loop.time()))
         await self.service.close()
         if self._feed is not None:
-            await asyncio.to_thread(self._feed.stop)
+            await asyncio.to_thread(self._feed.stop, max(0.0, latest - loop.time()))
         if self._rollout is not None:
             await asyncio.to_thread(self._rollout.stop, max(0.0, latest - loop.time()))
         if self._replica is not None:

@@ -119,11 +119,14 @@ class CatalogueFeed:
         self._deployment = deployment
         self._thread.start()
 
-    def stop(self) -> None:
-        """Stop following; the catalogues stay as they are."""
+    def stop(self, grace: float) -> None:
+        """Stop following; the catalogues stay as they are.
+
+        Changes that are just being applied get `grace` seconds; a file system that hangs keeps no server from ending.
+        """
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(grace)
 
     def catch_up(self, arm: Arm) -> None:
         """Show one arm what is new, right before it takes over; else what was removed while it loaded would come back.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -475,6 +476,18 @@ def test_the_thread_goes_on_after_a_fault(start, folder, quick, monkeypatch) -> 
         monkeypatch.setattr(feed, "folder", folder)
         put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
         until(lambda: arm.retriever.catalogue.revision == 1)
+
+
+def test_a_file_system_that_hangs_does_not_keep_a_server(bundle, backend, folder, quick, monkeypatch) -> None:
+    served, hanging, gate = Served(bundle, backend, folder), threading.Event(), threading.Event()
+    monkeypatch.setattr(served.feed, "_names", lambda: hanging.set() or gate.wait(20) and [])
+    served.feed.follow(served.feed._deployment)
+    assert hanging.wait(20)
+    served.feed.stop(0.01)
+    assert (served.feed._thread.is_alive(), served.feed._thread.daemon) == (True, True)
+    gate.set()
+    served.feed.stop(20)
+    assert not served.feed._thread.is_alive()
 
 
 @pytest.fixture
