@@ -480,7 +480,7 @@ def test_the_thread_goes_on_after_a_fault(start, folder, quick, monkeypatch) -> 
 
 def test_a_file_system_that_hangs_does_not_keep_a_server(bundle, backend, folder, quick, monkeypatch) -> None:
     served, hanging, gate = Served(bundle, backend, folder), threading.Event(), threading.Event()
-    monkeypatch.setattr(served.feed, "_names", lambda: hanging.set() or gate.wait(20) and [])
+    monkeypatch.setattr(served.feed, "_names", lambda: hanging.set() or (gate.wait(20) and []))
     served.feed.follow(served.feed._deployment)
     assert hanging.wait(20)
     served.feed.stop(0.01)
