@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,6 +19,7 @@ from genretrieval_serving.admin.resources import Alias, AliasFields, Kind
 from genretrieval_serving.admin.snapshot import Items
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.bundle_folder import BundleFolder
+from genretrieval_serving.catalogue_feed import CatalogueFeed
 from genretrieval_serving.deployment import Arm, Deployment, Split, preferred_levels, reserved_slots
 from genretrieval_serving.observability import Metrics
 
@@ -71,7 +72,7 @@ class Rollout:
         replica: Replica,
         store: SqlStore,
         metrics: Metrics,
-        current: Callable[[Retriever], Retriever] = lambda retriever: retriever,
+        feed: CatalogueFeed | None = None,
     ) -> None:
         """A rollout that has loaded nothing yet.
 
@@ -80,10 +81,10 @@ class Rollout:
             replica: knows what the alias says.
             store: where it is kept which slots can be bound.
             metrics: where failures are counted.
-            current: brings a bundle just opened to the present state of its catalogue.
+            feed: brings the catalogues of bundles to their present state; None where they stay as they were exported.
         """
         self.folder, self.alias = followed.folder, followed.alias
-        self._replica, self._store, self._metrics, self._current = replica, store, metrics, current
+        self._replica, self._store, self._metrics, self._feed = replica, store, metrics, feed
         self._deployment: Deployment | None = None
         self._arms: dict[str, Arm] = {}
         self._failures: dict[str, _Failure] = {}
@@ -140,7 +141,7 @@ class Rollout:
                 continue
             with self._loading:
                 try:
-                    retriever = self._current(self.folder.open(name))
+                    retriever = self._open(name)
                     items = Items(retriever.catalogue, retriever.bundle.manifest.reserved_slots)
                     self._replica.view(items, allow_unbound=allow_unbound).drop()
                 except BundleError as error:
@@ -203,6 +204,9 @@ class Rollout:
         if alias.canary and canary not in (None, split.primary):
             split = Split(split.primary, canary, alias.canary.share)
         if split != before:
+            for arm in split.named.values():
+                if self._feed is not None and arm not in self._deployment.arms:
+                    self._feed.catch_up(arm)
             self._deployment.become(split)
             names = {name: self._name_of(arm) for name, arm in split.named.items()}
             log.info("bundles_serving", alias=self.alias, **names, share=split.share)
@@ -211,14 +215,18 @@ class Rollout:
                 self._arms.pop(name).close()
         self._failures = {name: failure for name, failure in self._failures.items() if name in alias.bundles}
 
+    def _open(self, name: str) -> Retriever:
+        """A bundle on its catalogue as it is now."""
+        retriever = self.folder.open(name)
+        return retriever if self._feed is None else self._feed.current(retriever)
+
     def _load(self, name: str) -> Arm | None:
         """Make a bundle ready to answer; None where it cannot be served."""
         begun = time.monotonic()
         log.info("bundle_loading", bundle=name)
         try:
             with self._loading:
-                retriever = self._current(self.folder.open(name))
-                arm = Arm("loaded", retriever, self._replica, prepare_first=self._deployment is not None)
+                arm = Arm("loaded", self._open(name), self._replica, prepare_first=self._deployment is not None)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, what is served goes on
             before = self._failures.get(name)
             failure = self._failures[name] = _Failure.after(before, str(error))

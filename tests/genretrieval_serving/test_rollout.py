@@ -14,22 +14,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import onnx.parser
+import polars as pl
 import pytest
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from genretrieval.bundle import CATALOGUE, GRAPH, MANIFEST, Manifest, load_bundle, sha256
+from genretrieval.catalogue_changes import ChangesFile, file_name
 from genretrieval.cli import app
 from genretrieval.errors import BundleError, ConflictError, InvalidInputError, NotFoundError
 from genretrieval.request import RetrieveResponse
 from genretrieval.retrieval import Retriever
 from genretrieval_serving import bundle_folder as bundle_folder_module
+from genretrieval_serving import catalogue_feed as catalogue_feed_module
 from genretrieval_serving import rollout as rollout_module
 from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.resources import AliasFields, Canary, Kind
@@ -37,6 +40,7 @@ from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.store import Call, Create, Update
 from genretrieval_serving.bundle_folder import BundleFolder, open_retriever
 from genretrieval_serving.client import Client
+from genretrieval_serving.deployment import Arm
 from genretrieval_serving.rollout import Followed
 
 USERS = [f"user-{n}" for n in range(60)]
@@ -351,6 +355,29 @@ def test_what_is_wanted_no_more_when_it_is_loaded_is_given_up(serving, follow, s
         until(lambda: len(opened) == 2 and opened[1]() is None)
         assert names(admin) == {"primary": "a"}
         assert running.metric("genretrieval_bundle_load_failures_total") == 0
+
+
+def test_what_is_removed_while_a_bundle_loads_is_never_retrieved_from_it(
+    serving, follow, store, tmp_path, monkeypatch
+) -> None:
+    put(store, "a")
+    (tmp_path / "changes").mkdir()
+    original = Arm.__init__
+
+    def loaded(self: Arm, name: str, *given: Any, **options: Any) -> None:
+        original(self, name, *given, **options)
+        if name == "loaded" and self.manifest.uuid == UUIDS["b"]:
+            ids = {"item_id": ["b-item-9"], "op": ["remove"]}
+            ChangesFile(pl.DataFrame(ids)).write(tmp_path / "changes" / file_name(datetime.now(UTC), "sold"))
+
+    monkeypatch.setattr(Arm, "__init__", loaded)
+    # Nobody looks by himself.
+    monkeypatch.setattr(catalogue_feed_module, "POLL_SECONDS", 60.0)
+    with served(serving, follow(), store, catalogue_changes=tmp_path / "changes") as (_, admin):
+        put(store, "b")
+        until(lambda: names(admin) == {"primary": "b"})
+        (primary,) = admin.deployment().arms
+        assert (primary.items, primary.catalogue_revision) == (23, 1)
 
 
 def test_all_replicas_follow_and_a_new_one_comes_up_with_what_they_serve(serving, follow, store) -> None:
