@@ -25,7 +25,7 @@ from genretrieval.bundle import GRAPH
 from genretrieval.catalogue import build_index, graph_inputs
 from genretrieval.errors import GenRetrievalError
 from genretrieval.figures import Figure
-from genretrieval.masks import MASK_ROWS, MaskRows
+from genretrieval.masks import MASK_ROWS, Mask, MaskRows
 from genretrieval.request import Filters, RetrieveRequest
 from genretrieval.retrieval import Backend, Retriever
 from genretrieval_pipelines.random_bundle import SHAPES, Shape, random_bundle
@@ -177,6 +177,11 @@ def _filters(retriever: Retriever, rounds: int) -> dict[str, Figure]:
     prices = np.sort(retriever.catalogue.table["price"].to_numpy())
     lows = [Filters(min_price=float(low)) for low in np.linspace(10, 80, N_FILTERS)]
     few = Filters(min_price=float(prices[-N_SELECTED]))
+    made = []
+    for low in lows:
+        started = time.process_time()
+        with retriever.masks.hold([Mask(low)]):
+            made.append(time.process_time() - started)
     n_few = int((prices >= prices[-N_SELECTED]).sum())
     contenders = {
         "one": [[user.model_copy(update={"filters": lows[0]}) for user in users]],
@@ -188,6 +193,7 @@ def _filters(retriever: Retriever, rounds: int) -> dict[str, Figure]:
         raise WrongAnswerError(f"{n_few} items match a filter and {found} were found: this is a bug of the search")
     times = take_turns({name: Contender(retriever, batches) for name, batches in contenders.items()}, rounds)
     return {
+        f"scale.new_filter_ms.n{retriever.catalogue.index.n_items}": _spread(np.asarray(made) * 1e3, "ms"),
         "scale.filters_ratio.eight_over_one": _spread(times["eight"] / times["one"], "ratio"),
         f"scale.filters_ratio.selects_{n_few}_over_none": _spread(times["few"] / times["none"], "ratio"),
     }

@@ -35,7 +35,8 @@ def test_every_figure_is_there(unexported: None, monkeypatch: pytest.MonkeyPatch
     for name in (
         "resident_bytes_per_item.4x256.n200", "index_bytes_per_item.keyword.n400", "index_bytes_per_item.rq_opq.n400",
         "rebuild_s.n400", "latency_ratio.n400_over_n200", "exclusions_ratio.100_found", "exclusions_ratio.100_drawn",
-        "exclusions_ratio.100_of_history", "filters_ratio.eight_over_one", "filters_ratio.selects_10_over_none",
+        "exclusions_ratio.100_of_history", "new_filter_ms.n400", "filters_ratio.eight_over_one",
+        "filters_ratio.selects_10_over_none",
     ):  # fmt: skip
         assert f"scale.{name}" in figures, name
 
