@@ -8,7 +8,9 @@ import math
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -285,7 +287,7 @@ class Server:
         if self._store is not None:
             self._replica = Replica(self._store, self.service.metrics, listen=self.settings.listen)
             await self._replica.start()
-        deployment = await asyncio.to_thread(self._deploy)
+        deployment = await _given_up_at_exit(self._deploy)
         await self._batcher.warm_up(deployment.primary.retriever)
         await self._batcher.start()
         if self._feed is not None:
@@ -345,6 +347,21 @@ class Server:
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
         log.info("stopped")
+
+
+async def _given_up_at_exit(work: Callable[[], Deployment]) -> Deployment:
+    """What `work` returns, in a thread of its own: the process waits at its end for those of a pool, not for this."""
+    outcome: Future[Deployment] = Future()
+
+    def do() -> None:
+        outcome.set_running_or_notify_cancel()
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+            outcome.set_exception(error)
+
+    threading.Thread(target=do, name="loading", daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 def _bracketed(host: str) -> str:

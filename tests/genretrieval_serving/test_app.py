@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -149,6 +151,21 @@ def test_sigterm_ends_the_process_when_its_requests_are_answered(bundle_path) ->
     calls = [event for event in events if event["event"] == "request"]
     assert {(call["transport"], call["code"]) for call in calls} == {("rest", 200), ("grpc", "OK")}
     assert all(call["request_id"] for call in calls)
+
+
+def test_a_bundle_that_loads_for_long_does_not_hold_up_the_end() -> None:
+    go_on, loaded = threading.Event(), threading.Event()
+
+    def open_retriever() -> Retriever:
+        os.kill(os.getpid(), signal.SIGTERM)
+        go_on.wait(60)
+        loaded.set()
+        raise BundleError("too late for anybody")
+
+    run_forever(lambda: Server(open_retriever, Settings(http_port=0, grpc_port=0)))
+    assert not loaded.is_set()
+    go_on.set()
+    assert loaded.wait(10)
 
 
 def test_a_bundle_that_cannot_be_served_ends_serve(tmp_path, backend) -> None:
