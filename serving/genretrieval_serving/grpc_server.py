@@ -86,8 +86,8 @@ class _Servicer(stubs.RetrievalServiceServicer):
                     code = error.grpc_code
                     told = (("reason", error.reason), ("x-request-id", id_), *retry_headers(error).items())
                     await context.abort(grpc.StatusCode[code], str(error), trailing_metadata=told)
-                # Not before: a call that has begun to be answered is never tried again on another replica.
-                await context.send_initial_metadata((("x-request-id", id_),))
+                # At the end, with the answer: a call that has begun to be answered is never tried on another replica.
+                context.set_trailing_metadata((("x-request-id", id_),))
                 code = "OK"
                 return answer
             except asyncio.CancelledError:

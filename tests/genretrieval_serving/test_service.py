@@ -215,7 +215,7 @@ def test_a_request_id_is_echoed_or_made(running, http) -> None:
     with grpc.insecure_channel(running.grpc_address) as channel:
         call = stubs.RetrievalServiceStub(channel).GetInfo.with_call
         _, answer = call(pb.GetInfoRequest(), metadata=(("x-request-id", "abc-2"),), timeout=10)
-    assert dict(answer.initial_metadata())["x-request-id"] == "abc-2"
+    assert dict(answer.trailing_metadata())["x-request-id"] == "abc-2"
 
 
 def test_rest_errors_of_the_framework_have_the_same_shape(running, http) -> None:
