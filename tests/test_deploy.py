@@ -373,7 +373,7 @@ def metric_labels() -> dict[str, set[str]]:
     metrics = Metrics()
     catalogue = SimpleNamespace(revision=0, item_ids=[], gone=[])
     manifest, retriever = SimpleNamespace(version="1", uuid="1"), SimpleNamespace(catalogue=catalogue)
-    metrics.watch_arms(lambda: [SimpleNamespace(name="primary", manifest=manifest, retriever=retriever)])
+    metrics.watch_arms(lambda: {"primary": SimpleNamespace(manifest=manifest, retriever=retriever)})
     labels = {sample.name: set(sample.labels) for metric in metrics.registry.collect() for sample in metric.samples}
     # A metric with labels has no sample before something was counted.
     for collector in vars(metrics).values():
