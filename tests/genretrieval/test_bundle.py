@@ -152,12 +152,14 @@ def test_a_failed_export_leaves_nothing_and_the_older_bundle_alone(path) -> None
 )
 def test_a_full_disk_leaves_nothing_and_says_how_far_it_came(path, error) -> None:
     before = load_bundle(path).manifest
-    with (
-        pytest.raises(BundleError, match=r"disk is full: .* for the bundle \S+ after 1,500 bytes"),
-        write_bundle(path, before.model_copy(update={"uuid": "another"})) as folder,
-    ):
-        (folder / "retriever.onnx").write_bytes(bytes(1500))
-        raise error
+
+    def fill() -> None:
+        with write_bundle(path, before.model_copy(update={"uuid": "another"})) as folder:
+            (folder / "retriever.onnx").write_bytes(bytes(1500))
+            raise error
+
+    with pytest.raises(BundleError, match=r"disk is full: .* for the bundle \S+ after 1,500 bytes"):
+        fill()
     assert load_bundle(path).manifest == before
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
