@@ -817,6 +817,31 @@ def bench_catalogue(
     _report_figures(bench(bundle, command, _open_backend, Console(stderr=True), rounds), json_file)
 
 
+@bench_app.command("overload")
+def bench_overload(
+    folder: Annotated[Path, typer.Option(help="Where a random bundle and the server's log go.")],
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to serve; by default the random one.")] = None,
+    items: Annotated[int, typer.Option(help="Items of the random bundle.")] = 100_000,
+    seconds: Annotated[float, typer.Option(help="Of each load: 80 % of the capacity, threefold, 80 % again.")] = 60.0,
+    quick: Annotated[bool, typer.Option(help="Few items and two seconds a load; for a smoke test.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Three times what a server can carry: who is refused and how soon, how long the others wait, and recovery."""
+    with _extra("train"):
+        from genretrieval_pipelines.random_bundle import write_random_bundle
+    with _extra("serve"):
+        from genretrieval_serving.bench_overload import QUICK, OverloadConfig
+        from genretrieval_serving.bench_overload import bench_overload as bench
+    items = 2_000 if quick else items
+    if bundle is None:
+        bundle = folder / f"random-{items}"
+        if not bundle.exists():
+            write_random_bundle(bundle, items)
+    config = QUICK if quick else OverloadConfig(seconds=seconds)
+    command = [sys.executable, "-m", "genretrieval.cli"]
+    _report_figures(bench(bundle, command, Console(stderr=True), config), json_file)
+
+
 @bench_app.command("swap")
 def bench_swap(
     folder: Annotated[Path, typer.Option(help="Where two random bundles, the admin store and the log go.")],
