@@ -106,6 +106,18 @@ def test_a_mask_is_found_again_by_its_array_and_not_by_an_equal_one() -> None:
         assert one == same != other
 
 
+def test_what_was_written_goes_on_as_another_array() -> None:
+    """Whoever keeps a copy on a device sends it again by that; what is found again is the same."""
+    masks = MaskRows(catalogue([(0, 0, 0), (1, 1, 0)]), n_rows=4)
+    before = masks.arrays
+    with masks.hold([Mask(Filters(min_price=1))]):
+        written = masks.arrays
+        assert all(written[name] is not array for name, array in before.items())
+        assert all(written[name].base is not None for name in before)
+        with masks.hold([Mask(Filters(min_price=1)), Mask()]):
+            assert all(masks.arrays[name] is array for name, array in written.items())
+
+
 @pytest.mark.parametrize("opened", [(), (0,), (1,), (0, 1)])
 def test_row_zero_keeps_keyword_leaves_closed(opened: tuple[int, ...]) -> None:
     made = catalogue([(0, 0, 0), (1, 1, 0)])
