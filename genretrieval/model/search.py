@@ -294,7 +294,8 @@ class BeamSearch(nn.Module):
         """
         n_beams = live_BQ.shape[1]
         number_Q = torch.arange(1, n_beams + 1, dtype=torch.float32, device=live_BQ.device)
-        beam_BE = ((parent_BE[..., None] == live_BQ[:, None]).float() @ number_Q).long()
+        # Half a beam more, because a product need not be exact in every precision.
+        beam_BE = ((parent_BE[..., None] == live_BQ[:, None]).float() @ number_Q + 0.5).long()
         # What no beam stands above closes a filler, which is closed anyway.
         place_BE = torch.where(beam_BE > 0, (beam_BE - 1) * n_slots + child_BE, n_beams * n_slots)
         return filled_BX.scatter(1, place_BE, CLOSED)
