@@ -28,7 +28,14 @@ else; the command line, REST and gRPC read them from there.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
+
+
+@cache
+def _reason(name: str) -> str:
+    name = name.removesuffix("Error")
+    return "".join("_" + c if c.isupper() and i else c for i, c in enumerate(name)).upper()
 
 
 class GenRetrievalError(Exception):
@@ -41,8 +48,7 @@ class GenRetrievalError(Exception):
     @property
     def reason(self) -> str:
         """Stable machine-readable name, e.g. ``INVALID_INPUT`` (REST `reason`, metric label)."""
-        name = type(self).__name__.removesuffix("Error")
-        return "".join("_" + c if c.isupper() and i else c for i, c in enumerate(name)).upper()
+        return _reason(type(self).__name__)
 
 
 class InvalidInputError(GenRetrievalError, ValueError):

@@ -154,6 +154,7 @@ class _Http:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing asks for the address of a caller
                 timeout_graceful_shutdown=max(1, round(drain_seconds)),
                 ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
             )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +87,7 @@ class Batcher:
         self._running_rows, self._running_until = 0, 0.0
         self._allowed, self._looked = max_wait, 0.0
         # One thread: a second batch at the same time would only share the same cores.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrieve")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrieve", initializer=_step_back)
         self._worker: asyncio.Task[None] | None = None
         metrics.watch_queue(self._queue.__len__, lambda: self._queue.rows + self._running_rows)
 
@@ -269,6 +271,12 @@ class Batcher:
         call = loop.run_in_executor(self._thread, tracing.carried(retriever.retrieve), requests, edits)
         (outcome,) = await asyncio.gather(call, return_exceptions=True)
         return outcome
+
+
+def _step_back() -> None:
+    """Leave the core to the event loop whenever it wants it: it needs little, and whoever is refused waits for it."""
+    if sys.platform == "linux":  # elsewhere this is of a whole process
+        os.nice(10)
 
 
 def rows_of(retriever: Retriever, request: RetrieveRequest, edits: Edits) -> int:
