@@ -823,6 +823,7 @@ def bench_overload(
     bundle: Annotated[Path | None, typer.Option(help="Bundle to serve; by default the random one.")] = None,
     items: Annotated[int, typer.Option(help="Items of the random bundle.")] = 100_000,
     seconds: Annotated[float, typer.Option(help="Of each load: 80 % of the capacity, threefold, 80 % again.")] = 60.0,
+    max_batch: Annotated[int | None, typer.Option(help="Rows of a batch; by default the server's own.")] = None,
     quick: Annotated[bool, typer.Option(help="Few items and two seconds a load; for a smoke test.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -837,7 +838,7 @@ def bench_overload(
         bundle = folder / f"random-{items}"
         if not bundle.exists():
             write_random_bundle(bundle, items)
-    config = QUICK if quick else OverloadConfig(seconds=seconds)
+    config = QUICK if quick else OverloadConfig(seconds=seconds, max_batch=max_batch)
     command = [sys.executable, "-m", "genretrieval.cli"]
     _report_figures(bench(bundle, command, Console(stderr=True), config), json_file)
 
