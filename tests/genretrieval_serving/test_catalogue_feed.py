@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import polars as pl
 import pytest
+from structlog.testing import capture_logs
 
 from genretrieval.bundle import Bundle
 from genretrieval.catalogue_changes import ChangeChecker, ChangesFile
@@ -258,13 +259,14 @@ def test_the_catalogue_is_not_built_again_without_a_file_that_cannot_be_read(ser
     assert serve().state() == served.state()
 
 
-def test_an_attribute_that_a_bundle_does_not_have_is_told_once(serve, folder, capsys) -> None:
+def test_an_attribute_that_a_bundle_does_not_have_is_told_once(serve, folder) -> None:
     served = serve()
-    for name in "ab":
-        put(folder, f"{NOW}-{name}", item_id=["item-1"], colour=["red"], op=["remove"])
-        served.feed.refresh()
+    with capture_logs() as logged:
+        for name in "ab":
+            put(folder, f"{NOW}-{name}", item_id=["item-1"], colour=["red"], op=["remove"])
+            served.feed.refresh()
     assert (served.catalogue.gone.tolist(), served.refused) == ([1], 0)
-    assert capsys.readouterr().out.count("catalogue_attributes_unknown") == 1
+    assert [entry["event"] for entry in logged].count("catalogue_attributes_unknown") == 1
 
 
 def test_what_vanishes_stays_in_force_until_a_restart(serve, folder) -> None:
