@@ -105,7 +105,14 @@ async def retrieve(
     return await _unless_gone(http, service.retrieve(request, within, caller))
 
 
+async def _batch_retrieve(http: Request) -> Response:
+    batch = await body_of(http, BatchRetrieveRequest)
+    within = await _within(http.headers.get("x-request-timeout"))
+    return json_of(await batch_retrieve(batch, http, await _service(http), within, await _caller(http)))
+
+
 @router.post("/v1/retrieve:batch", operation_id="batchRetrieve")
+@answered_by(_batch_retrieve)
 async def batch_retrieve(
     batch: BatchRetrieveRequest, http: Request, service: Service, within: Within, caller: Caller
 ) -> BatchRetrieveResponse:
@@ -114,7 +121,13 @@ async def batch_retrieve(
     return BatchRetrieveResponse(results=[BatchResult.of(outcome) for outcome in outcomes])
 
 
+async def _record_events(http: Request) -> Response:
+    batch = await body_of(http, RecordEventsRequest)
+    return json_of(await record_events(batch, await _service(http)), status_code=202)
+
+
 @router.post("/v1/events", operation_id="recordEvents", status_code=202)
+@answered_by(_record_events)
 async def record_events(batch: RecordEventsRequest, service: Service) -> RecordEventsResponse:
     """What somebody did with items: it is logged, and joins the user's history before this answers."""
     return await service.record_events(batch.events)

@@ -111,9 +111,9 @@ async def body_of(request: Request, model: type[_Body]) -> _Body:
         raise request_error(error.errors(include_url=False, include_input=False)) from error
 
 
-def json_of(model: BaseModel) -> Response:
+def json_of(model: BaseModel, status_code: int = 200) -> Response:
     """A `model` as a response."""
-    return Response(model.model_dump_json(), media_type="application/json")
+    return Response(model.model_dump_json(), status_code, media_type="application/json")
 
 
 def _from_elsewhere(request: Request) -> bool:

@@ -163,6 +163,20 @@ def test_what_is_no_event_is_refused_by_both_alike(start, tmp_path, changes, mes
     assert rows(tmp_path, EVENTS_FOLDER) == []
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/events", r'{"events": [{"item_id": "i", "event": "click", "user_id": "\ud800"}]}'),
+        ("/v1/retrieve:batch", r'{"requests": [{"profile": {"country": "\ud800"}}]}'),
+    ],
+)
+def test_half_a_character_is_refused_at_the_door(start, tmp_path, path, body) -> None:
+    """JSON can spell it, and nothing that is written can hold it."""
+    with start(served_log=LogSettings(tmp_path)) as running:
+        answer = httpx.post(f"{running.http}{path}", content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["reason"]) == (400, "REQUEST")
+
+
 @pytest.mark.parametrize("n", [0, MAX_EVENTS + 1])
 def test_the_number_of_events_is_limited(start, tmp_path, n) -> None:
     with start(served_log=LogSettings(tmp_path)) as running:
