@@ -104,6 +104,7 @@ async def _measure(
         if unknown := set(counts) - {200, 429}:
             raise GenRetrievalError(f"the server answered with status {sorted(unknown)}; see its log")
     probing.cancel()
+    load.close()
     return _figures(capacity, loads, resident, probes, config)
 
 

@@ -92,11 +92,18 @@ class OpenLoad:
         self._host, self._port = place.hostname or "", place.port or 80
         self._requests = requests
         self._idle: list[_Connection] = []
+        self._made: list[_Connection] = []
 
     async def connect(self) -> _Connection:
         """A connection of one's own."""
         _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, self._port)
+        self._made.append(connection)
         return connection
+
+    def close(self) -> None:
+        """End all connections."""
+        for connection in self._made:
+            connection.transport.abort()
 
     async def closed(self, connections: int, seconds: float) -> float:
         """Answers a second to callers that each wait for one before the next."""
