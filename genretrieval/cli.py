@@ -823,7 +823,7 @@ def bench_overload(
     bundle: Annotated[Path | None, typer.Option(help="Bundle to serve; by default the random one.")] = None,
     items: Annotated[int, typer.Option(help="Items of the random bundle.")] = 100_000,
     seconds: Annotated[float, typer.Option(help="Of each load: 80 % of the capacity, threefold, 80 % again.")] = 60.0,
-    max_batch: Annotated[int | None, typer.Option(help="Rows of a batch; by default the server's own.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Rows of a batch, of the server.")] = 8,
     quick: Annotated[bool, typer.Option(help="Few items and two seconds a load; for a smoke test.")] = False,
     json_file: JsonFile = None,
 ) -> None:

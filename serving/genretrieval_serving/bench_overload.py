@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from genretrieval.bundle import load_bundle
 from genretrieval.errors import GenRetrievalError
 from genretrieval.figures import Figure
 from genretrieval.request import HistoryEvent, RetrieveRequest
+from genretrieval_serving.batcher import STANDING_BATCHES
 from genretrieval_serving.live_server import running_server
 from genretrieval_serving.open_loop import Answers, OpenLoad, Probes
 
@@ -32,10 +34,9 @@ class OverloadConfig:
     Attributes:
         seconds: of each of the three loads: moderate, overload, moderate again.
         capacity_seconds: of the closed loop before them, which finds out what the server can carry.
-        connections: of that loop; as many as make its batches full and not more.
         moderate: share of the capacity.
         overload: the same, above 1.
-        max_batch: of the server; None for its default.
+        max_batch: of the server.
         n_requests: distinct requests.
         history: items of each.
         seed: of everything drawn.
@@ -43,10 +44,9 @@ class OverloadConfig:
 
     seconds: float = 60.0
     capacity_seconds: float = 10.0
-    connections: int = 16
     moderate: float = 0.8
     overload: float = 3.0
-    max_batch: int | None = None
+    max_batch: int = 8
     n_requests: int = 256
     history: int = 10
     seed: int = 0
@@ -71,8 +71,7 @@ def bench_overload(
     """
     config = config or OverloadConfig()
     requests = _requests(bundle, config)
-    options = ["--quiet", "--threads", "1"]
-    options += [] if config.max_batch is None else ["--max-batch", str(config.max_batch)]
+    options = ["--quiet", "--threads", "1", "--max-batch", str(config.max_batch)]
     cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(cores)})  # the server inherits it
@@ -89,8 +88,9 @@ async def _measure(
     rng, load = np.random.default_rng(config.seed), OpenLoad(url, requests)
     probes = Probes(load)
     probing = asyncio.create_task(probes.run())
-    await load.closed(config.connections, config.capacity_seconds / 5)
-    capacity = await load.closed(config.connections, config.capacity_seconds)
+    callers = math.ceil(STANDING_BATCHES * config.max_batch)  # as many as are never refused
+    await load.closed(callers, config.capacity_seconds / 5)
+    capacity = await load.closed(callers, config.capacity_seconds)
     if not capacity:
         raise GenRetrievalError("the server answered no request; see its log")
     console.print(f"{capacity:.0f} requests/s is what it can carry", style="dim", highlight=False)
@@ -124,9 +124,6 @@ def _figures(
     before, during, after = loads
     refused = np.concatenate([answers.ms(429) for answers in loads])
     late = np.concatenate([answers.late for answers in loads]) * 1e3
-    p99 = {
-        name: _quantile(answers, config, 99) for name, answers in zip(("before", "during", "after"), loads, strict=True)
-    }
     first = after.ms(200, until=2.0)
     last_refused = after.due[after.status == 429]
     figures = {"overload.capacity": Figure(capacity, "requests/s")}
@@ -139,7 +136,8 @@ def _figures(
                 float((answers.status == 200).sum()) / config.seconds / capacity, "share of capacity"
             ),
         }
-    figures["overload.p99_ratio"] = Figure(p99["during"].value / p99["before"].value, "x")
+    ratio = figures["overload.overload.p99_ms"].value / figures["overload.moderate.p99_ms"].value
+    figures["overload.p99_ratio"] = Figure(ratio, "x")
     for q in (50, 99) if len(refused) else ():
         spread = (float(refused.min()), float(refused.max()))
         figures[f"overload.refused.p{q}_ms"] = Figure(float(np.percentile(refused, q)), "ms", spread)
