@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -72,6 +73,7 @@ class Manifest(BaseModel):
     leaf_cap: int | None = Field(None, description="Items of one semantic ID that a response lists at most.")
     opset: int
     minimum_onnxruntime: str
+    precision: Literal["fp32", "int8"] = Field("fp32", description="Of the graph's layers; int8 is for CPUs.")
     graph_inputs: tuple[str, ...] = Field(description="Inputs of the graph, in order.")
     events: tuple[str, ...] = ()
     profile_features: tuple[str, ...] = ()

@@ -64,6 +64,12 @@ class SplitName(StrEnum):
     test = "test"
 
 
+class Precision(StrEnum):
+    """Precisions that a bundle can be exported in again."""
+
+    int8 = "int8"
+
+
 def main() -> None:
     """Run the command; an error of ours ends with its message and its exit code, without a traceback."""
     # Training's operators are short. Threads that wait for each other without spinning at all lose half the gain of a
@@ -174,6 +180,33 @@ def evaluate(
         report["extra"] = {**report["extra"], **agreement.figures()}
     figures = quality_report.write(report, work_folder(opened) / "quality")
     quality_report.print_table(report, console)
+    _report_figures(figures, json_file)
+
+
+@app.command()
+def export(
+    bundle: BundleFolder,
+    output: Annotated[Path, typer.Option(help="Bundle to write.")],
+    precision: Annotated[Precision, typer.Option(help="Of the new bundle's graph; int8 is for CPUs.")],
+    data: Annotated[Path | None, typer.Option(help="Logs; by default those that the bundle was trained on.")] = None,
+    min_recall_ratio: Annotated[
+        float,
+        typer.Option(help="Recall@10 on validation, over that of the bundle as it is, below which none is written."),
+    ] = 0.99,
+    json_file: JsonFile = None,
+) -> None:
+    """A bundle again with its graph in another precision, if it still finds what it found."""
+    assert precision is Precision.int8
+    with _extra("train"):
+        from genretrieval_pipelines.int8 import export_int8
+    figures = export_int8(
+        bundle,
+        output,
+        data=data,
+        min_recall_ratio=min_recall_ratio,
+        open_backend=_open_backend,
+        console=Console(stderr=True),
+    )
     _report_figures(figures, json_file)
 
 

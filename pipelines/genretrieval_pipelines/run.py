@@ -235,16 +235,31 @@ def evaluate_bundle(
     Raises:
         BundleError: the logs it was trained on are gone and none were given.
     """
+    recipe, shop, work = recorded_run(bundle, data)
+    ids = catalogue_ids(bundle)
+    evaluation = make_evaluation(recipe, shop, ids, work, console)
+    asked = partial(_ask, answer, shop, recipe, ids, console)
+    return evaluation.report(asked, split, seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width)
+
+
+def recorded_run(bundle: Bundle, data: Path | None = None) -> tuple[Recipe, Shop, Path]:
+    """The recipe that a bundle came from, its logs, and the folder of its intermediate results.
+
+    Args:
+        bundle: a bundle that a run wrote.
+        data: the logs; by default those it was trained on.
+
+    Raises:
+        BundleError: no run wrote it, or the logs it was trained on are gone and none were given.
+    """
+    if CONFIG not in bundle.manifest.files:
+        raise BundleError(f"{bundle.path} has no {CONFIG}: no run wrote it, so there is nothing to measure it by")
     record: dict[str, Any] = yaml.safe_load((bundle.path / CONFIG).read_text("utf-8"))
     recipe, work = Recipe.model_validate(record["recipe"]), Path(record["work"])
     data = data or Path(record["data"])
     if not data.is_dir():
         raise BundleError(f"the logs of this bundle are no longer at {data}; give them with --data")
-    shop = open_shop(data, work)
-    ids = catalogue_ids(bundle)
-    evaluation = make_evaluation(recipe, shop, ids, work, console)
-    asked = partial(_ask, answer, shop, recipe, ids, console)
-    return evaluation.report(asked, split, seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width)
+    return recipe, open_shop(data, work), work
 
 
 def catalogue_ids(bundle: Bundle) -> SemanticIds:

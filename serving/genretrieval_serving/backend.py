@@ -110,6 +110,11 @@ class OnnxBackend:
                 f"{bundle.path} needs onnxruntime {needed} or newer and this is {ort.__version__}; upgrade it on the "
                 "server before the bundle"
             )
+        if device != "cpu" and bundle.manifest.precision == "int8":
+            raise BundleError(
+                f"{bundle.path} is in int8, which is for CPUs: on {device} it would be slower than in fp32. Serve the "
+                f"bundle that it was made from, {bundle.manifest.parent_uuid}"
+            )
         backend = cls(bundle.path / GRAPH, threads, device)
         backend._check(bundle.manifest)
         return backend
