@@ -870,7 +870,8 @@ def bench_overload(
     if bundle is None:
         bundle = folder / f"random-{items}"
         if not bundle.exists():
-            write_random_bundle(bundle, items)
+            # The shape that is trained by default.
+            write_random_bundle(bundle, items, "4x256", d_model=128, beam_width=50)
     config = QUICK if quick else OverloadConfig(seconds=seconds, max_batch=max_batch)
     command = [sys.executable, "-m", "genretrieval.cli"]
     _report_figures(bench(bundle, command, Console(stderr=True), config), json_file)

@@ -82,7 +82,13 @@ class RandomBundle:
 
 
 def random_bundle(
-    n_items: int, shape: Shape = "keyword", *, reserved_slots: int = 100, d_model: int = 64, seed: int = 0
+    n_items: int,
+    shape: Shape = "keyword",
+    *,
+    reserved_slots: int = 100,
+    d_model: int = 64,
+    beam_width: int = 10,
+    seed: int = 0,
 ) -> RandomBundle:
     """Make a bundle.
 
@@ -92,6 +98,7 @@ def random_bundle(
             ``rq_opq`` have codes that mean nothing, and items that share a leaf.
         reserved_slots: of each keyword group.
         d_model: width of the model; the one that is trained by default has 128.
+        beam_width: of requests that name none; the one that is trained by default has 50.
         seed: of everything random.
     """
     rng = np.random.default_rng(seed)
@@ -145,17 +152,24 @@ def random_bundle(
         max_history=config.max_history,
         max_query_tokens=config.max_query_tokens,
         reads_queries=True,
-        beam_width=10,
+        beam_width=beam_width,
         exclude_seen=False,
     )
     return RandomBundle(manifest, table, config, tokenizer.to_str(), keywords)
 
 
 def write_random_bundle(
-    path: Path, n_items: int, shape: Shape = "keyword", *, reserved_slots: int = 100, seed: int = 0
+    path: Path,
+    n_items: int,
+    shape: Shape = "keyword",
+    *,
+    reserved_slots: int = 100,
+    d_model: int = 64,
+    beam_width: int = 10,
+    seed: int = 0,
 ) -> None:
     """Write a `random_bundle` to a folder; another `seed` gives other weights and the same items."""
-    made = random_bundle(n_items, shape, reserved_slots=reserved_slots)
+    made = random_bundle(n_items, shape, reserved_slots=reserved_slots, d_model=d_model, beam_width=beam_width)
     with write_bundle(path, made.manifest) as folder:
         made.export(folder / GRAPH, seed)
         made.table.write_parquet(folder / CATALOGUE)
