@@ -18,7 +18,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from genretrieval.errors import BundleError
 
 # What `genretrieval.model.search` calls the matrices of its layers.
-_MATRIX = re.compile(r"\.(layers\.\d+\.(qkv|output|inner|outer|cross_query|cross_output)|cross_kv)$")
+_MATRIX = re.compile(r"\.(layers\.\d+\.(query|key|value|output|inner|outer|cross_query|cross_output)|cross_kv\.\d+)$")
 
 
 def quantise(source: Path, target: Path) -> int:

@@ -79,13 +79,24 @@ def attend(q_BQD: Tensor, k_BSD: Tensor, v_BSD: Tensor, bias_BHQS: Tensor, n_hea
     return ((q @ k.transpose(-1, -2) + bias_BHQS).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def attend_path(q_N1HE: Tensor, k_NPHE: Tensor, v_NPHE: Tensor, bias_PH: Tensor) -> Tensor:
-    """Unscaled multi-head attention of each beam to the P codes on its own path: ``[N, D]``.
+def attend_path(q_BQHE: Tensor, keys: list[Tensor], values: list[Tensor], bias_PH: Tensor) -> Tensor:
+    """Unscaled multi-head attention of each beam to the P codes on its own path: ``[B * Q, D]``.
 
-    A path is so short that one product a beam and head would cost more to start than to compute, hence elementwise.
+    A path is so short that one product a beam and head would cost more to start than to compute, hence elementwise; and
+    code by code, so that what is at hand stays in the caches.
+
+    Args:
+        q_BQHE: queries.
+        keys: of each code on the path, ``[B, Q, H, E]``, or ``[B, 1, H, E]`` where all beams of a row share it.
+        values: as `keys`.
+        bias_PH: of each code and head.
     """
-    weights_NPH1 = ((q_N1HE * k_NPHE).sum(-1, keepdim=True) + bias_PH[..., None]).softmax(1)
-    return (weights_NPH1 * v_NPHE).sum(1).flatten(1)
+    scores_BQHP = torch.cat([(q_BQHE * key).sum(-1, keepdim=True) for key in keys], -1) + bias_PH.T
+    weights = scores_BQHP.softmax(-1).split(1, -1)
+    out_BQHE = weights[0] * values[0]
+    for weight_BQH1, value in zip(weights[1:], values[1:], strict=True):
+        out_BQHE = out_BQHE + weight_BQH1 * value
+    return out_BQHE.flatten(2).flatten(0, 1)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -104,20 +115,26 @@ def take(table_X: Tensor, index: Tensor) -> Tensor:
     return table_X.gather(0, index.flatten()).view(index.shape)
 
 
+def _rows(x_BQHE: Tensor, index_N: Tensor) -> Tensor:
+    """Those of all B * Q rows, for as many beams again."""
+    return x_BQHE.flatten(0, 1).index_select(0, index_N).unflatten(0, (x_BQHE.shape[0], -1))
+
+
 def _frozen(weight: Tensor) -> nn.Parameter:
     """A copy of its own, in memory order."""
     return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
 
 
 class FusedLayer(nn.Module):
-    """One layer's matrices with the gain of the norm before them folded in, query, key and value as one."""
+    """One layer's matrices with the gain of the norm before them folded in."""
 
     def __init__(self, layer: EncoderLayer | DecoderLayer) -> None:
         super().__init__()
         gain = layer.attention_norm.weight
         attention = layer.attention
-        qkv = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
-        self.qkv = _frozen(qkv * gain)
+        self.query = _frozen(attention.query.weight * gain)
+        self.key = _frozen(attention.key.weight * gain)
+        self.value = _frozen(attention.value.weight * gain)
         self.output = _frozen(attention.output.weight.T)
         self.mixture: FusedMixtureOfExperts | None = None
         if isinstance(layer.feed_forward, MixtureOfExperts):
@@ -128,6 +145,11 @@ class FusedLayer(nn.Module):
         if isinstance(layer, DecoderLayer):
             self.cross_query = _frozen(layer.cross.query.weight * layer.cross_norm.weight)
             self.cross_output = _frozen(layer.cross.output.weight.T)
+
+    def projections(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value. Three products, because to cut one apart again costs more than it saves."""
+        normed = norm(x_ND)
+        return linear(normed, self.query), linear(normed, self.key), linear(normed, self.value)
 
     def feed_forward(self, x_ND: Tensor) -> Tensor:
         """Add the feed-forward's output to `x`."""
@@ -154,7 +176,7 @@ class FusedEncoder(nn.Module):
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Tensor:
         """As `Encoder.forward`."""
-        n_positions, width = x_BSD.shape[1:]
+        n_positions = x_BSD.shape[1]
         positions = torch.arange(n_positions, device=x_BSD.device)
         bias = self.bias(positions, positions)
         if self.causal:
@@ -164,8 +186,7 @@ class FusedEncoder(nn.Module):
             bias = bias + torch.where(mask_BS, 0.0, HIDDEN)[:, None, None, :]
         x_ND = x_BSD.flatten(0, 1)
         for layer in fused_layers(self):
-            qkv_BSF = linear(norm(x_ND), layer.qkv).unflatten(0, (-1, n_positions))
-            q, k, v = qkv_BSF.split(width, -1)
+            q, k, v = (part.unflatten(0, (-1, n_positions)) for part in layer.projections(x_ND))
             mixed = attend(q, k, v, bias, self.n_heads)
             x_ND = layer.feed_forward(add_linear(x_ND, mixed.flatten(0, 1), layer.output))
         return self.norm(x_ND).unflatten(0, (-1, n_positions))
@@ -204,7 +225,7 @@ class BeamSearch(nn.Module):
         self.bias: RelativeBias = decoder.bias
         self.layers = nn.ModuleList(FusedLayer(layer) for layer in decoder.layers)
         cross = [w for layer in decoder.layers for w in (layer.cross.key.weight, layer.cross.value.weight)]
-        self.cross_kv = _frozen(torch.cat(cross))
+        self.cross_kv = nn.ParameterList(_frozen(weight) for weight in cross)
         self.codes = _frozen(codes)
         folded = head * decoder.norm.weight
         if normalise == "vocabulary":
@@ -225,12 +246,13 @@ class BeamSearch(nn.Module):
             beams_K: any int64 vector; its length is the beam width.
             index: the catalogue index and the mask of each request.
         """
-        n_rows, n_memory, width = memory_BSD.shape
+        n_rows, n_memory = memory_BSD.shape[:2]
         n_beams = beams_K.shape[0]
-        memory = linear(memory_BSD, self.cross_kv).split(width, -1)
+        memory_ND = memory_BSD.flatten(0, 1)
+        memory = [linear(memory_ND, weight).unflatten(0, (n_rows, -1)) for weight in self.cross_kv]
         hidden_BQ1S = torch.where(mask_BS, 0.0, HIDDEN)[:, None, None, :]
-        # Keys and values of the codes on each beam's path, layer by layer.
-        paths: list[tuple[Tensor, Tensor]] = []
+        # Layer by layer the keys and values of the codes on each beam's path: first the start, which all beams share.
+        paths: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
 
         x_ND = start_BD + self.codes[0]
         score_BQ = x_ND.new_zeros(n_rows, 1)
@@ -241,7 +263,7 @@ class BeamSearch(nn.Module):
             n_queries = n_beams if level else 1
             cross_bias = hidden_BQ1S.expand(n_rows, 1, n_queries, n_memory)
             for i, layer in enumerate(fused_layers(self)):
-                mixed_ND = self._attend_path(x_ND, layer, i, level, paths)
+                mixed_ND = self._attend_path(x_ND, layer, paths[i], n_rows)
                 x_ND = add_linear(x_ND, mixed_ND, layer.output)
                 q_BQD = linear(norm(x_ND), layer.cross_query).unflatten(0, (n_rows, n_queries))
                 crossed = attend(q_BQD, memory[2 * i], memory[2 * i + 1], cross_bias, self.n_heads)
@@ -268,22 +290,21 @@ class BeamSearch(nn.Module):
             if level + 1 < len(self.codebook_sizes):
                 x_ND = nn.functional.embedding(self._tokens(level, node_BQ, index).flatten(), self.codes)
                 parent_N = (parent_BK + torch.arange(n_rows, device=x_ND.device)[:, None] * n_queries).flatten()
-                paths = [(k.index_select(0, parent_N), v.index_select(0, parent_N)) for k, v in paths]
+                paths = [[path[0], *((_rows(k, parent_N), _rows(v, parent_N)) for k, v in path[1:])] for path in paths]
         return Retrieved(node_BQ, score_BQ, torch.stack(level_scores, -1), user_BF)
 
-    def _attend_path(
-        self, x_ND: Tensor, layer: FusedLayer, i: int, level: int, paths: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        """Self-attention of layer `i` to each beam's own path, which this level's keys and values join."""
-        q, k, v = linear(norm(x_ND), layer.qkv).unflatten(-1, (3, self.n_heads, -1)).split(1, 1)
-        if not level:
+    def _attend_path(self, x_ND: Tensor, layer: FusedLayer, path: list[tuple[Tensor, Tensor]], n_rows: int) -> Tensor:
+        """Self-attention of a layer to each beam's own path, which this level's keys and values join."""
+        q, k, v = (
+            part.unflatten(0, (n_rows, -1)).unflatten(-1, (self.n_heads, -1)) for part in layer.projections(x_ND)
+        )
+        path.append((k, v))
+        if len(path) == 1:
             # The only code in sight gets all the weight.
-            paths.append((k, v))
-            return v.flatten(1)
-        keys, values = paths[i]
-        paths[i] = torch.cat([keys, k], 1), torch.cat([values, v], 1)
-        positions = torch.arange(level + 1, device=x_ND.device)
-        return attend_path(q, *paths[i], self.bias(positions[-1:], positions)[0, :, 0].T)
+            return v.flatten(2).flatten(0, 1)
+        positions = torch.arange(len(path), device=x_ND.device)
+        bias_PH = self.bias(positions[-1:], positions)[0, :, 0].T
+        return attend_path(q, [key for key, _ in path], [value for _, value in path], bias_PH)
 
     @staticmethod
     def _close(filled_BX: Tensor, live_BQ: Tensor, n_slots: int, parent_BE: Tensor, child_BE: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def test_all_matrices_of_layers_are_known_by_name(make_generator) -> None:
     names = [name for name, _ in RetrievalGraph(make_generator()).named_parameters()]
     known = {name for name in names if _MATRIX.search(name)}
     kinds = {name.rpartition(".")[2] for name in known}
-    assert {"qkv", "output", "cross_query", "cross_output", "cross_kv"} <= kinds
+    assert {"query", "key", "value", "output", "cross_query", "cross_output"} <= kinds
     assert not [name for name in known if "head" in name or "codes" in name or "mixture" in name]
     of_layers = {name for name in names if ".layers." in name and "mixture" not in name}
     assert of_layers <= known
