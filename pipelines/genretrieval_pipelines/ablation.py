@@ -46,7 +46,8 @@ class Row:
     Attributes:
         name: of the change, or of the stage.
         results: one a seed.
-        seconds: of training, mean of the seeds; of the stage alone in the table of stages.
+        seconds: of training (on a CPU, of all cores together), mean of the seeds; of the stage alone in the table of
+            stages.
         parameters: of the generator, in millions.
         latency_ms: median of single requests, this row's in turn with the others'; None where it is not measured.
         against: results of what it is compared with; None for the first.

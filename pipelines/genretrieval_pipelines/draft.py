@@ -54,7 +54,7 @@ class StageResult:
 
     Attributes:
         objective: its name in the recipe.
-        seconds: it took, from where this process took it up.
+        seconds: it took, from where this process took it up: of all cores together on a CPU, else of the wall.
         dense_weight: with the best NDCG@10.
         recall10: on the validation cases that judge checkpoints, with that weight.
         ndcg10: on the same.
