@@ -130,24 +130,24 @@ class CatalogueIndex:
             codes[:, level] = self.tokens[level][nodes]
         return codes
 
-    def leaf_starts(self, leaves: AnyNodes | None = None) -> Nodes:
-        """int64: where the items of `leaves` begin in `leaf_items`; by default all, and where the last one ends."""
-        if leaves is None:
-            behind = np.diff(self.uneven_leaves, prepend=-1, append=self.n_leaves)
-            return np.arange(self.n_leaves + 1) + np.repeat(self.uneven_shifts, behind)
-        shifts = self.uneven_shifts[np.searchsorted(self.uneven_leaves, leaves.astype(np.int32))]
-        return leaves.astype(np.int64) + shifts
+    def leaf_starts(self) -> Nodes:
+        """int64 ``[n_leaves + 1]``: where the items of every leaf begin in `leaf_items`, and where the last one's end."""
+        behind = np.diff(self.uneven_leaves, prepend=-1, append=self.n_leaves)
+        return np.arange(self.n_leaves + 1) + np.repeat(self.uneven_shifts, behind)
 
     def leaf_sizes(self, leaves: AnyNodes) -> NDArray[np.int32]:
         """int32 ``[len(leaves)]``: how many items each of `leaves` holds."""
+        return self._spans(leaves)[1]
+
+    def _spans(self, leaves: AnyNodes) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Where the items of each of `leaves` begin in `leaf_items`, and how many there are: int32."""
         leaves = leaves.astype(np.int32)
         sizes = np.ones(len(leaves), np.int32)
+        behind = self.uneven_leaves.searchsorted(leaves)
         if len(self.uneven_leaves):
-            behind = self.uneven_leaves.searchsorted(leaves)
             uneven = np.flatnonzero(self.uneven_leaves.take(behind, mode="clip") == leaves)
-            behind = behind[uneven]
-            sizes[uneven] += self.uneven_shifts[behind + 1] - self.uneven_shifts[behind]
-        return sizes
+            sizes[uneven] += self.uneven_shifts[behind[uneven] + 1] - self.uneven_shifts[behind[uneven]]
+        return leaves + self.uneven_shifts[behind], sizes
 
     def items_of(self, leaf: int) -> NDArray[np.int32]:
         """Item rows under `leaf`, in listing order."""
@@ -155,7 +155,8 @@ class CatalogueIndex:
 
     def items_under(self, leaves: AnyNodes) -> tuple[NDArray[np.int32], Nodes]:
         """Item rows under each of `leaves` in turn, in listing order, and the position in `leaves` of each row's."""
-        places, of_leaf = _ranges(self.leaf_starts(leaves), self.leaf_starts(leaves + 1))
+        starts, sizes = self._spans(leaves)
+        places, of_leaf = _ranges(starts, sizes)
         return self.leaf_items[places], of_leaf
 
     def allowed_leaves(self, allowed_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -207,7 +208,7 @@ class CatalogueIndex:
             closes = gone == end - begin
             if allowed is not None:
                 doubt = np.flatnonzero(~closes)
-                children, of_parent = _ranges(begin[doubt], end[doubt])
+                children, of_parent = _ranges(begin[doubt], (end - begin)[doubt])
                 left = np.bincount(of_parent[allowed[level].take(children)], minlength=len(doubt))
                 closes[doubt] = left == gone[doubt]
             levels[level] = Closed(nodes, parents, nodes - begin.repeat(gone))
@@ -230,10 +231,9 @@ def runs(values: AnyNodes) -> tuple[Nodes, Nodes]:
     return bounds[:-1], bounds[1:] - bounds[:-1]
 
 
-def _ranges(starts: NDArray[np.integer[Any]], ends: NDArray[np.integer[Any]]) -> tuple[Nodes, Nodes]:
-    """The numbers of each range ``[starts[i], ends[i])`` in turn, and the i of each: int64."""
-    sizes = ends.astype(np.int64) - starts
-    behind = sizes.cumsum()
+def _ranges(starts: AnyNodes, sizes: AnyNodes) -> tuple[Nodes, Nodes]:
+    """The numbers of each range ``[starts[i], starts[i] + sizes[i])`` in turn, and the i of each: int64."""
+    behind = sizes.cumsum(dtype=np.int64)
     of_range = np.arange(len(sizes)).repeat(sizes)
     return np.arange(len(of_range)) + (starts + sizes - behind)[of_range], of_range
 
@@ -369,7 +369,7 @@ def closed_inputs(searches: Sequence[tuple[Closed, ...]]) -> dict[str, Nodes]:
     """
     inputs: dict[str, Nodes] = {}
     for level, closed in enumerate(zip(*searches, strict=True)):
-        longest = max([2, *(len(one.parents) for one in closed)])
+        longest = max(2, *(len(one.parents) for one in closed))
         both = np.full((2, len(searches), longest), -1, np.int64)
         for row, one in enumerate(closed):
             if n := len(one.parents):

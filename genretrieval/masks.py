@@ -111,6 +111,8 @@ class MaskRows:
             items: int64 or int32, item rows.
             excluded: item rows, sorted.
         """
+        if not row and not len(self.catalogue.gone):
+            return ~contains(excluded, items)
         if len(items) > len(self.catalogue.item_ids) * _SINGLE:
             allowed: NDArray[np.bool_] = np.unpackbits(self._items[row], bitorder="little").view(bool)
             allowed[excluded] = False

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from genretrieval.candidates import Candidates, Rows, batches, collapsed, contains, in_order, with_blocks, with_pins
 from genretrieval.catalogue import closed_inputs, graph_inputs, reserved_paths, runs
 from genretrieval.collapse import CollapseValues
-from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
+from genretrieval.edits import NO_EDITS, BoundKeyword, Edits, Pin
 from genretrieval.histories import NO_TIME
 from genretrieval.item_vectors import ItemVectors, relatives_of
 from genretrieval.keywords import without_words
@@ -373,13 +373,11 @@ class Retriever:
         requests, known = [ask.request for ask in asked], [ask.known for ask in asked]
         closed = [self.masks.closed(row, ask.excluded) for row, ask in zip(mask_rows, asked, strict=True)]
         read = [events.interactions[-manifest.max_history :] for events in known]
-        past = [events.before(first, manifest.max_past) for events, first in zip(known, read, strict=True)]
         query = _stack(tokens)
         gaps = [self.features.gap_buckets(events.times[rows]) for events, rows in zip(known, read, strict=True)]
         made: dict[str, NDArray[Any]] = {
             **self._event_inputs("history", known, read),
             "history_gaps": _stack(gaps),
-            **self._event_inputs("past", known, past),
             "query_tokens": query,
             "query_mask": query != 0,
             "profile": np.stack([self.features.profile_ids(request.profile) for request in requests]),
@@ -390,6 +388,9 @@ class Retriever:
             **self.masks.arrays,
             **closed_inputs(closed),
         }
+        if manifest.max_past:
+            past = [events.before(first, manifest.max_past) for events, first in zip(known, read, strict=True)]
+            made.update(self._event_inputs("past", known, past))
         return {name: made[name] for name in manifest.graph_inputs}
 
     def _event_inputs(
@@ -429,8 +430,10 @@ class Retriever:
             bound, bound_dense = self._candidates(second[0], ask.excluded, lets_inside)
             dense = np.concatenate([bound_dense, dense[~np.isin(candidates.rows, bound.rows)]])
             candidates = bound.joined(candidates)
-        pinned = np.asarray([pin.row for pin in ask.edits.pins], np.int64)
-        pins = [pin for pin, ok in zip(ask.edits.pins, lets(pinned, ask.excluded), strict=True) if ok]
+        pins: list[Pin] = []
+        if ask.edits.pins:
+            pinned = np.asarray([pin.row for pin in ask.edits.pins], np.int64)
+            pins = [pin for pin, ok in zip(ask.edits.pins, lets(pinned, ask.excluded), strict=True) if ok]
         if pins:
             unwritten = np.setdiff1d(np.asarray([pin.row for pin in pins], np.int64), candidates.rows)
             candidates = candidates.with_unwritten(unwritten, float(found.scores.min(where=_real(found), initial=0.0)))
@@ -453,8 +456,8 @@ class Retriever:
         Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. A dense
         head's own candidates join them.
         """
-        beams = np.lexsort((found.leaves, -found.scores))
-        beams = beams[_real(found)[beams]]
+        # Closed beams have the lowest scores.
+        beams = np.lexsort((found.leaves, -found.scores))[: np.count_nonzero(_real(found))]
         under, of_beam = self.catalogue.index.items_under(found.leaves[beams])
         allowed = lets(under, excluded)
         rows, of_beam = under[allowed].astype(np.int64), of_beam[allowed]

@@ -20,7 +20,7 @@ import structlog
 
 from genretrieval.edits import NO_EDITS, Edits
 from genretrieval.errors import DeadlineError, GenRetrievalError, OverloadedError, UnavailableError
-from genretrieval.request import RetrieveRequest, RetrieveResponse
+from genretrieval.request import RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.retrieval import Retriever
 from genretrieval_serving import tracing
 from genretrieval_serving.fair_queue import Entry, FairQueue
@@ -104,7 +104,7 @@ class Batcher:
         for size in (1, self.max_batch):
             begun = self._clock()
             outcome = await self._run(retriever, [RetrieveRequest()] * size, [NO_EDITS] * size)
-            if isinstance(outcome, BaseException):
+            if isinstance(outcome, Exception):
                 raise _fault(outcome)
         if not self.row_seconds:
             self.row_seconds = (self._clock() - begun) / self.max_batch
@@ -247,7 +247,7 @@ class Batcher:
                 outcomes = await self._run(retriever, [w.request for w in batch], [w.edits for w in batch])
         finally:
             self._running_rows, self._running_until = 0, 0.0
-        if isinstance(outcomes, BaseException) and len(batch) > 1:
+        if isinstance(outcomes, Exception) and len(batch) > 1:
             log.warning("batch_failed", requests=len(batch), error=repr(outcomes))
             for waiting in batch:
                 if not waiting.answer.done():
@@ -256,7 +256,7 @@ class Batcher:
         for i, waiting in enumerate(batch):
             if waiting.answer.done():
                 continue
-            if isinstance(outcomes, BaseException):
+            if isinstance(outcomes, Exception):
                 waiting.answer.set_exception(_fault(outcomes))
             else:
                 waiting.answer.set_result(_timed(outcomes[i], begun - waiting.since))
@@ -265,12 +265,13 @@ class Batcher:
 
     async def _run(
         self, retriever: Retriever, requests: Sequence[RetrieveRequest], edits: Sequence[Edits]
-    ) -> list[RetrieveResponse] | BaseException:
+    ) -> list[RetrieveResponse] | Exception:
         """Responses, or what was raised: an error must reach its own request and end nothing else."""
         loop = asyncio.get_running_loop()
-        call = loop.run_in_executor(self._thread, tracing.carried(retriever.retrieve), requests, edits)
-        (outcome,) = await asyncio.gather(call, return_exceptions=True)
-        return outcome
+        try:
+            return await loop.run_in_executor(self._thread, tracing.carried(retriever.retrieve), requests, edits)
+        except Exception as error:  # noqa: BLE001
+            return error
 
 
 def _step_back() -> None:
@@ -293,7 +294,7 @@ def _give_up(left: Sequence[_Waiting]) -> None:
             waiting.answer.set_exception(UnavailableError("the server stopped before it could answer"))
 
 
-def _fault(error: BaseException) -> GenRetrievalError:
+def _fault(error: Exception) -> GenRetrievalError:
     """The error a caller sees; one that we did not foresee is logged whole and shown without its insides."""
     if isinstance(error, GenRetrievalError):
         return error
@@ -304,7 +305,6 @@ def _fault(error: BaseException) -> GenRetrievalError:
 
 
 def _timed(response: RetrieveResponse, queued: float) -> RetrieveResponse:
-    timings = response.timings
-    queue_ms = queued * 1e3
-    waited = timings.model_copy(update={"queue_ms": queue_ms, "total_ms": timings.total_ms + queue_ms})
+    queue_ms, inference_ms = queued * 1e3, response.timings.inference_ms
+    waited = Timings(queue_ms=queue_ms, inference_ms=inference_ms, total_ms=response.timings.total_ms + queue_ms)
     return response.model_copy(update={"timings": waited})

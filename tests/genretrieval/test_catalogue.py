@@ -80,7 +80,7 @@ def test_every_item_is_on_its_path_and_in_its_leaf(ids: SemanticIds) -> None:
         ]
         assert row in index.items_of(int(nodes[row, -1]))
     assert sorted(index.leaf_items.tolist()) == list(range(ids.n_items))
-    assert index.leaf_starts().tolist() == [*index.leaf_starts(np.arange(index.n_leaves)).tolist(), ids.n_items]
+    assert np.diff(index.leaf_starts()).tolist() == index.leaf_sizes(np.arange(index.n_leaves)).tolist()
     rows, of_leaf = index.items_under(np.arange(index.n_leaves)[::-1])
     assert (nodes[rows, -1] == index.n_leaves - 1 - of_leaf).all()
     assert len(rows) == ids.n_items
