@@ -147,7 +147,10 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     foreign.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
         )
     )
     logging.basicConfig(handlers=[foreign], level=level.upper(), force=True)
@@ -161,7 +164,7 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
         logger.name = name  # type: ignore[attr-defined]
         return logger
 
-    # Ours are written without the standard library, which takes longer over a line than all else that follows an answer.
+    # Ours go without the standard library, which takes longer over a line than all else that follows an answer.
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
         logger_factory=writer,

@@ -1,4 +1,4 @@
-"""Makes a server serve what an alias says: loads in a thread of its own, and swaps when all is well."""
+"""Makes a server serve what an alias says: loads in threads of its own, and swaps when all is well."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Rollout:
     """Follows an alias: `begin`, then `start`, then `stop`. Thread-safe.
 
     A bundle that cannot be served never replaces one that is: it is logged, counted, shown in `status`, and tried
-    again, less and less often. Each arm stands for itself, so that a canary that fails leaves the primary alone.
+    again, less and less often. Each arm stands for itself, so that a canary that fails leaves the primary alone. The
+    alias is followed on while a bundle is being loaded: the end of a canary waits for no other one.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Rollout:
         self._loading = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="rollout", daemon=True)
+        self._load_thread: threading.Thread | None = None
 
     def begin(self) -> Deployment:
         """Load the bundle of the alias; the one before, where that cannot be served. Takes a while.
@@ -126,8 +128,10 @@ class Rollout:
     def stop(self, grace: float) -> None:
         """Follow no more; a bundle that is being loaded gets `grace` seconds. For threads."""
         self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(grace)
+        late = time.monotonic() + grace
+        for thread in (self._thread, self._load_thread):
+            if thread is not None and thread.is_alive():
+                thread.join(max(0.0, late - time.monotonic()))
 
     def check(self, aliases: Sequence[AliasFields], *, allow_unbound: bool) -> None:
         """Open every bundle that aliases name and that is not served here, and see whether the admin state holds.
@@ -164,8 +168,7 @@ class Rollout:
     def _follow(self) -> None:
         while not self._stopping.wait(LOOK_SECONDS if self._error is None else FIRST_PAUSE):
             try:
-                while not self._stopping.is_set() and self._advance():
-                    pass
+                self._advance()
             except Exception as error:
                 # Whatever is met, what is served goes on, and the alias is followed as soon as it can be.
                 if self._error is None:
@@ -177,19 +180,21 @@ class Rollout:
                     log.info("alias_followed_again", alias=self.alias)
                 self._error = None
 
-    def _advance(self) -> bool:
-        """One step towards what the alias asks for; whether the next may be made at once."""
+    def _advance(self) -> None:
+        """One step towards what the alias asks for."""
         alias = self._wanted()
         if alias is None:
-            return False
+            return
         self._place(alias)
         self._declare_slots()
+        if self._load_thread is not None and self._load_thread.is_alive():
+            return
         for name in alias.bundles:
             failure = self._failures.get(name)
             if name not in self._arms and (failure is None or failure.due):
-                self._load(name)
-                return True
-        return False
+                self._load_thread = threading.Thread(target=self._load, args=(name,), name="load", daemon=True)
+                self._load_thread.start()
+                return
 
     def _wanted(self) -> Alias | None:
         alias = self._replica.get(Kind.ALIASES, self.alias)
@@ -213,7 +218,8 @@ class Rollout:
         for name, arm in list(self._arms.items()):
             if arm not in self._deployment.arms and name not in alias.bundles:
                 self._arms.pop(name).close()
-        self._failures = {name: failure for name, failure in self._failures.items() if name in alias.bundles}
+        for name in self._failures.keys() - alias.bundles:
+            self._failures.pop(name, None)
 
     def _open(self, name: str) -> Retriever:
         """A bundle on its catalogue as it is now."""
@@ -249,7 +255,7 @@ class Rollout:
         named = frozenset(name for alias in aliases for name in alias.bundles)
         if self._declared_for == (of := (named, frozenset(self._arms))):
             return
-        manifests = [arm.manifest for arm in self._arms.values()]
+        manifests = [arm.manifest for arm in list(self._arms.values())]
         for name in named - self._arms.keys():
             with suppress(BundleError):  # what cannot be read is served nowhere
                 manifests.append(self.folder.manifest(name))

@@ -331,8 +331,9 @@ def test_what_keeps_it_from_following_is_told_until_it_follows_again(serving, fo
     assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["alias_not_followed"]
 
 
-def test_what_is_wanted_no_more_when_it_is_loaded_is_given_up(serving, follow, store, opened, monkeypatch) -> None:
-    put(store, "a")
+@pytest.fixture
+def slow_b(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Set while b is being loaded; what lets it be loaded."""
     loading, go_on = threading.Event(), threading.Event()
     original = BundleFolder.open
 
@@ -344,6 +345,12 @@ def test_what_is_wanted_no_more_when_it_is_loaded_is_given_up(serving, follow, s
         return retriever
 
     monkeypatch.setattr(BundleFolder, "open", open_slowly)
+    return loading, go_on
+
+
+def test_what_is_wanted_no_more_when_it_is_loaded_is_given_up(serving, follow, store, opened, slow_b) -> None:
+    put(store, "a")
+    loading, go_on = slow_b
     with served(serving, follow(), store) as (running, admin), Client(running.http) as client:
         put(store, "b")
         assert loading.wait(20)
@@ -355,6 +362,20 @@ def test_what_is_wanted_no_more_when_it_is_loaded_is_given_up(serving, follow, s
         until(lambda: len(opened) == 2 and opened[1]() is None)
         assert names(admin) == {"primary": "a"}
         assert running.metric("genretrieval_bundle_load_failures_total") == 0
+
+
+def test_the_end_of_a_canary_waits_for_no_bundle_that_is_being_loaded(serving, follow, store, slow_b) -> None:
+    put(store, "a", Canary(bundle="c", share=0.5))
+    loading, go_on = slow_b
+    with served(serving, follow(), store) as (_, admin):
+        until(lambda: names(admin) == {"primary": "a", "canary": "c"})
+        put(store, "b", Canary(bundle="c", share=0.5))
+        assert loading.wait(20)
+        assert names(admin) == {"primary": "a", "canary": "c"}
+        put(store, "b")
+        until(lambda: names(admin) == {"primary": "a"})
+        go_on.set()
+        until(lambda: names(admin) == {"primary": "b"})
 
 
 def test_what_is_removed_while_a_bundle_loads_is_never_retrieved_from_it(
