@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +89,8 @@ class CatalogueIndex:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         alone = (self.leaf_items, self.uneven_leaves, self.uneven_shifts, self.keyword_leaves)
-        return sum(array.nbytes for array in (*self.tokens, *self.child_starts, *alone))
+        ranks = chain.from_iterable(self._parent_ranks)
+        return sum(array.nbytes for array in (*self.tokens, *self.child_starts, *ranks, *alone))
 
     def item_nodes(self) -> Nodes:
         """int64 ``[n_items, n_levels]``: the path of every item row, as node ids."""
@@ -104,10 +106,21 @@ class CatalogueIndex:
         return path
 
     def parents(self, level: int, nodes: AnyNodes) -> Nodes:
-        """int64: the node above each of `nodes`, quick for few of them; all of level 0 hang under root 0."""
-        # A key of another type would have the whole array copied into it.
-        found: Nodes = np.searchsorted(self.child_starts[level], nodes.astype(np.int32), side="right") - 1
+        """int64: the node above each of `nodes`, quick for few of them; all of level 0 hang under root 0.
+
+        It has the number of first children up to here, less one. They are counted, where a search of `child_starts`
+        would read memory that no cache holds again and again.
+        """
+        firsts, before = self._parent_ranks[level]
+        block = nodes >> 6
+        up_to_here = firsts[block] << (~nodes & 63).astype(np.uint64)
+        found: Nodes = before[block] + np.bitwise_count(up_to_here).astype(np.int64)
         return found
+
+    @cached_property
+    def _parent_ranks(self) -> tuple[tuple[NDArray[np.uint64], NDArray[np.int32]], ...]:
+        """Level l: by 64 nodes, which of them are a parent's first child, a bit each; and the parent before them."""
+        return tuple(_ranks(starts) for starts in self.child_starts)
 
     def ancestors(self, leaves: AnyNodes) -> tuple[Nodes, ...]:
         """Level l: int64, node ids on the way to each of `leaves`; quick for few of them, as `paths` is for all."""
@@ -131,7 +144,7 @@ class CatalogueIndex:
         return codes
 
     def leaf_starts(self) -> Nodes:
-        """int64 ``[n_leaves + 1]``: where the items of every leaf begin in `leaf_items`, and where the last one's end."""
+        """int64 ``[n_leaves + 1]``: where in `leaf_items` those of every leaf begin, and where the last one's end."""
         behind = np.diff(self.uneven_leaves, prepend=-1, append=self.n_leaves)
         return np.arange(self.n_leaves + 1) + np.repeat(self.uneven_shifts, behind)
 
@@ -156,7 +169,7 @@ class CatalogueIndex:
     def items_under(self, leaves: AnyNodes) -> tuple[NDArray[np.int32], Nodes]:
         """Item rows under each of `leaves` in turn, in listing order, and the position in `leaves` of each row's."""
         starts, sizes = self._spans(leaves)
-        places, of_leaf = _ranges(starts, sizes)
+        places, of_leaf = ranges(starts, sizes)
         return self.leaf_items[places], of_leaf
 
     def allowed_leaves(self, allowed_items: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -208,7 +221,7 @@ class CatalogueIndex:
             closes = gone == end - begin
             if allowed is not None:
                 doubt = np.flatnonzero(~closes)
-                children, of_parent = _ranges(begin[doubt], (end - begin)[doubt])
+                children, of_parent = ranges(begin[doubt], (end - begin)[doubt])
                 left = np.bincount(of_parent[allowed[level].take(children)], minlength=len(doubt))
                 closes[doubt] = left == gone[doubt]
             levels[level] = Closed(nodes, parents, nodes - begin.repeat(gone))
@@ -231,11 +244,20 @@ def runs(values: AnyNodes) -> tuple[Nodes, Nodes]:
     return bounds[:-1], bounds[1:] - bounds[:-1]
 
 
-def _ranges(starts: AnyNodes, sizes: AnyNodes) -> tuple[Nodes, Nodes]:
+def ranges(starts: AnyNodes, sizes: AnyNodes) -> tuple[Nodes, Nodes]:
     """The numbers of each range ``[starts[i], starts[i] + sizes[i])`` in turn, and the i of each: int64."""
     behind = sizes.cumsum(dtype=np.int64)
     of_range = np.arange(len(sizes)).repeat(sizes)
     return np.arange(len(of_range)) + (starts + sizes - behind)[of_range], of_range
+
+
+def _ranks(starts: NDArray[np.int32]) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """Of one level, see `CatalogueIndex._parent_ranks`."""
+    first = np.zeros(-(-int(starts[-1]) // 64) * 64, bool)
+    first[starts[:-1]] = True
+    firsts = np.packbits(first, bitorder="little").view("<u8")
+    counts = np.bitwise_count(firsts).cumsum(dtype=np.int32)
+    return firsts, counts - np.bitwise_count(firsts) - np.int32(1)
 
 
 def token_type(codebook_size: int) -> type[np.integer[Any]]:

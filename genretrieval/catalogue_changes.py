@@ -270,7 +270,7 @@ class _Checked:
                 self._wrong(name, "is NaN or infinite", ~values.is_finite())
         # What follows reads these together, so each must be right.
         if not {problem.column for problem in self.problems} & {ITEM_ID, OP, SEMANTIC_ID}:
-            known = self.catalogue.rows_of(items) >= 0
+            known = self.catalogue.item_ids.rows_of(items) >= 0
             upserted = ~removed.to_numpy()
             ids = self._with_encoded(ids, attributes, ~known & upserted)
             new = ~known & ids.is_not_null().to_numpy()
@@ -402,7 +402,7 @@ class _Checked:
         if {problem.column for problem in self.problems} & {ITEM_ID, SEMANTIC_ID}:
             return given.cast(_CODES, strict=False)
         given = given.cast(_CODES)
-        rows = self.catalogue.rows_of(items)
+        rows = self.catalogue.item_ids.rows_of(items)
         at = np.flatnonzero((rows >= 0) & given.is_not_null().to_numpy())
         moved = np.zeros(len(given), bool)
         if len(at):
@@ -467,7 +467,7 @@ class _Checked:
         if cap is None or not new.any():
             return 0
         gone = set(self.catalogue.gone.tolist())
-        gone |= set(self.catalogue.rows_of(items.filter(removed)).tolist())
+        gone |= set(self.catalogue.item_ids.rows_of(items.filter(removed)).tolist())
         held: Counter[tuple[int, ...]] = Counter()
         full = np.zeros(len(items), bool)
         for row in np.flatnonzero(new & ~removed.to_numpy()).tolist():

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -281,7 +280,8 @@ class Retriever:
         known, manifest = self._known(request), self.bundle.manifest
         read = known.interactions[-manifest.max_history :]
         past = known.before(read, manifest.max_past)
-        events = [event for event in request.history if event.item_id in self.catalogue.rows]
+        rows = self.catalogue.item_ids.rows_of(list(map(_ITEM_ID, request.history)))
+        events = [request.history[i] for i in (rows >= 0).nonzero()[0].tolist()]
         return [events[position] for position in (*past.tolist(), *read.tolist())]
 
     def beam_width(self, request: RetrieveRequest) -> int:
@@ -291,9 +291,8 @@ class Retriever:
     def _asked(self, request: RetrieveRequest, edits: Edits) -> _Asked:
         """A request as this catalogue knows it."""
         bound = () if request.bindings == "off" else tuple(k for k in edits.bound if len(k.rows))
-        known, rows = self._known(request), self.catalogue.rows
-        asked = request.exclude_item_ids
-        named = np.fromiter(map(rows.get, asked, repeat(-1)), np.int64, len(asked))
+        known, asked = self._known(request), request.exclude_item_ids
+        named = self.catalogue.item_ids.rows_of(asked)
         missing: list[str] = []
         if named.min(initial=0) < 0:
             missing = [asked[i] for i in np.flatnonzero(named < 0).tolist()]
@@ -336,12 +335,12 @@ class Retriever:
     def _known(self, request: RetrieveRequest) -> KnownEvents:
         """The events of a request's history whose item the catalogue has.
 
-        A history has up to 1,000 events, so no line of Python runs for each: columns are read and looked up by `map`,
-        and what depends on the behaviour alone is found once for each behaviour.
+        A history has up to 1,000 events, so no line of Python runs for each: columns are read by `map` and looked up
+        at once, and what depends on the behaviour alone is found once for each behaviour.
         """
         history, n = request.history, len(request.history)
         item_ids = list(map(_ITEM_ID, history))
-        rows = np.fromiter(map(self.catalogue.rows.get, item_ids, repeat(-1)), np.int64, n)
+        rows = self.catalogue.item_ids.rows_of(item_ids)
         found = np.flatnonzero(rows >= 0)
         missing = [] if len(found) == n else [item_ids[i] for i in np.flatnonzero(rows < 0).tolist()]
         names = list(map(_EVENT, history))

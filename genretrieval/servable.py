@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import polars as pl
@@ -15,6 +14,7 @@ from genretrieval.bundle import Manifest
 from genretrieval.catalogue import CatalogueIndex, build_index, reserved_paths
 from genretrieval.errors import RequestError
 from genretrieval.features import RequestFeatures
+from genretrieval.item_ids import ItemIds
 from genretrieval.request import Filters
 from genretrieval.semantic_ids import SemanticIds
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 NO_ATTRIBUTES = frozenset({"item_id", "semantic_id", "popularity"})
 # A table in more pieces is put together: each batch of new items is one.
 _CHUNKS = 64
-# Item ids that are turned into Python's in one go.
-_AT_ONCE = 20_000
 
 
 class Servable(Protocol):
@@ -50,66 +48,6 @@ class Servable(Protocol):
         ...
 
 
-class _GrownIds(Sequence[str]):
-    """Item row to item id: a bundle's, and behind them the few that came later, for which the many are not copied.
-
-    To copy a million Python objects, or to let go of them, holds up every other thread.
-    """
-
-    def __init__(self, of_bundle: Sequence[str], later: list[str]) -> None:
-        self.of_bundle, self.later = of_bundle, later
-        self._n_bundle = len(of_bundle)
-
-    @classmethod
-    def of(cls, item_ids: Sequence[str]) -> _GrownIds:
-        return item_ids if isinstance(item_ids, cls) else cls(item_ids, [])
-
-    def with_more(self, more: list[str]) -> _GrownIds:
-        return _GrownIds(self.of_bundle, [*self.later, *more])
-
-    def continues(self, before: _GrownIds) -> bool:
-        return self.of_bundle is before.of_bundle and self.later[: len(before.later)] == before.later
-
-    def __getitem__(self, row: Any) -> Any:
-        if row < 0:
-            row += len(self)
-        return self.of_bundle[row] if row < self._n_bundle else self.later[row - self._n_bundle]
-
-    def __iter__(self) -> Iterator[str]:
-        return chain(self.of_bundle, self.later)
-
-    def __len__(self) -> int:
-        return self._n_bundle + len(self.later)
-
-
-class _GrownRows(Mapping[str, int]):
-    """Item id to item row, as `_GrownIds` is the reverse."""
-
-    def __init__(self, of_bundle: Mapping[str, int], later: dict[str, int]) -> None:
-        self.of_bundle, self.later = of_bundle, later
-
-    @classmethod
-    def of(cls, rows: Mapping[str, int]) -> _GrownRows:
-        return rows if isinstance(rows, cls) else cls(rows, {})
-
-    def with_more(self, more: dict[str, int]) -> _GrownRows:
-        return _GrownRows(self.of_bundle, self.later | more)
-
-    def get(self, item: str, otherwise: Any = None) -> Any:
-        row = self.of_bundle.get(item)
-        return self.later.get(item, otherwise) if row is None else row
-
-    def __getitem__(self, item: str) -> int:
-        row = self.of_bundle.get(item)
-        return self.later[item] if row is None else row
-
-    def __iter__(self) -> Iterator[str]:
-        return chain(self.of_bundle, self.later)
-
-    def __len__(self) -> int:
-        return len(self.of_bundle) + len(self.later)
-
-
 @dataclass(frozen=True)
 class Catalogue:
     """Items that can be retrieved: an immutable snapshot, kept by a request from its beginning to its end.
@@ -118,8 +56,7 @@ class Catalogue:
         table: the bundle's ``catalogue.parquet``, then the items that came while it was served, with what has changed.
         ids: semantic IDs by item row.
         index: the trie over them; items of a leaf are listed by falling popularity.
-        rows: item id to item row.
-        item_ids: item row to item id; the table's column gives single ones out slowly.
+        item_ids: item row to item id, which the table's column gives out slowly, and item id to item row.
         gone: int64, sorted item rows that were removed while the catalogue was served; no search writes them.
         revision: changes of the catalogue since the bundle was written.
     """
@@ -127,8 +64,7 @@ class Catalogue:
     table: pl.DataFrame
     ids: SemanticIds
     index: CatalogueIndex
-    rows: Mapping[str, int]
-    item_ids: Sequence[str]
+    item_ids: ItemIds
     gone: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     revision: int = 0
 
@@ -139,11 +75,7 @@ class Catalogue:
         codes = table["semantic_id"].explode().to_numpy().astype(np.int32).reshape(len(table), -1)
         ids = SemanticIds(codes, bundle.manifest.codebook_sizes)
         reserved = reserved_paths(ids.codebook_sizes, bundle.manifest.reserved_slots)
-        index = _indexed(ids, table, reserved)
-        # Some at a time, as no other thread runs meanwhile: a server may be answering from another bundle.
-        ids_ = table["item_id"]
-        item_ids = [item for at in range(0, len(ids_), _AT_ONCE) for item in ids_.slice(at, _AT_ONCE).to_list()]
-        return cls(table, ids, index, {item: row for row, item in enumerate(item_ids)}, item_ids)
+        return cls(table, ids, _indexed(ids, table, reserved), ItemIds(table["item_id"]))
 
     def updated(self, changes: CatalogueChanges) -> Catalogue:
         """The catalogue after `changes`, which were checked to fit it; this one stays as it is.
@@ -151,15 +83,15 @@ class Catalogue:
         Rows do not move: new items get the next ones, and those of removed items are kept as `gone`. Changes of items
         that it does not have, and bring no semantic ID, are passed over.
         """
-        new = changes.ids.filter(pl.Series(self.rows_of(changes.ids["item_id"]) < 0))
+        new = changes.ids.filter(pl.Series(self.item_ids.rows_of(changes.ids["item_id"]) < 0))
         grown = self._with(new, changes) if len(new) else self
         columns = []
         for name, frame in changes.attributes.items():
-            rows = self.rows_of(frame["item_id"])
+            rows = self.item_ids.rows_of(frame["item_id"])
             known = np.flatnonzero(rows >= 0)
             if len(known):
                 columns.append(_with_values(grown.table[name], rows[known], frame["value"].gather(known)))
-        rows, removed = grown.rows_of(changes.removed["item_id"]), changes.removed["value"].to_numpy()
+        rows, removed = grown.item_ids.rows_of(changes.removed["item_id"]), changes.removed["value"].to_numpy()
         gone = np.union1d(grown.gone, rows[removed & (rows >= 0)])
         return replace(
             grown,
@@ -168,16 +100,12 @@ class Catalogue:
             revision=self.revision + changes.n_sets,
         )
 
-    def rows_of(self, item_ids: pl.Series) -> NDArray[np.int64]:
-        """Item rows, int64 ``[len(item_ids)]``, -1 for items that it does not have."""
-        return np.fromiter(map(self.rows.get, item_ids.to_list(), repeat(-1)), np.int64, len(item_ids))
-
     def keeps_rows_of(self, before: Catalogue) -> bool:
         """Whether this one is `before` after some changes, or as good as that: its items have the rows they had.
 
         Two states of a catalogue that were made on their own from the same bundle may number later items differently.
         """
-        return _GrownIds.of(self.item_ids).continues(_GrownIds.of(before.item_ids))
+        return self.item_ids.continues(before.item_ids)
 
     def way_to(self, codes: Sequence[int]) -> list[int]:
         """Nodes of the index on the way to a semantic ID, one a level, as far as there are any."""
@@ -208,10 +136,8 @@ class Catalogue:
         codes = np.asarray(new["value"].explode().to_numpy(), np.int32).reshape(len(new), -1)
         ids = SemanticIds(np.concatenate([self.ids.codes, codes]), self.ids.codebook_sizes)
         index = _indexed(ids, table, self.index.leaf_codes(self.index.keyword_leaves))
-        came = new["item_id"].to_list()
-        known = _GrownRows.of(self.rows).with_more({item: row for row, item in enumerate(came, len(self.item_ids))})
-        item_ids = _GrownIds.of(self.item_ids).with_more(came)
-        return replace(self, table=table, ids=ids, index=index, rows=known, item_ids=item_ids)
+        item_ids = self.item_ids.with_more(new["item_id"].to_list())
+        return replace(self, table=table, ids=ids, index=index, item_ids=item_ids)
 
     def matching(self, filters: Filters) -> NDArray[np.bool_]:
         """Which items satisfy `filters`, bool ``[n_items]``.

@@ -362,7 +362,7 @@ class _Followed:
         early = [part.only(changes.ids["item_id"]) for part in self._waiting] if len(changes.ids) else []
         self.catalogue = self.catalogue.updated(CatalogueChanges.merged([*early, changes]))
         items = changes.removed["item_id"]
-        unknown = items.filter(pl.Series(self.catalogue.rows_of(items) < 0))
+        unknown = items.filter(pl.Series(self.catalogue.item_ids.rows_of(items) < 0))
         if len(unknown):
             self._waiting.append(changes.only(unknown))
             log.info("catalogue_items_unknown", items=len(unknown), first=unknown.head(_TOLD).to_list())
@@ -429,7 +429,7 @@ class _Followed:
 def _changed(changes: CatalogueChanges, catalogue: Catalogue, file: str) -> Changed:
     items, removed = changes.removed["item_id"], changes.removed["value"]
     taken = items.filter(removed)
-    missing = taken.filter(pl.Series(catalogue.rows_of(taken) < 0)).to_list()
+    missing = taken.filter(pl.Series(catalogue.item_ids.rows_of(taken) < 0)).to_list()
     return Changed(catalogue.revision, file, len(items) - len(taken), len(taken) - len(missing), missing)
 
 

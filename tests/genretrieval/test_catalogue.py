@@ -112,11 +112,11 @@ def test_a_code_takes_as_few_bytes_as_its_codebook_needs(size: int, expected: st
 
 
 def test_bytes_of_an_index_by_hand() -> None:
-    """A code of a byte and a start of four on each level; four an item, and a shared leaf costs eight."""
+    """On each level a code of a byte, a start of four, twelve for 64 nodes; four an item, a shared leaf costs eight."""
     alone = build_index(SemanticIds(np.array([[0, 0], [0, 1], [1, 0]], np.int32), (3, 3)))
-    assert alone.nbytes == (2 + 3) * 1 + (2 + 3) * 4 + 3 * 4 + 4
+    assert alone.nbytes == (2 + 3) * 1 + (2 + 3) * 4 + 2 * 12 + 3 * 4 + 4
     shared = build_index(SemanticIds(np.array([[0, 0], [0, 0], [1, 0]], np.int32), (3, 3)))
-    assert shared.nbytes == (2 + 2) * 1 + (2 + 3) * 4 + 3 * 4 + (4 + 4) + 4
+    assert shared.nbytes == (2 + 2) * 1 + (2 + 3) * 4 + 2 * 12 + 3 * 4 + (4 + 4) + 4
 
 
 @given(catalogues())

@@ -7,6 +7,7 @@ import pytest
 from genretrieval.catalogue import build_index
 from genretrieval.collapse import CollapseValues
 from genretrieval.errors import RequestError
+from genretrieval.item_ids import ItemIds
 from genretrieval.semantic_ids import SemanticIds
 from genretrieval.servable import Catalogue
 
@@ -24,7 +25,7 @@ def values() -> CollapseValues:
         }
     )
     ids = SemanticIds(np.arange(4, dtype=np.int32)[:, None], (4,))
-    return CollapseValues(Catalogue(table, ids, build_index(ids), {name: i for i, name in enumerate(names)}, names))
+    return CollapseValues(Catalogue(table, ids, build_index(ids), ItemIds(names)))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genretrieval.catalogue import build_index, reserved_paths
+from genretrieval.item_ids import ItemIds
 from genretrieval.masks import Mask, MaskRows
 from genretrieval.request import Filters
 from genretrieval.semantic_ids import SemanticIds
@@ -25,7 +26,7 @@ def catalogue(codes: list[tuple[int, int, int]]) -> Catalogue:
     names = [f"item-{row}" for row in range(len(codes))]
     table = pl.DataFrame({"item_id": names, "price": [float(row) for row in range(len(codes))]})
     index = build_index(ids, reserved=reserved_paths(SIZES, RESERVED))
-    return Catalogue(table, ids, index, {name: row for row, name in enumerate(names)}, names)
+    return Catalogue(table, ids, index, ItemIds(names))
 
 
 items = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12)

@@ -98,10 +98,10 @@ class InProcess:
         self.most = 0
 
     def bind(self, words: Mapping[str, Sequence[str]]) -> None:
-        rows = self.retriever.catalogue.rows
+        item_ids = self.retriever.catalogue.item_ids
         self.most = max(self.most, len(words))
         self.bound = {
-            word: BoundKeyword(word, word, *slot, np.asarray(sorted(rows[id_] for id_ in ids), np.int64))
+            word: BoundKeyword(word, word, *slot, np.sort(item_ids.rows_of(ids)))
             for (word, ids), slot in zip(words.items(), self.slots, strict=False)
         }
 

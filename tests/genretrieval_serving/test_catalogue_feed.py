@@ -94,7 +94,7 @@ class Served:
         return self.metrics.registry.get_sample_value("genretrieval_catalogue_changes_refused_total")
 
     def price(self, item: str) -> Any:
-        return self.catalogue.table["price"][self.catalogue.rows[item]]
+        return self.catalogue.table["price"][self.catalogue.item_ids.row_of(item)]
 
     def state(self) -> Any:
         of = self.catalogue

@@ -202,7 +202,7 @@ def delete(item_id: ItemId, changer: Changer) -> ItemsChanged:
 
 
 def _row(catalogue: Catalogue, item_id: str) -> int:
-    row = catalogue.rows.get(item_id)
+    row = catalogue.item_ids.row_of(item_id)
     if row is None:
         raise NotFoundError(f"there is no item {item_id!r} in the catalogue; `POST /v1/items:batch` adds one")
     return row

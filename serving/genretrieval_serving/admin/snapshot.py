@@ -18,7 +18,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain
 
 import numpy as np
 import polars as pl
@@ -170,8 +170,7 @@ class Items:
             RequestError: a filter asks for what the catalogue does not have.
         """
         if selector.item_ids is not None:
-            rows = map(self.catalogue.rows.get, selector.item_ids, repeat(-1))
-            found = np.unique(np.fromiter(rows, np.int64, len(selector.item_ids)))
+            found = np.unique(self.catalogue.item_ids.rows_of(selector.item_ids))
             return found[found >= 0]
         selected = np.ones(len(self.catalogue.item_ids), bool)
         if selector.filters is not None:
@@ -182,7 +181,8 @@ class Items:
 
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those that the catalogue does not have."""
-        return [id_ for id_ in dict.fromkeys(ids) if id_ not in self.catalogue.rows]
+        asked = list(dict.fromkeys(ids))
+        return [asked[i] for i in np.flatnonzero(self.catalogue.item_ids.rows_of(asked) < 0).tolist()]
 
     def has_slot(self, slot: SlotRef) -> bool:
         """Whether it is a reserved slot of the bundle: the last codes of a level are."""
@@ -522,10 +522,10 @@ def _compile(name: str, resource: _Applied, items: Items) -> _Compiled:
     text = _marked(query.text) if query is not None and regex is None else ""
     rule = _Rule(name, resource, text, regex, settled)
     if isinstance(effect, PinEffect):
-        known = items.catalogue.rows
         placed = sorted(effect.items, key=lambda item: item.position)
-        pins = tuple(Pin(name, known[i.item_id], i.position - 1) for i in placed if i.item_id in known)
-        return replace(rule, pins=pins)
+        rows = items.catalogue.item_ids.rows_of([item.item_id for item in placed])
+        pins = [Pin(name, row, item.position - 1) for row, item in zip(rows.tolist(), placed, strict=True) if row >= 0]
+        return replace(rule, pins=tuple(pins))
     rows = items.rows(effect.items)
     if isinstance(effect, BlockEffect):
         return replace(rule, blocked=rows)

@@ -394,8 +394,10 @@ def test_views_advance_together_and_a_dropped_one_stays(make, store, stored, cat
     store.put(stored("rules/a", effect={"kind": "block", "items": {"item_ids": ["item-1", "later"]}}))
     replica.refresh()
     first = replica._views[0]
-    moved = first.on(dataclasses.replace(catalogue, rows={**catalogue.rows, "later": 5}))
-    assert (first.edits(REQUEST).blocked.tolist(), moved.edits(REQUEST).blocked.tolist()) == ([1], [1, 5])
+    grown = catalogue.item_ids.with_more(["later"])
+    moved = first.on(dataclasses.replace(catalogue, item_ids=grown))
+    later = grown.row_of("later")
+    assert (first.edits(REQUEST).blocked.tolist(), moved.edits(REQUEST).blocked.tolist()) == ([1], [1, later])
     first.drop()
     store.put(stored("rules/b", effect=BLOCK))
     replica.refresh()

@@ -18,6 +18,7 @@ from genretrieval.catalogue import build_index
 from genretrieval.catalogue_changes import CatalogueChanges
 from genretrieval.edits import NO_EDITS
 from genretrieval.errors import RequestError
+from genretrieval.item_ids import ItemIds
 from genretrieval.keywords import AttributeType, Keyword, KeywordDictionary
 from genretrieval.request import RetrieveRequest
 from genretrieval.semantic_ids import SemanticIds
@@ -35,8 +36,7 @@ def catalogue_of(**columns) -> Catalogue:
     n = len(next(iter(columns.values())))
     table = pl.DataFrame({"item_id": [str(row) for row in range(n)], **columns})
     ids = SemanticIds(np.zeros((n, 1), np.int32), (4,))
-    item_ids = table["item_id"].to_list()
-    return Catalogue(table, ids, build_index(ids), {item: row for row, item in enumerate(item_ids)}, item_ids)
+    return Catalogue(table, ids, build_index(ids), ItemIds(table["item_id"]))
 
 
 SHOP = catalogue_of(
@@ -96,7 +96,8 @@ def test_what_a_later_state_of_the_catalogue_cannot_change_is_not_looked_for_aga
     )
     catalogue = before.items.catalogue
     price = pl.when(pl.col("item_id") == "item-20").then(0.5).otherwise(pl.col("price")).alias("price")
-    more = replace(catalogue, table=catalogue.table.with_columns(price), rows={**catalogue.rows, "later": 7})
+    grown = catalogue.item_ids.with_more(["later"])
+    more = replace(catalogue, table=catalogue.table.with_columns(price), item_ids=grown)
     compiled = []
     original = snapshot_module._compile
     monkeypatch.setattr(snapshot_module, "_compile", lambda name, *rest: compiled.append(name) or original(name, *rest))
@@ -105,7 +106,7 @@ def test_what_a_later_state_of_the_catalogue_cannot_change_is_not_looked_for_aga
     assert (after.revision, after.broken, after.resources) == (before.revision, before.broken, before.resources)
     request = RetrieveRequest(query="new")
     old, new = before.edits(request, noon), after.edits(request, noon)
-    assert set(new.blocked.tolist()) - set(old.blocked.tolist()) == {7, 20}
+    assert set(new.blocked.tolist()) - set(old.blocked.tolist()) == {20, grown.row_of("later")}
     assert new.bound[0].rows is old.bound[0].rows
     assert (new.pins, new.applied) == (old.pins, old.applied)
 
@@ -133,9 +134,9 @@ def test_what_operators_named_stays_named_when_a_late_file_moves_rows(snapshot_o
     request = RetrieveRequest(query="new")
     for state in (shown.updated(came("fresh")), exported.updated(came("fresh", "recalled"))):
         after = before.on(before.items.on(state))
-        edits, row = after.edits(request, noon), state.rows["recalled"]
+        edits, row = after.edits(request, noon), state.item_ids.row_of("recalled")
         assert (edits.blocked.tolist(), edits.bound[0].rows.tolist(), edits.pins[0].row) == ([row], [row], row)
-        assert state.keeps_rows_of(shown) == (row == shown.rows["recalled"])
+        assert state.keeps_rows_of(shown) == (row == shown.item_ids.row_of("recalled"))
 
 
 @pytest.mark.parametrize(
