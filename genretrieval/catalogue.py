@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +41,43 @@ class Closed(NamedTuple):
     nodes: Nodes
     parents: Nodes
     children: Nodes
+
+
+# Bits of a word by their place: itself, and all up to it.
+_ONE = np.uint64(1) << np.arange(64, dtype=np.uint64)
+_UP_TO = _ONE + (_ONE - np.uint64(1))
+
+
+class _Marks(NamedTuple):
+    """Which of many places are marked, so that marks up to a place are counted by two reads.
+
+    To search for a place among the marked ones would read memory that no cache holds again and again.
+
+    Attributes:
+        bits: uint64, the marks of 64 places each.
+        before: int32, marks before those.
+    """
+
+    bits: NDArray[np.uint64]
+    before: NDArray[np.int32]
+
+    @classmethod
+    def at(cls, places: AnyNodes, n: int) -> _Marks:
+        """Marks at `places` of n."""
+        bits = np.packbits(_marked(-(-n // 64) * 64, places), bitorder="little").view("<u8")
+        counts = np.bitwise_count(bits)
+        return cls(bits, counts.cumsum(dtype=np.int32) - counts)
+
+    def up_to(self, places: AnyNodes) -> Nodes:
+        """Marks up to each of `places`, with its own: int64 ``[len(places)]``."""
+        block = places >> 6
+        counts: Nodes = self.before[block] + np.bitwise_count(self.bits[block] & _UP_TO[places & 63]).astype(np.int64)
+        return counts
+
+    def on(self, places: AnyNodes) -> NDArray[np.bool_]:
+        """Whether each of `places` is marked, bool ``[len(places)]``."""
+        marked: NDArray[np.bool_] = self.bits[places >> 6] & _ONE[places & 63] != 0
+        return marked
 
 
 @dataclass(frozen=True)
@@ -89,8 +125,8 @@ class CatalogueIndex:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         alone = (self.leaf_items, self.uneven_leaves, self.uneven_shifts, self.keyword_leaves)
-        ranks = chain.from_iterable(self._parent_ranks)
-        return sum(array.nbytes for array in (*self.tokens, *self.child_starts, *ranks, *alone))
+        marks = [array for marked in (*self._first_children, self._uneven) for array in marked]
+        return sum(array.nbytes for array in (*self.tokens, *self.child_starts, *marks, *alone))
 
     def item_nodes(self) -> Nodes:
         """int64 ``[n_items, n_levels]``: the path of every item row, as node ids."""
@@ -106,21 +142,18 @@ class CatalogueIndex:
         return path
 
     def parents(self, level: int, nodes: AnyNodes) -> Nodes:
-        """int64: the node above each of `nodes`, quick for few of them; all of level 0 hang under root 0.
-
-        It has the number of first children up to here, less one. They are counted, where a search of `child_starts`
-        would read memory that no cache holds again and again.
-        """
-        firsts, before = self._parent_ranks[level]
-        block = nodes >> 6
-        up_to_here = firsts[block] << (~nodes & 63).astype(np.uint64)
-        found: Nodes = before[block] + np.bitwise_count(up_to_here).astype(np.int64)
-        return found
+        """int64: the node above each of `nodes`, quick for few of them; all of level 0 hang under root 0."""
+        return self._first_children[level].up_to(nodes) - 1
 
     @cached_property
-    def _parent_ranks(self) -> tuple[tuple[NDArray[np.uint64], NDArray[np.int32]], ...]:
-        """Level l: by 64 nodes, which of them are a parent's first child, a bit each; and the parent before them."""
-        return tuple(_ranks(starts) for starts in self.child_starts)
+    def _first_children(self) -> tuple[_Marks, ...]:
+        """Level l: the nodes that are a parent's first child; there are as many up to a node as parents."""
+        return tuple(_Marks.at(starts[:-1], int(starts[-1])) for starts in self.child_starts)
+
+    @cached_property
+    def _uneven(self) -> _Marks:
+        """`uneven_leaves`."""
+        return _Marks.at(self.uneven_leaves, self.n_leaves)
 
     def ancestors(self, leaves: AnyNodes) -> tuple[Nodes, ...]:
         """Level l: int64, node ids on the way to each of `leaves`; quick for few of them, as `paths` is for all."""
@@ -154,13 +187,9 @@ class CatalogueIndex:
 
     def _spans(self, leaves: AnyNodes) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Where the items of each of `leaves` begin in `leaf_items`, and how many there are: int32."""
-        leaves = leaves.astype(np.int32)
-        sizes = np.ones(len(leaves), np.int32)
-        behind = self.uneven_leaves.searchsorted(leaves)
-        if len(self.uneven_leaves):
-            uneven = np.flatnonzero(self.uneven_leaves.take(behind, mode="clip") == leaves)
-            sizes[uneven] += self.uneven_shifts[behind[uneven] + 1] - self.uneven_shifts[behind[uneven]]
-        return leaves + self.uneven_shifts[behind], sizes
+        up_to = self._uneven.up_to(leaves)
+        shifts = self.uneven_shifts[up_to - self._uneven.on(leaves)]
+        return leaves.astype(np.int32) + shifts, self.uneven_shifts[up_to] - shifts + np.int32(1)
 
     def items_of(self, leaf: int) -> NDArray[np.int32]:
         """Item rows under `leaf`, in listing order."""
@@ -251,15 +280,6 @@ def ranges(starts: AnyNodes, sizes: AnyNodes) -> tuple[Nodes, Nodes]:
     return np.arange(len(of_range)) + (starts + sizes - behind)[of_range], of_range
 
 
-def _ranks(starts: NDArray[np.int32]) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    """Of one level, see `CatalogueIndex._parent_ranks`."""
-    first = np.zeros(-(-int(starts[-1]) // 64) * 64, bool)
-    first[starts[:-1]] = True
-    firsts = np.packbits(first, bitorder="little").view("<u8")
-    counts = np.bitwise_count(firsts).cumsum(dtype=np.int32)
-    return firsts, counts - np.bitwise_count(firsts) - np.int32(1)
-
-
 def token_type(codebook_size: int) -> type[np.integer[Any]]:
     """The smallest integer that holds every code of a level and that both torch and ONNX Runtime gather."""
     for kind in (np.uint8, np.int16):
@@ -322,7 +342,7 @@ def build_index(
     )
 
 
-def _marked(n: int, places: Nodes) -> NDArray[np.bool_]:
+def _marked(n: int, places: AnyNodes) -> NDArray[np.bool_]:
     marks = np.zeros(n, bool)
     marks[places] = True
     return marks

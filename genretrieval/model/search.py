@@ -310,13 +310,13 @@ class BeamSearch(nn.Module):
     def _close(filled_BX: Tensor, live_BQ: Tensor, n_slots: int, parent_BE: Tensor, child_BE: Tensor) -> Tensor:
         """Take what a request must not enter out of its candidates, which the fillers follow.
 
-        Live beams stand at different nodes, so at most one matches: its number, from 1, is a sum, three times faster
-        than a search for it.
+        Live beams stand at different nodes, so at most one matches: its number, from 1, is a sum, faster than a search
+        for it. A row times a matrix, because a matrix times a column takes onnxruntime ten times as long.
         """
         n_beams = live_BQ.shape[1]
         number_Q = torch.arange(1, n_beams + 1, dtype=torch.float32, device=live_BQ.device)
         # Half a beam more, because a product need not be exact in every precision.
-        beam_BE = ((parent_BE[..., None] == live_BQ[:, None]).float() @ number_Q + 0.5).long()
+        beam_BE = (number_Q @ (live_BQ[..., None] == parent_BE[:, None]).float() + 0.5).long()
         # What no beam stands above closes a filler, which is closed anyway.
         place_BE = torch.where(beam_BE > 0, (beam_BE - 1) * n_slots + child_BE, n_beams * n_slots)
         return filled_BX.scatter(1, place_BE, CLOSED)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genretrieval.catalogue import CatalogueIndex, build_index, graph_inputs, mask_inputs
+from genretrieval.catalogue import CatalogueIndex, _Marks, build_index, graph_inputs, mask_inputs
 from genretrieval.errors import DataError
 from genretrieval.semantic_ids import SemanticIds
 
@@ -111,12 +111,32 @@ def test_a_code_takes_as_few_bytes_as_its_codebook_needs(size: int, expected: st
     assert index.tokens[0][-1] == size - 1
 
 
+@given(catalogues())
+def test_parents_and_sizes_are_those_of_a_search_of_the_starts(ids: SemanticIds) -> None:
+    index = build_index(ids)
+    for level, starts in enumerate(index.child_starts):
+        nodes = np.arange(len(index.tokens[level]))
+        expected = np.searchsorted(starts, nodes, side="right") - 1
+        assert index.parents(level, nodes).tolist() == expected.tolist()
+        assert index.parents(level, nodes[::-1].astype(np.int32)).tolist() == expected[::-1].tolist()
+    assert index.leaf_sizes(np.arange(index.n_leaves)).tolist() == np.diff(index.leaf_starts()).tolist()
+
+
+def test_marks_are_counted_across_words() -> None:
+    rng = np.random.default_rng(0)
+    marked = rng.random(1000) < 0.3
+    marks = _Marks.at(np.flatnonzero(marked), 1000)
+    places = np.arange(1000)
+    assert marks.up_to(places).tolist() == marked.cumsum().tolist()
+    assert marks.on(places).tolist() == marked.tolist()
+
+
 def test_bytes_of_an_index_by_hand() -> None:
-    """On each level a code of a byte, a start of four, twelve for 64 nodes; four an item, a shared leaf costs eight."""
+    """A level: a byte a code, four a start; twelve for 64 nodes, or leaves; four an item, eight a shared leaf."""
     alone = build_index(SemanticIds(np.array([[0, 0], [0, 1], [1, 0]], np.int32), (3, 3)))
-    assert alone.nbytes == (2 + 3) * 1 + (2 + 3) * 4 + 2 * 12 + 3 * 4 + 4
+    assert alone.nbytes == (2 + 3) * 1 + (2 + 3) * 4 + 3 * 12 + 3 * 4 + 4
     shared = build_index(SemanticIds(np.array([[0, 0], [0, 0], [1, 0]], np.int32), (3, 3)))
-    assert shared.nbytes == (2 + 2) * 1 + (2 + 3) * 4 + 2 * 12 + 3 * 4 + (4 + 4) + 4
+    assert shared.nbytes == (2 + 2) * 1 + (2 + 3) * 4 + 3 * 12 + 3 * 4 + (4 + 4) + 4
 
 
 @given(catalogues())

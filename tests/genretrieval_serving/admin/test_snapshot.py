@@ -96,8 +96,8 @@ def test_what_a_later_state_of_the_catalogue_cannot_change_is_not_looked_for_aga
     )
     catalogue = before.items.catalogue
     price = pl.when(pl.col("item_id") == "item-20").then(0.5).otherwise(pl.col("price")).alias("price")
-    grown = catalogue.item_ids.with_more(["later"])
-    more = replace(catalogue, table=catalogue.table.with_columns(price), item_ids=grown)
+    table, grown = catalogue.table.with_columns(price), catalogue.item_ids.with_more(["later"])
+    more = replace(catalogue, table=table.extend(table[7].with_columns(item_id=pl.lit("later"))), item_ids=grown)
     compiled = []
     original = snapshot_module._compile
     monkeypatch.setattr(snapshot_module, "_compile", lambda name, *rest: compiled.append(name) or original(name, *rest))
