@@ -1,9 +1,10 @@
 """The stages that learn from what items are worth: the ranking models, and preference training by them and by logs.
 
-The users fall into two halves (`genretrieval_pipelines.ranking.part_of_users`). The generator is rewarded by the
-ranking model of the half "train", for requests of that half alone. The ranking model of the other half, and the
-requests of its users, are never learnt from: they judge whether what was rewarded is liked by others too, or whether
-the generator has merely found what its reward overrates.
+The users fall into two halves (`genretrieval_pipelines.ranking.part_of_users`), each with a ranking model of its own.
+The generator is rewarded by the one of the half "train" for requests of the *other* users: what a model says of those
+whose behaviour it has learnt is partly what they did. The second model, which nothing is ever learnt from, judges by
+requests of the half "train", which the generator was not rewarded for: whether what was rewarded is liked by others
+too, or whether the generator has merely found what its reward overrates.
 
 Tensor names carry the shapes of `genretrieval.training.preference_objective`; X is everything that was shown.
 """
@@ -293,7 +294,7 @@ class Verdict:
 
     Attributes:
         recall10: on all of them.
-        reward: mean worth of the top 10 by the ranking model of the half "train", of cases of the other half's users.
+        reward: mean worth of the top 10 by the ranking model that rewards, of cases of the users of "train".
         holdout_reward: of the same by the ranking model of the other half.
     """
 
@@ -353,9 +354,9 @@ class Judge:
         recall10 = mean_at_10(recall, shop, cases, answers.items)
         if self.worths is None or not len(cases):
             return Verdict(recall10, 0.0, 0.0)
-        others = part_of_users(shop.users["user_id"].to_list())[cases.user_rows]
-        asked = cases.take(np.flatnonzero(others))
-        items_NG = answers.items[others, :_K].astype(np.int64)
+        unrewarded = ~part_of_users(shop.users["user_id"].to_list())[cases.user_rows]
+        asked = cases.take(np.flatnonzero(unrewarded))
+        items_NG = answers.items[unrewarded, :_K].astype(np.int64)
         nothing = torch.zeros(items_NG.shape)
         rewards = [
             worth(asked.starts, asked.ends, asked.queries, items_NG, nothing) * torch.from_numpy(items_NG != NOTHING)
@@ -426,10 +427,28 @@ class Guard(TrainerCallback):
             save_file(weights, Path(args.output_dir) / f"checkpoint-{state.global_step}" / REFERENCE)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Without a checkpoint that is better than the start, go back to it."""
-        if state.best_metric is None or state.best_metric <= 0:
-            kwargs["model"].load_state_dict(self.start)
-            _say(self.console, "no checkpoint is better than the start without losing recall: its weights are kept")
+        """Keep the best by the judge: what was trained, its mean with the start, or the start.
+
+        The mean of both forgets less of what the start knew and has much of what was learnt (WiSE-FT, arXiv 2109.01903;
+        for rewarded policies WARP, arXiv 2406.16768).
+        """
+        model: Generator = kwargs["model"]
+        gain = DISQUALIFIED if state.best_metric is None else state.best_metric
+        trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict({name: _mean(self.start[name], tensor) for name, tensor in trained.items()})
+        of_mean = self.judge(model)
+        if max(gain, of_mean) <= 0:
+            model.load_state_dict(self.start)
+            _say(self.console, "nothing is better than the start without losing recall: its weights are kept")
+        elif of_mean > gain:
+            _say(self.console, "the mean of the start's weights and the trained ones is best, and kept")
+        else:
+            model.load_state_dict(trained)
+
+
+def _mean(a: Tensor, b: Tensor) -> Tensor:
+    """Of weights; what is counted stays."""
+    return (a + b) / 2 if a.is_floating_point() else a
 
 
 def _say(console: Console, text: str) -> None:
@@ -439,8 +458,8 @@ def _say(console: Console, text: str) -> None:
 def stage_run(inputs: StageInputs, stage: PreferenceStage, model: Generator) -> StageRun:
     """Make preference training ready: data, loss, judge and guard.
 
-    The supervised loss is of all histories, as in `next_item`; preferences are learnt from requests of the users of the
-    half "train".
+    The supervised loss is of all histories, as in `next_item`; preferences are learnt from requests of the users that
+    are not of the half "train".
 
     Args:
         inputs: of the run.
@@ -457,10 +476,10 @@ def stage_run(inputs: StageInputs, stage: PreferenceStage, model: Generator) -> 
     if ranking is not None:
         train, holdout = (Worth(m, shop.histories, stage.reward) for m in fit_both(inputs, ranking, examples))
         worths = train, holdout
-    mine_U = ~part_of_users(shop.users["user_id"].to_list())
+    rewarded_U = part_of_users(shop.users["user_id"].to_list())
     # Positions behind those of users are of queries that stand alone, which no ranking model was asked about.
     learners = np.zeros(len(dataset.histories.items), bool)
-    learners[: len(log.users)] = mine_U[log.users] & LeaveOneOut(shop.histories).trained()
+    learners[: len(log.users)] = rewarded_U[log.users] & LeaveOneOut(shop.histories).trained()
     common = (model, next_item, inputs.index, torch.from_numpy(learners), config)
     objective: Preference
     if config.method == "listwise_dpo":

@@ -155,7 +155,7 @@ def test_without_a_better_checkpoint_the_start_is_kept(
 ) -> None:
     """Recall falls while the hold-out reward rises, which also stops the stage."""
     start = train_generator.train_generator(inputs_of(recipe_of(), demo_shop, work))
-    verdicts = iter([Verdict(0.5, 0.1, 0.1), Verdict(0.4, 0.9, 0.9), Verdict(0.3, 0.9, 0.9)])
+    verdicts = iter([Verdict(0.5, 0.1, 0.1), *[Verdict(0.4, 0.9, 0.9)] * 3])
     monkeypatch.setattr(Judge, "verdict", lambda *_: next(verdicts))
     console = Console(record=True, width=200, file=StringIO())
     stage = {**PREFERENCE, "epochs": 2, "recall_tolerance": 0.05, "learning_rate": 0.01}
@@ -174,7 +174,15 @@ def test_of_checkpoints_that_keep_recall_the_best_by_the_hold_out_model_is_kept(
 ) -> None:
     """The second has the best reward in training and the third less recall; the first is what both models like."""
     seen: list[dict[str, torch.Tensor]] = []
-    verdicts = iter([Verdict(0.5, 0.1, 0.1), Verdict(0.5, 0.2, 0.3), Verdict(0.5, 0.9, 0.2), Verdict(0.4, 0.9, 0.9)])
+    verdicts = iter(
+        [
+            Verdict(0.5, 0.1, 0.1),
+            Verdict(0.5, 0.2, 0.3),
+            Verdict(0.5, 0.9, 0.2),
+            Verdict(0.4, 0.9, 0.9),
+            Verdict(0.5, 0.1, 0.2),
+        ]
+    )
 
     def verdict(_: Judge, model: Generator) -> Verdict:
         seen.append(weights(model))
@@ -186,6 +194,25 @@ def test_of_checkpoints_that_keep_recall_the_best_by_the_hold_out_model_is_kept(
     found = trained.generator.state_dict()
     assert all(torch.equal(seen[1][name], tensor) for name, tensor in found.items())
     assert not all(torch.equal(seen[0][name], tensor) for name, tensor in found.items())
+
+
+def test_half_the_way_is_kept_where_the_whole_of_it_loses_recall(
+    demo_shop: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    verdicts = iter([Verdict(0.5, 0.1, 0.1), Verdict(0.4, 0.9, 0.9), Verdict(0.5, 0.3, 0.3)])
+
+    def verdict(_: Judge, model: Generator) -> Verdict:
+        seen.append(weights(model))
+        return next(verdicts)
+
+    monkeypatch.setattr(Judge, "verdict", verdict)
+    stage = {**PREFERENCE, "recall_tolerance": 0.05, "learning_rate": 0.02}
+    trained = train_generator.train_generator(inputs_of(recipe_of(RANKING, stage), demo_shop, work))
+    start, end, mean = seen
+    for name, tensor in trained.generator.state_dict().items():
+        assert torch.equal(tensor, mean[name])
+        assert torch.equal(tensor, (start[name] + end[name]) / 2 if tensor.is_floating_point() else start[name])
 
 
 def test_a_judge_weighs_the_reward_of_others_against_recall() -> None:
@@ -222,7 +249,9 @@ def test_a_policy_too_far_from_its_reference_is_judged_and_stopped() -> None:
     assert control.should_save
 
 
-def test_the_two_ranking_models_share_no_user_and_the_policy_meets_one_half(demo_shop: Path, work: Path) -> None:
+def test_a_policy_is_rewarded_for_users_that_neither_its_reward_has_learnt_nor_its_judge_asks(
+    demo_shop: Path, work: Path
+) -> None:
     recipe = recipe_of(RANKING, PREFERENCE)
     inputs = inputs_of(recipe, demo_shop, work)
     shop = inputs.shop
@@ -238,8 +267,8 @@ def test_the_two_ranking_models_share_no_user_and_the_policy_meets_one_half(demo
     learners = run.objective.learners_X.numpy()
     h = shop.histories
     users = np.repeat(np.arange(h.n_users), h.lengths())
-    held_out = part_of_users(shop.users["user_id"].to_list())[users]
-    assert np.array_equal(learners, ~held_out & LeaveOneOut(h).trained())
+    other_half = part_of_users(shop.users["user_id"].to_list())[users]
+    assert np.array_equal(learners, other_half & LeaveOneOut(h).trained())
     dpo = stage.model_copy(update={"preference": replace(stage.preference, method="listwise_dpo")})
     inputs = replace(inputs, recipe=recipe.model_copy(update={"stages": [*recipe.stages[:2], dpo]}))
     assert isinstance(preference.stage_run(inputs, dpo, generator).objective, PreferredLists)
