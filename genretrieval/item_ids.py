@@ -158,7 +158,8 @@ class _Table:
         bytes_ += np.arange(len(text))
         # A long id that it does not have may lie in part beyond all texts.
         differ = (self._bytes.take(bytes_, mode="clip") != text).nonzero()[0]
-        rows[np.searchsorted(ends, differ, side="right")] = -1
+        if len(differ):
+            rows[np.searchsorted(ends, differ, side="right")] = -1
         return rows
 
     def _one_by_one(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
