@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 import structlog
@@ -133,6 +136,20 @@ def request_id(given: str | None) -> str:
     return given if given and REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
+class _Lines:
+    """Writes lines to a stream. Where that is closed or full they are lost, and no request with them."""
+
+    def __init__(self, stream: TextIO, lock: threading.Lock, name: str = "") -> None:
+        self._stream, self._lock, self.name = stream, lock, name
+
+    def msg(self, line: str) -> None:
+        with self._lock, suppress(OSError, ValueError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    debug = info = warning = error = critical = msg
+
+
 def configure_logging(level: str, stream: TextIO | None = None) -> None:
     """Send every log of the process to `stream`, by default standard output, one JSON object a line."""
     shared: list[structlog.typing.Processor] = [
@@ -158,16 +175,10 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-
-    def writer(name: str = "") -> structlog.WriteLogger:
-        logger = structlog.WriteLogger(stream)
-        logger.name = name  # type: ignore[attr-defined]
-        return logger
-
     # Ours go without the standard library, which takes longer over a line than all else that follows an answer.
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
-        logger_factory=writer,
+        logger_factory=partial(_Lines, stream, threading.Lock()),
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=False,
     )
