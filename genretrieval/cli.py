@@ -643,6 +643,22 @@ def bench_decode(
     _report_figures(bench(sizes, rounds=2 if quick else rounds, bundle=bundle, quick=quick), json_file)
 
 
+@bench_app.command("int8")
+def bench_int8(
+    widths: Annotated[list[int] | None, typer.Option(help="Widths of models; repeat.")] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; more give tighter medians.")] = 25,
+    json_file: JsonFile = None,
+) -> None:
+    """A graph in int8 over the same in float32, by the width of the model, on one thread."""
+    with _extra("train"):
+        from genretrieval_pipelines.bench_int8 import bench_int8 as bench
+    with _extra("serve"):
+        from genretrieval_serving.backend import OnnxBackend
+    sizes = widths or [64, 128, 256, 512, 768]
+    figures = bench(sizes, rounds, lambda graph: OnnxBackend(graph, threads=1), Console(stderr=True))
+    _report_figures(figures, json_file)
+
+
 @bench_app.command("scale")
 def bench_scale(
     items: Annotated[list[int] | None, typer.Option(help="Catalogue sizes; repeat.")] = None,

@@ -81,13 +81,19 @@ def export_int8(
 
 
 @dataclass
-class _Recording:
-    """Keeps what a graph was given last."""
+class Recording:
+    """Keeps what a graph was given last.
+
+    Attributes:
+        backend: runs the graph.
+        inputs: of its last run.
+    """
 
     backend: Backend
     inputs: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def run(self, inputs: dict[str, NDArray[Any]]) -> Leaves:
+        """Run one batch."""
         self.inputs = inputs
         return self.backend.run(inputs)
 
@@ -163,7 +169,7 @@ def _ranked(
 
 def _ms(opened: Bundle, backends: dict[str, Backend], asked: Sequence[RetrieveRequest]) -> dict[str, Figure]:
     """Milliseconds of the graphs alone, in turn."""
-    recording = _Recording(backends["fp32"])
+    recording = Recording(backends["fp32"])
     retriever = Retriever(opened, recording)
     contenders = []
     for batch in BATCHES:

@@ -79,8 +79,12 @@ def bench_overload(
         os.sched_setaffinity(0, {min(cores)})  # the server inherits it
         with running_server(bundle, command, *options) as server:
             os.sched_setaffinity(0, {max(cores)})
+            # What is there stays; to look for garbage in it between loads would hold up the probes.
+            gc.collect()
+            gc.freeze()
             return asyncio.run(_measure(server.http, server.process.pid, requests, console, config))
     finally:
+        gc.unfreeze()
         os.sched_setaffinity(0, cores)
 
 

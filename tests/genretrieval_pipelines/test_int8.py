@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from genretrieval.bundle import CATALOGUE, CONFIG, GRAPH, MODEL_CARD, Manifest, 
 from genretrieval.errors import BundleError
 from genretrieval.retrieval import Leaves
 from genretrieval_pipelines import int8
+from genretrieval_pipelines.bench_int8 import bench_int8
 from genretrieval_pipelines.recipe import Recipe
 from genretrieval_pipelines.synth import ShopConfig, synthesize
+from genretrieval_serving.backend import OnnxBackend
 
 SIZES = (12, 12, 2)
 N_ITEMS = 120
@@ -115,3 +118,10 @@ def test_a_bundle_that_no_run_wrote_cannot_be_measured(bundle, tmp_path, monkeyp
             (path / name).write_bytes((bundle / name).read_bytes())
     with pytest.raises(BundleError, match="no run wrote it"):
         export(tmp_path / "bare", tmp_path / "int8", monkeypatch, seed=1, at_least=0.0)
+
+
+def test_both_graphs_of_a_width_are_timed() -> None:
+    figures = bench_int8([16], 1, partial(OnnxBackend, threads=1), Console(quiet=True))
+    for batch in (1, 8):
+        fp32, int8 = (figures[f"int8.ms.{name}.d16.b{batch}"].value for name in ("fp32", "int8"))
+        assert figures[f"int8.speedup.d16.b{batch}"].value == pytest.approx(fp32 / int8)
