@@ -139,12 +139,14 @@ class _Table:
         hashed = hash(item_id) & _HASH
         factor = self._factor[hashed & (len(self._factor) - 1)]
         row: int = self._row[((hashed * factor & _HASH) >> 32) * len(self._row) >> 32]
-        there = self._text.startswith(_joined([item_id]), self._start[row])
+        text, start = _joined([item_id]), self._start[row]
+        # One that is kept apart has an end within it: of its text another id may be the beginning.
+        there = self._text.startswith(text, start) and self._start[row + 1] - start == len(text)
         return row if there and _END not in item_id else -1
 
     def rows_of(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
         """As `ItemIds.rows_of`."""
-        if len(item_ids) <= _FEW:
+        if len(item_ids) <= _FEW or not len(self):
             return self._one_by_one(item_ids)
         text = np.frombuffer(_joined(item_ids), np.uint8)
         ends = _ends(text)
@@ -158,8 +160,10 @@ class _Table:
         bytes_ += np.arange(len(text))
         # A long id that it does not have may lie in part beyond all texts.
         differ = (self._bytes.take(bytes_, mode="clip") != text).nonzero()[0]
+        other = self._starts[rows + 1] - self._starts[rows] != sizes
         if len(differ):
-            rows[np.searchsorted(ends, differ, side="right")] = -1
+            other[np.searchsorted(ends, differ, side="right")] = True
+        rows[other] = -1
         return rows
 
     def _one_by_one(self, item_ids: Sequence[str]) -> NDArray[np.int64]:

@@ -62,6 +62,7 @@ from genretrieval_pipelines.stages import (
 
 Rows = NDArray[np.int64]
 
+FORMAT = 2  # raise when a change of this file changes what equal settings train
 PURCHASE = "purchase"
 DISQUALIFIED = -float("inf")
 REFERENCE = "reference.safetensors"
@@ -447,8 +448,8 @@ class Guard(TrainerCallback):
 
 
 def _mean(a: Tensor, b: Tensor) -> Tensor:
-    """Of weights; what is counted stays."""
-    return (a + b) / 2 if a.is_floating_point() else a
+    """Of weights, where `b` is; what is counted stays."""
+    return (a.to(b.device) + b) / 2 if a.is_floating_point() else a
 
 
 def _say(console: Console, text: str) -> None:

@@ -79,7 +79,7 @@ def train_generator(inputs: StageInputs) -> Trained:
             continue
         schedule = stage.schedule(recipe.training)
         # Its weights depend on the stages before it, so its name does: a recipe with one more stage trains that one.
-        key = content_hash(key, stage, schedule)
+        key = content_hash(key, stage, schedule, *([preference.FORMAT] if isinstance(stage, PreferenceStage) else []))
         folder = inputs.work / f"{stage.objective}-{key}"
         finished = folder / "generator.safetensors"
         if finished.exists():
@@ -110,8 +110,11 @@ def train_generator(inputs: StageInputs) -> Trained:
 
 
 def _training_clock() -> Callable[[], float]:
-    """What training costs: seconds of all cores together on a CPU, which neighbours do not change, else of the wall."""
-    return time.process_time if PartialState().device.type == "cpu" else time.perf_counter
+    """What training costs: seconds of all cores together on CPUs, which neighbours do not change, else of the wall."""
+    state = PartialState()
+    if state.device.type != "cpu":
+        return time.perf_counter
+    return lambda: time.process_time() * state.num_processes  # which all do the same
 
 
 def stage_run(

@@ -104,7 +104,7 @@ class Batcher:
         for size in (1, self.max_batch):
             begun = self._clock()
             outcome = await self._run(retriever, [RetrieveRequest()] * size, [NO_EDITS] * size)
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 raise _fault(outcome)
         if not self.row_seconds:
             self.row_seconds = (self._clock() - begun) / self.max_batch
@@ -247,7 +247,7 @@ class Batcher:
                 outcomes = await self._run(retriever, [w.request for w in batch], [w.edits for w in batch])
         finally:
             self._running_rows, self._running_until = 0, 0.0
-        if isinstance(outcomes, Exception) and len(batch) > 1:
+        if isinstance(outcomes, BaseException) and len(batch) > 1:
             log.warning("batch_failed", requests=len(batch), error=repr(outcomes))
             for waiting in batch:
                 if not waiting.answer.done():
@@ -256,7 +256,7 @@ class Batcher:
         for i, waiting in enumerate(batch):
             if waiting.answer.done():
                 continue
-            if isinstance(outcomes, Exception):
+            if isinstance(outcomes, BaseException):
                 waiting.answer.set_exception(_fault(outcomes))
             else:
                 waiting.answer.set_result(_timed(outcomes[i], begun - waiting.since))
@@ -265,12 +265,14 @@ class Batcher:
 
     async def _run(
         self, retriever: Retriever, requests: Sequence[RetrieveRequest], edits: Sequence[Edits]
-    ) -> list[RetrieveResponse] | Exception:
+    ) -> list[RetrieveResponse] | BaseException:
         """Responses, or what was raised: an error must reach its own request and end nothing else."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, tracing.carried(retriever.retrieve), requests, edits)
-        except Exception as error:  # noqa: BLE001
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - what panics in Rust is no Exception
             return error
 
 
@@ -294,7 +296,7 @@ def _give_up(left: Sequence[_Waiting]) -> None:
             waiting.answer.set_exception(UnavailableError("the server stopped before it could answer"))
 
 
-def _fault(error: Exception) -> GenRetrievalError:
+def _fault(error: BaseException) -> GenRetrievalError:
     """The error a caller sees; one that we did not foresee is logged whole and shown without its insides."""
     if isinstance(error, GenRetrievalError):
         return error

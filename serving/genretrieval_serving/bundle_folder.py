@@ -61,8 +61,10 @@ class BundleFolder:
         try:
             retriever = self.opener(self.path / name)
             warm_up(retriever, self.max_batch)
-        except Exception as error:
-            # Whatever is met: the files are as they were written, and what they say cannot be served.
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # Whatever is met, a panic in Rust too: files are as they were written, and what they say cannot be served.
             why = str(error) if isinstance(error, GenRetrievalError) else repr(error)
             raise BundleError(f"{name} cannot be served: {why}") from error
         return retriever

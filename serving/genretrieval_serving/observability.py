@@ -137,17 +137,33 @@ def request_id(given: str | None) -> str:
 
 
 class _Lines:
-    """Writes lines to a stream. Where that is closed or full they are lost, and no request with them."""
+    """Writes lines to a stream, for a logger of some name."""
 
-    def __init__(self, stream: TextIO, lock: threading.Lock, name: str = "") -> None:
-        self._stream, self._lock, self.name = stream, lock, name
+    def __init__(self, out: _Out, name: str = "") -> None:
+        self._out, self.name = out, name
 
     def msg(self, line: str) -> None:
-        with self._lock, suppress(OSError, ValueError):
-            self._stream.write(line + "\n")
-            self._stream.flush()
+        self._out.write(line)
 
     debug = info = warning = error = critical = msg
+
+
+class _Out:
+    """A stream of lines. Where it is closed or full they are lost, and no request with them; that is said once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._lock, self._lost = stream, threading.RLock(), False
+
+    def write(self, line: str) -> None:
+        with self._lock:
+            try:
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                if not self._lost:
+                    self._lost = True
+                    with suppress(OSError, ValueError):
+                        print(f"genretrieval: lines of the log are lost: {error}", file=sys.stderr)
 
 
 def configure_logging(level: str, stream: TextIO | None = None) -> None:
@@ -178,7 +194,7 @@ def configure_logging(level: str, stream: TextIO | None = None) -> None:
     # Ours go without the standard library, which takes longer over a line than all else that follows an answer.
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
-        logger_factory=partial(_Lines, stream, threading.Lock()),
+        logger_factory=partial(_Lines, _Out(stream)),
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=False,
     )

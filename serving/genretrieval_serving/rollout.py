@@ -129,9 +129,10 @@ class Rollout:
         """Follow no more; a bundle that is being loaded gets `grace` seconds. For threads."""
         self._stopping.set()
         late = time.monotonic() + grace
-        for thread in (self._thread, self._load_thread):
-            if thread is not None and thread.is_alive():
-                thread.join(max(0.0, late - time.monotonic()))
+        if self._thread.is_alive():
+            self._thread.join(max(0.0, late - time.monotonic()))
+        if self._load_thread is not None:
+            self._load_thread.join(max(0.0, late - time.monotonic()))
 
     def check(self, aliases: Sequence[AliasFields], *, allow_unbound: bool) -> None:
         """Open every bundle that aliases name and that is not served here, and see whether the admin state holds.
@@ -187,7 +188,7 @@ class Rollout:
             return
         self._place(alias)
         self._declare_slots()
-        if self._load_thread is not None and self._load_thread.is_alive():
+        if self._stopping.is_set() or (self._load_thread is not None and self._load_thread.is_alive()):
             return
         for name in alias.bundles:
             failure = self._failures.get(name)
@@ -233,7 +234,7 @@ class Rollout:
         try:
             with self._loading:
                 arm = Arm("loaded", self._open(name), self._replica, prepare_first=self._deployment is not None)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, what is served goes on
+        except BaseException as error:  # noqa: BLE001 - whatever it is, a panic in Rust too, what is served goes on
             before = self._failures.get(name)
             failure = self._failures[name] = _Failure.after(before, str(error))
             self._metrics.bundle_load_failures.inc()
@@ -253,10 +254,13 @@ class Rollout:
         assert self._deployment is not None
         aliases = [alias for alias in self._replica.all(Kind.ALIASES) if isinstance(alias, Alias)]
         named = frozenset(name for alias in aliases for name in alias.bundles)
-        if self._declared_for == (of := (named, frozenset(self._arms))):
+        # One that has just been loaded may be asked for no more.
+        answering = self._deployment.arms
+        arms = {name: arm for name, arm in list(self._arms.items()) if name in named or arm in answering}
+        if self._declared_for == (of := (named, frozenset(arms))):
             return
-        manifests = [arm.manifest for arm in list(self._arms.values())]
-        for name in named - self._arms.keys():
+        manifests = [arm.manifest for arm in arms.values()]
+        for name in named - arms.keys():
             with suppress(BundleError):  # what cannot be read is served nowhere
                 manifests.append(self.folder.manifest(name))
         shared = set.intersection(*(set(reserved_slots(manifest)) for manifest in manifests))

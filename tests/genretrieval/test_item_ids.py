@@ -81,3 +81,12 @@ def test_what_grew_from_another_bundle_continues_nothing() -> None:
     assert not ItemIds(["a", "b"]).continues(one)
     assert one.with_more(["c", "d"]).continues(one.with_more(["c"]))
     assert not one.with_more(["d", "c"]).continues(one.with_more(["c"]))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_id_with_a_nul_is_not_the_id_that_it_begins_with(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    """All that has no place of its own in the table is looked for at row 0."""
+    monkeypatch.setattr(module, "_FEW", 0 if at_once else 1000)
+    asked = ["a", "a\0", "a\0b", "b"]
+    assert ItemIds(["a\0b", "c"]).rows_of(asked).tolist() == [-1, -1, 0, -1]
+    assert ItemIds(["a\0b"]).with_more(["a"]).rows_of(asked).tolist() == [1, -1, 0, -1]

@@ -289,8 +289,12 @@ def test_what_is_left_at_the_end_is_told_so(busy) -> None:
     asyncio.run(main())
 
 
+class PanicError(BaseException):
+    """As what panics in Rust reaches Python: no Exception."""
+
+
 class Quick:
-    """A retriever that answers nothing, soon; and fails for one beam width."""
+    """A retriever that answers nothing, soon; fails for one beam width, and panics for another."""
 
     class bundle:
         class manifest:
@@ -304,13 +308,15 @@ class Quick:
     def retrieve(self, requests: Any, edits: Any) -> list[Any]:
         if any(request.beam_width == 13 for request in requests):
             raise ValueError("poisoned")
+        if any(request.beam_width == 14 for request in requests):
+            raise PanicError
         return [RESPONSE] * len(requests)
 
 
 CALLS = st.lists(
     st.tuples(
         st.sampled_from("abc"),
-        st.sampled_from([None, 1, 13, 40]),  # beams
+        st.sampled_from([None, 1, 13, 14, 40]),  # beams
         st.sampled_from([None, 0.0, 0.0005, 5.0]),  # deadline
         st.sampled_from(["wait", "cancel", "cancel later"]),
     ),
