@@ -317,6 +317,12 @@ def running(bundle: Bundle) -> Iterator[Running]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def logging_by_default() -> None:
+    """A command that ran before in this process may have chosen a level, and a stream that is closed by now."""
+    structlog.reset_defaults()
+
+
 @pytest.fixture
 def logged() -> Iterator[io.StringIO]:
     """What is logged meanwhile, as a server prints it; whatever a command that ran before has set up."""
