@@ -5,8 +5,8 @@ behaviour and to no others. The decoder's cross-attention then reads all tokens 
 is where behaviours are fused. Their number does not depend on how long the past is, so a thousand events cost one
 projection each.
 
-Shape suffixes are explained in `genretrieval.model.layers`; N is events of the past and R tokens of all behaviours
-here.
+Shape suffixes are explained in `genretrieval.model.layers`; N is events of the past, Z behaviours, M tokens of each and
+R of all here.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from genretrieval.model.configuration import GeneratorConfig
 from genretrieval.model.layers import HIDDEN, Attention, FeedForward, RMSNorm
 
 N_AGES = 16
-# Finite in bfloat16 too: the queries of a behaviour that did not occur see nothing else.
 
 
 class QueryFormer(nn.Module):
     """``F_b = CrossAttn(Q_b, H_b, H_b)`` for every behaviour b, then a feed-forward layer."""
 
-    behaviours_R: Tensor
+    behaviours_Z: Tensor
     age_of_N: Tensor
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -48,13 +47,13 @@ class QueryFormer(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def tables(self) -> dict[str, Tensor]:
-        """int64 ``[R]``, the behaviour that each query reads, and ``[max_past + 1]``, the age of an event so far back.
+        """int64 ``[Z]``, the behaviours, and ``[max_past + 1]``, the age of an event so far back.
 
         The newest event is one back; ages are looked up so that no rounding tells torch and the exported graph apart.
         """
         back = [max(1, n) for n in range(self.max_past + 1)]
         return {
-            "behaviours_R": torch.arange(len(self.queries_RD)) // self.n_past_tokens,
+            "behaviours_Z": torch.arange(len(self.queries_RD) // self.n_past_tokens),
             "age_of_N": torch.tensor([min(N_AGES - 1, int(2 * math.log2(n) + 1e-9)) for n in back]),
         }
 
@@ -69,12 +68,22 @@ class QueryFormer(nn.Module):
         Returns:
             Tokens float ``[B, R, D]`` and bool ``[B, R]``, False for the tokens of a behaviour that did not occur.
         """
-        reads_BRN = (events_BN[:, None, :] == self.behaviours_R[:, None]) & mask_BN[:, None, :]
+        reads_BZN = (events_BN[:, None, :] == self.behaviours_Z[:, None]) & mask_BN[:, None, :]
         back_BN = mask_BN.sum(1, keepdim=True) - torch.arange(mask_BN.shape[1], device=mask_BN.device)
         age_BN = self.age_of_N[back_BN.clamp(min=0, max=self.max_past)]
-        bias_BHRN = self.ages(age_BN).permute(0, 2, 1)[:, :, None, :]
-        bias_BHRN = torch.where(reads_BRN[:, None], bias_BHRN, HIDDEN)
-        queries_BRD = self.query_norm(self.queries_RD).expand(x_BND.shape[0], -1, -1)
-        tokens_BRD = self.dropout(self.attention(queries_BRD, self.events_norm(x_BND), bias_BHRN))
+        # All tokens of a behaviour see the same events.
+        bias_BHZN = torch.where(reads_BZN[:, None], self.ages(age_BN).permute(0, 2, 1)[:, :, None], HIDDEN)
+        tokens_BRD = self.dropout(self._attend(self.events_norm(x_BND), bias_BHZN))
         tokens_BRD = tokens_BRD + self.dropout(self.feed_forward(self.feed_forward_norm(tokens_BRD)))
-        return self.norm(tokens_BRD), reads_BRN.any(-1)
+        occurred_BZ = reads_BZN.any(-1)
+        return self.norm(tokens_BRD), occurred_BZ[..., None].expand(-1, -1, self.n_past_tokens).flatten(1)
+
+    def _attend(self, x_BND: Tensor, bias_BHZN: Tensor) -> Tensor:
+        """From the learned queries to the events; as `Attention.forward`, with a bias that is as long as it must be."""
+        attention = self.attention
+        q_HRE = attention.split(attention.query(self.query_norm(self.queries_RD)))
+        k_BHNE, v_BHNE = attention.split(attention.key(x_BND)), attention.split(attention.value(x_BND))
+        scores_BHZMN = (q_HRE @ k_BHNE.transpose(-1, -2)).unflatten(2, (-1, self.n_past_tokens))
+        scores_BHZMN = scores_BHZMN + bias_BHZN[:, :, :, None].to(q_HRE.dtype)
+        mixed: Tensor = attention.output(attention.merge(scores_BHZMN.softmax(-1).flatten(2, 3) @ v_BHNE))
+        return mixed

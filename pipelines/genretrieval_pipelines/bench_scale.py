@@ -1,4 +1,4 @@
-"""What a catalogue costs as it grows, and what filters and exclusions of a request cost beside none.
+"""What a catalogue costs as it grows; what filters, exclusions and a long history of a request cost beside none.
 
 The model that is trained by default, with random weights, answers one request at a time on one thread with 50 beams;
 its answers mean nothing, and take as long as others. Contenders take turns within one process, each with requests that
@@ -28,13 +28,16 @@ from genretrieval.figures import Figure
 from genretrieval.masks import MASK_ROWS, Mask, MaskRows
 from genretrieval.request import Filters, RetrieveRequest
 from genretrieval.retrieval import Backend, Retriever
-from genretrieval_pipelines.random_bundle import SHAPES, Shape, random_bundle
+from genretrieval.schemas import EXPOSURE
+from genretrieval_pipelines.random_bundle import EVENTS, SHAPES, Shape, random_bundle
 
 BEAMS = 50
 LATENCY_SHAPE: Shape = "4x256"
 N_EXCLUDED = 500
 N_FILTERS = 8
 N_SELECTED = 10
+# Events of the histories that are compared: those that are read in full, and with as long a past as a request may have.
+HISTORY_LENGTHS = (50, 1000)
 _HISTORY = 20
 _USERS = 16
 _REBUILDS = 5
@@ -64,7 +67,8 @@ def bench_scale(
     """Measure.
 
     Args:
-        sizes: items of the catalogues; rebuilds, filters and exclusions are measured on the largest up to a million.
+        sizes: items of the catalogues; rebuilds, filters, exclusions and histories are measured on the largest up to a
+            million.
         rounds: turns of each contender.
         open_backend: opens a graph on one thread.
         console: progress.
@@ -100,6 +104,7 @@ def bench_scale(
         figures |= _latency(retrievers, rounds)
         figures |= _exclusions(retrievers[middle], rounds)
         figures |= _filters(retrievers[middle], rounds)
+        figures |= _histories(middle, rounds, open_backend)
     return figures
 
 
@@ -196,6 +201,30 @@ def _filters(retriever: Retriever, rounds: int) -> dict[str, Figure]:
         f"scale.new_filter_ms.n{retriever.catalogue.index.n_items}": _spread(np.asarray(made) * 1e3, "ms"),
         "scale.filters_ratio.eight_over_one": _spread(times["eight"] / times["one"], "ratio"),
         f"scale.filters_ratio.selects_{n_few}_over_none": _spread(times["few"] / times["none"], "ratio"),
+    }
+
+
+def _histories(size: int, rounds: int, open_backend: Callable[[Path], Backend]) -> dict[str, Figure]:
+    """A history of a thousand events over one of fifty, of the same model with a Query-Former."""
+    near, far = HISTORY_LENGTHS
+    made = random_bundle(size, LATENCY_SHAPE, d_model=128, max_history=near, max_past=far - near)
+    with tempfile.TemporaryDirectory() as folder:
+        made.export(Path(folder) / GRAPH)
+        retriever = Retriever(made, open_backend(Path(folder) / GRAPH))
+    rng, behaviours = np.random.default_rng(2), (*EVENTS, EXPOSURE)
+    histories = [
+        [
+            {"item_id": f"item-{row}", "event": behaviours[kind]}
+            for row, kind in zip(rng.integers(0, size, far), rng.integers(0, len(behaviours), far), strict=True)
+        ]
+        for _ in range(_USERS)
+    ]
+    plain = _batches(retriever)
+    contenders = {n: _changed(plain, [{"history": history[-n:]} for history in histories]) for n in HISTORY_LENGTHS}
+    times = take_turns({str(n): Contender(retriever, batches) for n, batches in contenders.items()}, rounds)
+    return {
+        **{f"scale.history_ms.{n}": _spread(times[str(n)] * 1e3, "ms") for n in HISTORY_LENGTHS},
+        f"scale.history_cost.{far}_over_{near}": _spread(times[str(far)] / times[str(near)], "ratio"),
     }
 
 

@@ -36,6 +36,8 @@ _SHAPES: dict[Shape, tuple[tuple[int, float], ...]] = {
     "rq_opq": ((4096, 0.7), (1024, 1.2), (512, 0.9), (256, 0.5), (256, 0.5)),
 }
 SHAPES = tuple(_SHAPES)
+EVENTS = ("click", "cart", "purchase")
+N_PAST_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def random_bundle(
     reserved_slots: int = 100,
     d_model: int = 64,
     beam_width: int = 10,
+    max_history: int = 20,
+    max_past: int = 0,
     seed: int = 0,
 ) -> RandomBundle:
     """Make a bundle.
@@ -99,6 +103,8 @@ def random_bundle(
         reserved_slots: of each keyword group.
         d_model: width of the model; the one that is trained by default has 128.
         beam_width: of requests that name none; the one that is trained by default has 50.
+        max_history: newest interactions that are read.
+        max_past: events before those that are read compressed.
         seed: of everything random.
     """
     rng = np.random.default_rng(seed)
@@ -136,9 +142,11 @@ def random_bundle(
         d_ff=4 * d_model,
         query_vocab_size=len(vocabulary),
         n_query_codes=sum(keywords.sizes) if keywords else 0,
-        n_events=2,
+        n_events=1 + len(EVENTS),
         n_gaps=N_GAPS,
-        max_history=20,
+        n_past_tokens=N_PAST_TOKENS if max_past else 0,
+        max_past=max_past,
+        max_history=max_history,
     )
     manifest = Manifest(
         genretrieval_version=__version__,
@@ -148,8 +156,9 @@ def random_bundle(
         opset=OPSET,
         minimum_onnxruntime=MINIMUM_ONNXRUNTIME,
         graph_inputs=named_graph(Generator(config)).names,
-        events=("click",),
+        events=EVENTS,
         max_history=config.max_history,
+        max_past=config.max_past,
         max_query_tokens=config.max_query_tokens,
         reads_queries=True,
         beam_width=beam_width,

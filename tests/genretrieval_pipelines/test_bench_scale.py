@@ -27,8 +27,10 @@ def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_figure_is_there(unexported: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_scale, "_USERS", 8)
     config = make_bundle(100, "4x256", d_model=16).config
-    backend = GraphBackend(named_graph(Generator(config).eval()))
-    figures = bench_scale.bench_scale([200, 400], 2, lambda _: backend, Console(quiet=True))
+    past = make_bundle(100, "4x256", d_model=16, max_history=3, max_past=5).config
+    monkeypatch.setattr(bench_scale, "HISTORY_LENGTHS", (3, 8))
+    backends = iter([GraphBackend(named_graph(Generator(of_graph).eval())) for of_graph in (config, past)])
+    figures = bench_scale.bench_scale([200, 400], 2, lambda _: next(backends), Console(quiet=True))
     row = figures["scale.filter_bytes_per_item.4x256.n400"].value
     assert row < 4.2
     assert figures["scale.index_bytes_per_item.4x256.n400"].value > row
@@ -36,7 +38,7 @@ def test_every_figure_is_there(unexported: None, monkeypatch: pytest.MonkeyPatch
         "resident_bytes_per_item.4x256.n200", "index_bytes_per_item.keyword.n400", "index_bytes_per_item.rq_opq.n400",
         "rebuild_s.n400", "latency_ratio.n400_over_n200", "exclusions_ratio.100_found", "exclusions_ratio.100_drawn",
         "exclusions_ratio.100_of_history", "new_filter_ms.n400", "filters_ratio.eight_over_one",
-        "filters_ratio.selects_10_over_none",
+        "filters_ratio.selects_10_over_none", "history_cost.8_over_3",
     ):  # fmt: skip
         assert f"scale.{name}" in figures, name
 
