@@ -3,7 +3,8 @@
 The `n_levels` decoder steps are unrolled. Beams are query positions, not batch rows, so the context's keys and values
 are computed once for all layers and never copied per beam. A beam's own path is at most `n_levels` codes long: its
 keys and values follow the beam from step to step. A step looks only at the children of each beam's node in the
-catalogue index, so an ID that does not exist cannot be written. Why so: docs/decisions/0002-decoding.md.
+catalogue index, so an ID that does not exist cannot be written; and the decoder runs for those beams alone that have
+more than one leaf ahead. Why so: docs/decisions/0002-decoding.md.
 
 Norm gains are folded into the matrices behind them and the projections of a layer are fused, which is why this module
 holds its own copy of the weights: build it from a trained `Generator`, it is not trained itself.
@@ -228,6 +229,35 @@ class FusedQueryFormer(nn.Module):
         return self.former.norm(tokens_ND).unflatten(0, (x_BND.shape[0], -1)), occurred_BR
 
 
+class Undecided(NamedTuple):
+    """Beams with several leaves ahead.
+
+    The others are decided: a code that is alone under its prefix has log-probability 0, and nothing has to be computed
+    to write it.
+
+    Attributes:
+        beams_BQ: int64, their numbers. A row with fewer than another has decided ones among them.
+        place_BK: int64, where each beam stands among them, Q for one that does not.
+    """
+
+    beams_BQ: Tensor
+    place_BK: Tensor
+
+    def of(self, x_BK: Tensor) -> Tensor:
+        """What these have of `x`, ``[B, Q]``."""
+        return x_BK.gather(1, self.beams_BQ)
+
+    def place(self, beam_BQ: Tensor) -> Tensor:
+        """Where some beams stand among these, ``[B, Q]``; anywhere for those that do not."""
+        return self.place_BK.gather(1, beam_BQ).clamp(max=self.beams_BQ.shape[1] - 1)
+
+    def spread(self, logp_BQC: Tensor, row_B1: Tensor) -> Tensor:
+        """From these to all beams, ``[B, K, C]``; 0 for the others."""
+        rows_NC = torch.cat([logp_BQC, torch.zeros_like(logp_BQC[:, :1])], 1).flatten(0, 1)
+        row_N = (self.place_BK + row_B1 * (self.beams_BQ.shape[1] + 1)).flatten()
+        return rows_NC.index_select(0, row_N).unflatten(0, self.place_BK.shape)
+
+
 class BeamSearch(nn.Module):
     """The decoder, unrolled over the levels of a semantic ID under the constraint of the catalogue index.
 
@@ -284,19 +314,21 @@ class BeamSearch(nn.Module):
         """
         n_rows, n_memory = memory_BSD.shape[:2]
         n_beams = beams_K.shape[0]
+        row_B1 = torch.arange(n_rows, device=memory_BSD.device)[:, None]
         memory_ND = memory_BSD.flatten(0, 1)
         memory = [linear(memory_ND, weight).unflatten(0, (n_rows, -1)) for weight in self.cross_kv]
         hidden_BQ1S = torch.where(mask_BS, 0.0, HIDDEN)[:, None, None, :]
-        # Layer by layer the keys and values of the codes on each beam's path: first the start, which all beams share.
+        # Layer by layer the keys and values of the codes on each path: first the start, which all beams share.
         paths: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
 
         x_ND = start_BD + self.codes[0]
-        score_BQ = x_ND.new_zeros(n_rows, 1)
-        node_BQ = torch.zeros_like(score_BQ, dtype=torch.long)
+        score_BK = x_ND.new_zeros(n_rows, 1)
+        node_BK = torch.zeros_like(score_BK, dtype=torch.long)
+        undecided: Undecided | None = None
         level_scores: list[Tensor] = []
         user_BF: Tensor | None = None
         for level in range(len(self.codebook_sizes)):
-            n_queries = n_beams if level else 1
+            n_queries = node_BK.shape[1] if undecided is None else undecided.beams_BQ.shape[1]
             cross_bias = hidden_BQ1S.expand(n_rows, 1, n_queries, n_memory)
             for i, layer in enumerate(fused_layers(self)):
                 mixed_ND = self._attend_path(x_ND, layer, paths[i], n_rows)
@@ -307,27 +339,54 @@ class BeamSearch(nn.Module):
 
             if self.dense is not None and not level:
                 user_BF = linear(norm(x_ND), self.dense)
-            child_BQC, logp_BQC, open_BQC = self._children(
-                norm(x_ND).unflatten(0, (n_rows, n_queries)), level, node_BQ, index
-            )
-            candidates = torch.where(open_BQC, score_BQ[..., None] + logp_BQC, CLOSED).flatten(1)
+            state_BQD = norm(x_ND).unflatten(0, (n_rows, n_queries))
+            child_BKC, exists_BKC = self._children(level, node_BK, index)
+            if undecided is None:
+                logp_BKC = self._logp(state_BQD, level, child_BKC, exists_BKC, index)
+            else:
+                asked = self._children(level, undecided.of(node_BK), index)
+                logp_BKC = undecided.spread(self._logp(state_BQD, level, *asked, index), row_B1)
+            open_BKC = self._open(level, child_BKC, exists_BKC, index)
+            candidates = torch.where(open_BKC, score_BK[..., None] + logp_BKC, CLOSED).flatten(1)
             # Fillers let fewer candidates than beams through; they end under every real score.
             filler = candidates.new_full((n_rows, n_beams), CLOSED)
             filled = torch.cat([candidates, filler], 1)
             if index.closed is not None:
-                live_BQ = torch.where(score_BQ > CLOSED / 2, node_BQ, -2)
-                filled = self._close(filled, live_BQ, child_BQC.shape[-1], *index.closed[level])
-            score_BQ, chosen_BK = filled.topk(n_beams, -1)
+                live_BK = torch.where(score_BK > CLOSED / 2, node_BK, -2)
+                filled = self._close(filled, live_BK, child_BKC.shape[-1], *index.closed[level])
+            score_BK, chosen_BK = filled.topk(n_beams, -1)
             chosen_BK = chosen_BK.clamp(max=candidates.shape[1] - 1)
-            parent_BK = torch.div(chosen_BK, logp_BQC.shape[-1], rounding_mode="floor")
-            node_BQ = child_BQC.flatten(1).gather(1, chosen_BK)
+            parent_BK = torch.div(chosen_BK, logp_BKC.shape[-1], rounding_mode="floor")
+            node_BK = child_BKC.flatten(1).gather(1, chosen_BK)
             level_scores = [s.gather(1, parent_BK) for s in level_scores]
-            level_scores.append(logp_BQC.flatten(1).gather(1, chosen_BK))
+            level_scores.append(logp_BKC.flatten(1).gather(1, chosen_BK))
             if level + 1 < len(self.codebook_sizes):
+                node_BQ, parent_BQ, before = node_BK, parent_BK, undecided
+                if self.normalise == "children":
+                    undecided = self._undecided(level, node_BK, score_BK > CLOSED / 2, index)
+                    node_BQ, parent_BQ = undecided.of(node_BK), undecided.of(parent_BK)
+                if before is not None:
+                    parent_BQ = before.place(parent_BQ)
                 x_ND = nn.functional.embedding(self._tokens(level, node_BQ, index).flatten(), self.codes)
-                parent_N = (parent_BK + torch.arange(n_rows, device=x_ND.device)[:, None] * n_queries).flatten()
+                parent_N = (parent_BQ + row_B1 * n_queries).flatten()
                 paths = [[path[0], *((_rows(k, parent_N), _rows(v, parent_N)) for k, v in path[1:])] for path in paths]
-        return Retrieved(node_BQ, score_BQ, torch.stack(level_scores, -1), user_BF)
+        return Retrieved(node_BK, score_BK, torch.stack(level_scores, -1), user_BF)
+
+    @staticmethod
+    def _undecided(level: int, node_BK: Tensor, live_BK: Tensor, index: IndexTensors) -> Undecided:
+        """Live beams at nodes of a level that several leaves are under."""
+        first, last = node_BK, node_BK + 1
+        for starts in index.child_starts[level + 1 :]:
+            first, last = take(starts, first).long(), take(starts, last).long()
+        several_BK = (last - first > 1) & live_BK
+        n_queries = cast(int, several_BK.sum(1).amax(0).clamp(min=1).item())
+        # What an export has to know of a size that it cannot see.
+        torch._check(n_queries >= 1)
+        torch._check(n_queries <= node_BK.shape[1])
+        beams_BQ = several_BK.float().topk(n_queries).indices
+        place_BK = torch.full_like(node_BK, n_queries)
+        numbers_BQ = torch.arange(beams_BQ.shape[1], device=beams_BQ.device).expand(beams_BQ.shape)
+        return Undecided(beams_BQ, place_BK.scatter(1, beams_BQ, numbers_BQ))
 
     def _attend_path(self, x_ND: Tensor, layer: FusedLayer, path: list[tuple[Tensor, Tensor]], n_rows: int) -> Tensor:
         """Self-attention of a layer to each beam's own path, which this level's keys and values join."""
@@ -361,26 +420,30 @@ class BeamSearch(nn.Module):
         """Flat token of each node."""
         return take(index.tokens[level], node_BQ).long() + self.level_offsets[level]
 
-    def _children(
-        self, x_BQD: Tensor, level: int, node_BQ: Tensor, index: IndexTensors
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Children of each beam's node: their node ids, log-probabilities and whether they exist and are allowed."""
+    def _children(self, level: int, node_BK: Tensor, index: IndexTensors) -> tuple[Tensor, Tensor]:
+        """Node ids of the children of each node, ``[B, K, C]``, and whether they exist."""
         starts = index.child_starts[level]
-        end_BQ1 = take(starts, node_BQ + 1)[..., None].long()
-        child = take(starts, node_BQ)[..., None].long() + index.slots[level]
-        exists = child < end_BQ1
+        end_BK1 = take(starts, node_BK + 1)[..., None].long()
+        child_BKC = take(starts, node_BK)[..., None].long() + index.slots[level]
         # Slots past a node's last child look at that child again, and count for nothing.
-        child = torch.minimum(child, end_BQ1 - 1)
-        token = take(index.tokens[level], child).long()
-        if self.normalise == "vocabulary":
-            logits = linear(x_BQD, self.heads[0]).log_softmax(-1)
-            logp = logits.gather(-1, token + self.level_offsets[level])
-        else:
-            logits = linear(x_BQD, self.heads[level]).gather(-1, token)
-            logp = torch.where(exists, logits, HIDDEN).log_softmax(-1)
+        return torch.minimum(child_BKC, end_BK1 - 1), child_BKC < end_BK1
+
+    def _open(self, level: int, child_BKC: Tensor, exists_BKC: Tensor, index: IndexTensors) -> Tensor:
+        """Whether children exist and the mask of their request allows them."""
         allowed = index.allowed[level]
         row_start = index.mask_row_B * allowed.shape[1]
-        return child, logp, exists & take(allowed.flatten(), child + row_start[:, None, None])
+        return exists_BKC & take(allowed.flatten(), child_BKC + row_start[:, None, None])
+
+    def _logp(
+        self, state_BQD: Tensor, level: int, child_BQC: Tensor, exists_BQC: Tensor, index: IndexTensors
+    ) -> Tensor:
+        """Log-probability of each child, ``[B, Q, C]``."""
+        token_BQC = take(index.tokens[level], child_BQC).long()
+        if self.normalise == "vocabulary":
+            logits = linear(state_BQD, self.heads[0]).log_softmax(-1)
+            return logits.gather(-1, token_BQC + self.level_offsets[level])
+        logits = linear(state_BQD, self.heads[level]).gather(-1, token_BQC)
+        return torch.where(exists_BQC, logits, HIDDEN).log_softmax(-1)
 
 
 class RetrievalGraph(nn.Module):

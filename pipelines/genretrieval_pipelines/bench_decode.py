@@ -318,13 +318,18 @@ class FreeBeamSearch(BeamSearch):
     def _tokens(self, level: int, node_BQ: Tensor, index: IndexTensors) -> Tensor:
         return node_BQ + self.level_offsets[level]
 
-    def _children(
-        self, x_BQD: Tensor, level: int, node_BQ: Tensor, index: IndexTensors
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _children(self, level: int, node_BK: Tensor, index: IndexTensors) -> tuple[Tensor, Tensor]:
+        codes_C = torch.arange(self.codebook_sizes[level], device=node_BK.device)
+        return codes_C.expand(*node_BK.shape, -1), torch.ones(1, 1, 1, dtype=torch.bool, device=node_BK.device)
+
+    def _open(self, level: int, child_BKC: Tensor, exists_BKC: Tensor, index: IndexTensors) -> Tensor:
+        return exists_BKC
+
+    def _logp(
+        self, state_BQD: Tensor, level: int, child_BQC: Tensor, exists_BQC: Tensor, index: IndexTensors
+    ) -> Tensor:
         first, size = self.level_offsets[level], self.codebook_sizes[level]
-        logp = torch.nn.functional.linear(x_BQD, self.heads[0]).log_softmax(-1)[..., first : first + size]
-        codes = torch.arange(size, device=logp.device).expand(logp.shape)
-        return codes, logp, torch.ones(1, 1, 1, dtype=torch.bool, device=logp.device)
+        return torch.nn.functional.linear(state_BQD, self.heads[0]).log_softmax(-1)[..., first : first + size]
 
 
 def free_t5_graph(model: T5ForConditionalGeneration, codebook_sizes: tuple[int, ...]) -> NamedGraph:

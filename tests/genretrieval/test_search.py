@@ -21,7 +21,7 @@ from genretrieval.bundle import Manifest
 from genretrieval.catalogue import CatalogueIndex, build_index, closed_inputs, graph_inputs, mask_inputs
 from genretrieval.export.onnx import GraphBackend, named_graph
 from genretrieval.features import RequestFeatures
-from genretrieval.model import Generator
+from genretrieval.model import BeamSearch, Generator
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import CLOSED_BELOW, Leaves, Retriever
 from genretrieval.semantic_ids import SemanticIds
@@ -193,6 +193,38 @@ def test_a_beam_for_every_leaf_is_exact_scoring(generator: Generator, make_ids: 
         assert_same(ranking, exact(generator, one(requests, row), index))
         # All of the catalogue's probability is there.
         assert np.exp([score for _, score in ranking]).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("codes", "n_decoded"),
+    [
+        ([[0, 0, 0], [1, 5, 2], [2, 3, 1]], [1, 1, 1]),  # nothing to decide, and a size of zero is none
+        ([[0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 5, 2], [2, 3, 1]], [1, 1, 1]),
+        ([[0, 0, 0], [0, 1, 0], [1, 5, 1], [1, 5, 2], [2, 3, 1], [2, 3, 2]], [1, 3, 2]),
+    ],
+)
+def test_the_decoder_runs_for_beams_with_several_leaves_ahead(
+    generator: Generator,
+    make_requests: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    codes: list[list[int]],
+    n_decoded: list[int],
+) -> None:
+    index = build_index(SemanticIds(np.asarray(codes, np.int32), generator.config.codebook_sizes))
+    requests = make_requests(generator.config, 2, seed=3)
+    decoded: list[int] = []
+    attend = BeamSearch._attend_path
+
+    def counted(self: BeamSearch, x_ND: torch.Tensor, layer: Any, path: Any, n_rows: int) -> torch.Tensor:
+        if layer is self.layers[0]:
+            decoded.append(len(x_ND) // n_rows)
+        return attend(self, x_ND, layer, path, n_rows)
+
+    monkeypatch.setattr(BeamSearch, "_attend_path", counted)
+    found = search(generator, requests, index, 8)
+    assert decoded == n_decoded
+    for row, ranking in enumerate(found):
+        assert_same(ranking, exact(generator, one(requests, row), index))
 
 
 @settings(max_examples=20, deadline=None)
