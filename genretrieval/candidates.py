@@ -65,9 +65,12 @@ class Candidates:
         )
 
 
-def in_order(scores: NDArray[np.float64]) -> list[int]:
-    """Positions by falling score, equal ones as they stand."""
-    order: list[int] = np.argsort(-scores, kind="stable").tolist()
+def in_order(scores: NDArray[np.floating[Any]], at_most: int | None = None) -> list[int]:
+    """Positions by falling score, equal ones as they stand; the first `at_most`, which costs less than all."""
+    best = np.arange(len(scores))
+    if at_most is not None and at_most < len(scores):
+        best = np.flatnonzero(scores >= np.partition(scores, -at_most)[-at_most])
+    order: list[int] = best[np.argsort(-scores[best], kind="stable")][:at_most].tolist()
     return order
 
 

@@ -44,10 +44,10 @@ class ItemVectors:
         vectors[later] = self.of_later[rows[later] - len(self.of_bundle)]
         return vectors
 
-    def __matmul__(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Products with one vector ``[E]``, float32 ``[len(self)]``."""
-        products: NDArray[np.float32] = self.of_bundle @ vector
-        return np.concatenate([products, self.of_later @ vector]) if len(self.of_later) else products
+    def products(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of `vectors` ``[n, E]`` and all of these, float32 ``[n, len(self)]``; these are read once for all."""
+        products: NDArray[np.float32] = vectors @ self.of_bundle.T
+        return np.hstack([products, vectors @ self.of_later.T]) if len(self.of_later) else products
 
     def with_later(self, relatives: list[NDArray[np.int64]]) -> ItemVectors:
         """Each later item has the mean vector of its relatives, see `relatives_of`."""

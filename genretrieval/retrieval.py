@@ -38,17 +38,22 @@ _ITEM_ID, _EVENT, _TIMESTAMP = attrgetter("item_id"), attrgetter("event"), attrg
 
 
 class Leaves(NamedTuple):
-    """What the graph returns for a batch; see `genretrieval.model.search.Retrieved`."""
+    """What the graph returns for a batch; see `genretrieval.model.search.Retrieved`.
+
+    Attributes:
+        products: of `user` and every item, float32 ``[B, n_items]``; not the graph's, added where all are compared.
+    """
 
     leaves: NDArray[np.int64]
     scores: NDArray[np.float32]
     level_scores: NDArray[np.float32]
     user: NDArray[np.float32] | None = None
+    products: NDArray[np.float32] | None = None
 
     def of(self, row: int) -> Leaves:
         """What it returned for one request of the batch."""
-        user = None if self.user is None else self.user[row]
-        return Leaves(self.leaves[row], self.scores[row], self.level_scores[row], user)
+        user, products = (None if part is None else part[row] for part in (self.user, self.products))
+        return Leaves(self.leaves[row], self.scores[row], self.level_scores[row], user, products)
 
 
 class Backend(Protocol):
@@ -122,6 +127,11 @@ class DenseItems:
         ranked = np.ascontiguousarray(vectors[:, 1]) if every else vectors[:, 1]
         candidates = np.flatnonzero((popularity == 0) | every)
         return cls(ItemVectors.open(vectors[:, 0]), ItemVectors.open(ranked), candidates)
+
+    @property
+    def compares_all(self) -> bool:
+        """Whether every item is compared."""
+        return len(self.candidates) == len(self.ranked)
 
     def on(self, catalogue: Catalogue) -> DenseItems:
         """With the items that came after the bundle, which training never saw and which are always compared.
@@ -316,6 +326,9 @@ class Retriever:
             begun = time.perf_counter()
             found = self.backend.run(inputs)
             inference_ms = (time.perf_counter() - begun) * 1e3
+            if self.dense and found.user is not None and self.dense.compares_all and _real(found).all(1).any():
+                # A search that was cut off is followed by a look at every item: once for all of the batch.
+                found = found._replace(products=self.dense.ranked.products(found.user))
             seconds = iter(range(len(asked), len(masks)))
             answers = []
             for i, (ask, row) in enumerate(zip(asked, mask_rows, strict=False)):
@@ -440,7 +453,9 @@ class Retriever:
         scores = candidates.logp + self.bundle.manifest.dense_weight * dense
         for boost in ask.edits.boosts:
             scores = scores + np.where(contains(boost.rows, candidates.rows), boost.amount, 0.0)
-        order = with_blocks(in_order(scores), [(place, contains(rows, candidates.rows)) for place, rows in blocks])
+        whole = blocks or pins or ask.request.collapse_by is not None
+        order = in_order(scores, None if whole else ask.request.top_k)
+        order = with_blocks(order, [(place, contains(rows, candidates.rows)) for place, rows in blocks])
         if ask.request.collapse_by is not None:
             values = self.collapse.of(ask.request.collapse_by, candidates.rows)
             order, pins = collapsed(
@@ -477,12 +492,10 @@ class Retriever:
         """What the dense head says of items, float32 ``[len(rows)]``; zeros without one."""
         if self.dense is None:
             return np.zeros(len(rows), np.float32)
+        if found.products is not None:
+            return found.products[rows]
         assert found.user is not None
-        # Without a copy of the vectors where most are compared.
-        few = len(rows) < len(self.dense.ranked) // 4
-        said: NDArray[np.float32] = (
-            self.dense.ranked[rows] @ found.user if few else (self.dense.ranked @ found.user)[rows]
-        )
+        said: NDArray[np.float32] = self.dense.ranked[rows] @ found.user
         return said
 
     def _blocks(self, ask: _Asked, found: Leaves, candidates: Candidates) -> list[tuple[int, NDArray[np.int64]]]:

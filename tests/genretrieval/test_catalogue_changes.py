@@ -443,7 +443,8 @@ def test_items_that_come_have_the_vectors_of_those_like_them(base) -> None:
             [means[2][part].tolist(), vectors[3, part].tolist()],
         ]
         assert len(found) == 7
-        np.testing.assert_allclose(found @ np.asarray([1, 2], np.float32), found[np.arange(7)] @ [1, 2])
+        asked = np.asarray([[1, 2], [3, -1]], np.float32)
+        np.testing.assert_allclose(found.products(asked), asked @ found[np.arange(7)].T)
     assert dense.candidates.tolist() == list(range(7))
     again = retriever.on(catalogue).on(base.catalogue.updated(base.check(changes(rows[2], rows[0]), "1"))).dense
     assert again.read[np.asarray([4, 5])].tolist() == [means[2][0].tolist(), means[0][0].tolist()]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genretrieval.bundle import CATALOGUE, GRAPH, ITEM_VECTORS, KEYWORDS, Manifest, load_bundle, write_bundle
-from genretrieval.candidates import batches, collapsed, with_blocks, with_pins
+from genretrieval.candidates import batches, collapsed, in_order, with_blocks, with_pins
 from genretrieval.edits import Boost, BoundKeyword, Edits, Pin
 from genretrieval.features import RequestFeatures
 from genretrieval.keyword_codebook import KeywordCodebook
@@ -280,6 +280,13 @@ def test_a_bundle_without_slots_still_lists_what_is_bound_first(folder, tmp_path
         (partial / GRAPH).write_bytes(b"")
     retriever = Retriever(load_bundle(tmp_path / "plain"), ByTable(LEAF_SCORES[1:5]))
     assert order(retriever, Edits(bound=(bound(C, E),))) == "ceabd"
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0])), st.integers(1, 9))
+def test_the_best_are_the_first_of_all_in_order(scores, at_most) -> None:
+    """Equal ones as they stand, also where not all of them are among the best."""
+    best = in_order(np.asarray(scores, np.float32), at_most)
+    assert best == sorted(range(len(scores)), key=lambda position: -scores[position])[:at_most]
 
 
 @given(st.permutations(range(6)), st.lists(st.tuples(st.integers(0, 6), st.sets(st.integers(0, 5))), max_size=3))
