@@ -67,10 +67,12 @@ class Candidates:
 
 def in_order(scores: NDArray[np.floating[Any]], at_most: int | None = None) -> list[int]:
     """Positions by falling score, equal ones as they stand; the first `at_most`, which costs less than all."""
+    falling = -scores
     best = np.arange(len(scores))
     if at_most is not None and at_most < len(scores):
-        best = np.flatnonzero(scores >= np.partition(scores, -at_most)[-at_most])
-    order: list[int] = best[np.argsort(-scores[best], kind="stable")][:at_most].tolist()
+        # Written so that a NaN comes last, as in sorting, and is not lost.
+        best = np.flatnonzero(~(falling > np.partition(falling, at_most - 1)[at_most - 1]))
+    order: list[int] = best[np.argsort(falling[best], kind="stable")][:at_most].tolist()
     return order
 
 

@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 
 from genretrieval.servable import Catalogue
 
+# A share of all items from which on it is faster to multiply all than to gather those that are asked for.
+_MANY = 1 / 4
+# Products that are kept at a time, in numbers.
+_KEPT = 1 << 22
 # Of more items with a prefix, so many are taken, evenly from all; a mean of more is hardly another one.
 _RELATIVES = 64
 
@@ -53,6 +57,33 @@ class ItemVectors:
         """Each later item has the mean vector of its relatives, see `relatives_of`."""
         means: list[NDArray[Any]] = [self.of_bundle[rows].mean(axis=0) for rows in relatives]
         return ItemVectors(self.of_bundle, np.asarray(means, np.float32).reshape(len(means), -1))
+
+
+class Products:
+    """What the vectors of a batch of searches make with those of items.
+
+    Where much of all items is asked for, all are multiplied, and are read from memory once for several searches.
+    """
+
+    def __init__(self, items: ItemVectors, searches: NDArray[np.float32]) -> None:
+        """Of `items` and `searches`, float32 ``[B, E]``."""
+        self._items = items
+        self._searches = searches
+        self._together = max(1, _KEPT // max(1, len(items)))
+        self._first = -1
+        self._kept = np.empty((0, 0), np.float32)
+
+    def of(self, search: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of one search and some items, float32 ``[len(rows)]``."""
+        if len(rows) < len(self._items) * _MANY:
+            few: NDArray[np.float32] = self._items[rows] @ self._searches[search]
+            return few
+        first = search - search % self._together
+        if first != self._first:
+            self._kept = self._items.products(self._searches[first : first + self._together])
+            self._first = first
+        products: NDArray[np.float32] = self._kept[search - first, rows]
+        return products
 
 
 def relatives_of(catalogue: Catalogue, n_bundle: int) -> list[NDArray[np.int64]]:

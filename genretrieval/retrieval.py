@@ -18,7 +18,7 @@ from genretrieval.catalogue import closed_inputs, graph_inputs, reserved_paths, 
 from genretrieval.collapse import CollapseValues
 from genretrieval.edits import NO_EDITS, BoundKeyword, Edits, Pin
 from genretrieval.histories import NO_TIME
-from genretrieval.item_vectors import ItemVectors, relatives_of
+from genretrieval.item_vectors import ItemVectors, Products, relatives_of
 from genretrieval.keywords import without_words
 from genretrieval.masks import Mask, MaskRows
 from genretrieval.request import MAX_BEAM_WIDTH, HistoryEvent, RetrievedItem, RetrieveRequest, RetrieveResponse, Timings
@@ -38,22 +38,17 @@ _ITEM_ID, _EVENT, _TIMESTAMP = attrgetter("item_id"), attrgetter("event"), attrg
 
 
 class Leaves(NamedTuple):
-    """What the graph returns for a batch; see `genretrieval.model.search.Retrieved`.
-
-    Attributes:
-        products: of `user` and every item, float32 ``[B, n_items]``; not the graph's, added where all are compared.
-    """
+    """What the graph returns for a batch; see `genretrieval.model.search.Retrieved`."""
 
     leaves: NDArray[np.int64]
     scores: NDArray[np.float32]
     level_scores: NDArray[np.float32]
     user: NDArray[np.float32] | None = None
-    products: NDArray[np.float32] | None = None
 
     def of(self, row: int) -> Leaves:
         """What it returned for one request of the batch."""
-        user, products = (None if part is None else part[row] for part in (self.user, self.products))
-        return Leaves(self.leaves[row], self.scores[row], self.level_scores[row], user, products)
+        user = None if self.user is None else self.user[row]
+        return Leaves(self.leaves[row], self.scores[row], self.level_scores[row], user)
 
 
 class Backend(Protocol):
@@ -128,11 +123,6 @@ class DenseItems:
         candidates = np.flatnonzero((popularity == 0) | every)
         return cls(ItemVectors.open(vectors[:, 0]), ItemVectors.open(ranked), candidates)
 
-    @property
-    def compares_all(self) -> bool:
-        """Whether every item is compared."""
-        return len(self.candidates) == len(self.ranked)
-
     def on(self, catalogue: Catalogue) -> DenseItems:
         """With the items that came after the bundle, which training never saw and which are always compared.
 
@@ -146,6 +136,18 @@ class DenseItems:
         of_bundle = self.candidates[self.candidates < n_bundle]
         candidates = np.concatenate([of_bundle, later])
         return DenseItems(self.read.with_later(relatives), self.ranked.with_later(relatives), candidates)
+
+
+class _Search(NamedTuple):
+    """One search of a batch.
+
+    Attributes:
+        found: what it found.
+        says: what the dense head says of item rows, float32 of the same length; zeros without one.
+    """
+
+    found: Leaves
+    says: Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -326,16 +328,14 @@ class Retriever:
             begun = time.perf_counter()
             found = self.backend.run(inputs)
             inference_ms = (time.perf_counter() - begun) * 1e3
-            if self.dense and found.user is not None and self.dense.compares_all and _real(found).all(1).any():
-                # A search that was cut off is followed by a look at every item: once for all of the batch.
-                found = found._replace(products=self.dense.ranked.products(found.user))
-            seconds = iter(range(len(asked), len(masks)))
+            searches = self._searches(found)
+            seconds = iter(searches[len(asked) :])
             answers = []
             for i, (ask, row) in enumerate(zip(asked, mask_rows, strict=False)):
-                searches = [found.of(i), *(found.of(next(seconds)) for _ in ask.bound[:1])]
-                items = self._items(ask, searches, partial(self.masks.lets, row))
+                own = [searches[i], *(next(seconds) for _ in ask.bound[:1])]
+                items = self._items(ask, own, partial(self.masks.lets, row))
                 timings = Timings(inference_ms=inference_ms, total_ms=(time.perf_counter() - started) * 1e3)
-                cut_off = any(_real(search).all() for search in searches)
+                cut_off = any(_real(search.found).all() for search in own)
                 short = len(items) < ask.request.top_k
                 answers.append(_Answer(self._response(ask, items, timings), short and cut_off))
         return answers
@@ -421,7 +421,15 @@ class Retriever:
             inputs[f"{part}_vectors"] = self.dense.read[stacked]
         return inputs
 
-    def _items(self, ask: _Asked, searches: Sequence[Leaves], lets: Lets) -> list[RetrievedItem]:
+    def _searches(self, found: Leaves) -> list[_Search]:
+        each = map(found.of, range(len(found.leaves)))
+        if self.dense is None:
+            return [_Search(one, lambda rows: np.zeros(len(rows), np.float32)) for one in each]
+        assert found.user is not None
+        products = Products(self.dense.ranked, found.user)
+        return [_Search(one, partial(products.of, row)) for row, one in enumerate(each)]
+
+    def _items(self, ask: _Asked, searches: Sequence[_Search], lets: Lets) -> list[RetrievedItem]:
         """The best items, in the order that `genretrieval.edits` defines; a dense head has its say in every score.
 
         Args:
@@ -429,8 +437,9 @@ class Retriever:
             searches: among all that the request may get, and for one with keywords among what those stand for.
             lets: which items its mask lets through.
         """
-        found, *second = searches
-        candidates, dense = self._candidates(found, ask.excluded, lets)
+        first, *second = searches
+        found = first.found
+        candidates, dense = self._candidates(first, ask.excluded, lets)
         blocks = self._blocks(ask, found, candidates)
         if blocks and second:
             # What a keyword stands for is scored by the search among it alone, which reads the query without the word.
@@ -449,7 +458,7 @@ class Retriever:
         if pins:
             unwritten = np.setdiff1d(np.asarray([pin.row for pin in pins], np.int64), candidates.rows)
             candidates = candidates.with_unwritten(unwritten, float(found.scores.min(where=_real(found), initial=0.0)))
-            dense = np.concatenate([dense, self._dense(unwritten, found)])
+            dense = np.concatenate([dense, first.says(unwritten)])
         scores = candidates.logp + self.bundle.manifest.dense_weight * dense
         for boost in ask.edits.boosts:
             scores = scores + np.where(contains(boost.rows, candidates.rows), boost.amount, 0.0)
@@ -464,12 +473,13 @@ class Retriever:
         best = with_pins(order, candidates.rows, pins, ask.request.top_k)
         return self._told(ask, candidates, np.asarray(best, np.int64), scores, dense)
 
-    def _candidates(self, found: Leaves, excluded: Rows, lets: Lets) -> tuple[Candidates, NDArray[np.float32]]:
+    def _candidates(self, search: _Search, excluded: Rows, lets: Lets) -> tuple[Candidates, NDArray[np.float32]]:
         """Items of the found leaves, best leaf first, that may be returned, and what the dense head says of each.
 
         Of a leaf of several items the most popular ones are listed, as many as the bundle's `leaf_cap` allows. A dense
         head's own candidates join them.
         """
+        found = search.found
         # Closed beams have the lowest scores.
         beams = np.lexsort((found.leaves, -found.scores))[: np.count_nonzero(_real(found))]
         under, of_beam = self.catalogue.index.items_under(found.leaves[beams])
@@ -486,17 +496,7 @@ class Retriever:
             further = self.dense.candidates
             further = further[lets(further, np.union1d(excluded, rows))]
             candidates = candidates.with_unwritten(further, float(found.scores[beams[-1]]))
-        return candidates, self._dense(candidates.rows, found)
-
-    def _dense(self, rows: NDArray[np.int64], found: Leaves) -> NDArray[np.float32]:
-        """What the dense head says of items, float32 ``[len(rows)]``; zeros without one."""
-        if self.dense is None:
-            return np.zeros(len(rows), np.float32)
-        if found.products is not None:
-            return found.products[rows]
-        assert found.user is not None
-        said: NDArray[np.float32] = self.dense.ranked[rows] @ found.user
-        return said
+        return candidates, search.says(candidates.rows)
 
     def _blocks(self, ask: _Asked, found: Leaves, candidates: Candidates) -> list[tuple[int, NDArray[np.int64]]]:
         """Where the items of each bound keyword go: to the front, or to the place at which the search wrote its leaf.

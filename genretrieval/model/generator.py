@@ -115,7 +115,7 @@ class ContextEncoder(nn.Module):
         if c.query_vocab_size:
             self.query_encoder = Encoder(c.n_query_layers, *sizes, causal=False)
         self.scenarios = nn.Embedding(c.n_scenarios, c.d_model) if c.n_scenarios else None
-        self.query_former: nn.Module | None = QueryFormer(c) if c.n_past_tokens else None
+        self.query_former = QueryFormer(c) if c.n_past_tokens else None
         self.start = nn.Linear(c.d_model, c.d_model, bias=False)
         self.register_buffer("level_offsets", torch.tensor(c.level_offsets), persistent=False)
 

@@ -68,18 +68,15 @@ class QueryFormer(nn.Module):
         Returns:
             Tokens float ``[B, R, D]`` and bool ``[B, R]``, False for the tokens of a behaviour that did not occur.
         """
-        bias_BHZN, occurred_BR = self.sight(events_BN, mask_BN)
-        tokens_BRD = self.dropout(self._attend(self.events_norm(x_BND), bias_BHZN))
-        tokens_BRD = tokens_BRD + self.dropout(self.feed_forward(self.feed_forward_norm(tokens_BRD)))
-        return self.norm(tokens_BRD), occurred_BR
-
-    def sight(self, events_BN: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """What the tokens of a behaviour see, a bias ``[B, H, Z, N]``; whether they see anything, bool ``[B, R]``."""
         reads_BZN = (events_BN[:, None, :] == self.behaviours_Z[:, None]) & mask_BN[:, None, :]
         back_BN = mask_BN.sum(1, keepdim=True) - torch.arange(mask_BN.shape[1], device=mask_BN.device)
         age_BN = self.age_of_N[back_BN.clamp(min=0, max=self.max_past)]
+        # All tokens of a behaviour see the same events.
         bias_BHZN = torch.where(reads_BZN[:, None], self.ages(age_BN).permute(0, 2, 1)[:, :, None], HIDDEN)
-        return bias_BHZN, reads_BZN.any(-1)[..., None].expand(-1, -1, self.n_past_tokens).flatten(1)
+        tokens_BRD = self.dropout(self._attend(self.events_norm(x_BND), bias_BHZN))
+        tokens_BRD = tokens_BRD + self.dropout(self.feed_forward(self.feed_forward_norm(tokens_BRD)))
+        occurred_BZ = reads_BZN.any(-1)
+        return self.norm(tokens_BRD), occurred_BZ[..., None].expand(-1, -1, self.n_past_tokens).flatten(1)
 
     def _attend(self, x_BND: Tensor, bias_BHZN: Tensor) -> Tensor:
         """From the learned queries to the events; as `Attention.forward`, with a bias that is as long as it must be."""

@@ -3,8 +3,9 @@
 The `n_levels` decoder steps are unrolled. Beams are query positions, not batch rows, so the context's keys and values
 are computed once for all layers and never copied per beam. A beam's own path is at most `n_levels` codes long: its
 keys and values follow the beam from step to step. A step looks only at the children of each beam's node in the
-catalogue index, so an ID that does not exist cannot be written; and the decoder runs for those beams alone that have
-more than one leaf ahead. Why so: docs/decisions/0002-decoding.md.
+catalogue index, so an ID that does not exist cannot be written; and where scores are normalised over the codes that
+exist, the decoder runs for those beams alone that have more than one leaf ahead. Why so:
+docs/decisions/0002-decoding.md.
 
 Norm gains are folded into the matrices behind them and the projections of a layer are fused, which is why this module
 holds its own copy of the weights: build it from a trained `Generator`, it is not trained itself.
@@ -22,7 +23,6 @@ from torch.nn.functional import linear
 from genretrieval.model.generator import Context, Generator, Request
 from genretrieval.model.layers import HIDDEN, Decoder, DecoderLayer, Encoder, EncoderLayer, RelativeBias
 from genretrieval.model.moe import FusedMixtureOfExperts, MixtureOfExperts
-from genretrieval.model.query_former import QueryFormer
 
 Normalise = Literal["children", "vocabulary"]
 
@@ -194,41 +194,6 @@ class FusedEncoder(nn.Module):
         return self.norm(x_ND).unflatten(0, (-1, n_positions))
 
 
-class FusedQueryFormer(nn.Module):
-    """A `QueryFormer` for inference.
-
-    Its queries are the same for all requests. So it is they that are projected to where events are, once, and not every
-    event to where they are; and events are mixed before they are projected to values, not after.
-    """
-
-    def __init__(self, former: QueryFormer) -> None:
-        super().__init__()
-        self.former = copy.copy(former)
-        self.former._modules = {name: former._modules[name] for name in ("ages", "norm")}
-        self.former._parameters = {}
-        attention, gain = former.attention, former.events_norm.weight
-        q_HRE = attention.split(attention.query(former.query_norm(former.queries_RD)))
-        per_head = (attention.n_heads, -1)
-        self.queries = _frozen((q_HRE @ (attention.key.weight * gain).unflatten(0, per_head)).flatten(0, 1))
-        value_HED = (attention.value.weight * gain).unflatten(0, per_head)
-        output_HED = attention.output.weight.T.unflatten(0, per_head)
-        self.output = _frozen((value_HED.mT @ output_HED).flatten(0, 1))
-        self.inner = _frozen(former.feed_forward.inner.weight * former.feed_forward_norm.weight)
-        self.outer = _frozen(former.feed_forward.outer.weight.T)
-
-    def forward(self, x_BND: Tensor, events_BN: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """As `QueryFormer.forward`."""
-        bias_BHZN, occurred_BR = self.former.sight(events_BN, mask_BN)
-        n_heads, n_tokens = bias_BHZN.shape[1], self.former.n_past_tokens
-        normed_BND = norm(x_BND)
-        scores_BHZMN = (self.queries @ normed_BND.mT).unflatten(1, (n_heads, -1, n_tokens)) + bias_BHZN[:, :, :, None]
-        mixed_BHRD = scores_BHZMN.softmax(-1).flatten(1, 3) @ normed_BND
-        mixed_BHRD = mixed_BHRD.unflatten(1, (n_heads, -1))
-        tokens_ND = mixed_BHRD.transpose(1, 2).flatten(2).flatten(0, 1) @ self.output
-        tokens_ND = add_linear(tokens_ND, linear(norm(tokens_ND), self.inner).relu(), self.outer)
-        return self.former.norm(tokens_ND).unflatten(0, (x_BND.shape[0], -1)), occurred_BR
-
-
 class Undecided(NamedTuple):
     """Beams with several leaves ahead.
 
@@ -236,7 +201,8 @@ class Undecided(NamedTuple):
     to write it.
 
     Attributes:
-        beams_BQ: int64, their numbers. A row with fewer than another has decided ones among them.
+        beams_BQ: int64, their numbers. A row with fewer than another has others among them, decided or dead. Those may
+            be given the path of any beam: over a single child the softmax is 1 in any case, and the dead stay dead.
         place_BK: int64, where each beam stands among them, Q for one that does not.
     """
 
@@ -457,8 +423,6 @@ class RetrievalGraph(nn.Module):
         self.context.encoder = FusedEncoder(cast(Encoder, generator.context.encoder))
         if generator.context.query_encoder is not None:
             self.context.query_encoder = FusedEncoder(cast(Encoder, generator.context.query_encoder))
-        if generator.context.query_former is not None:
-            self.context.query_former = FusedQueryFormer(cast(QueryFormer, generator.context.query_former))
         self.dense = generator.dense
         self.search = BeamSearch(
             generator.decoder,

@@ -211,14 +211,13 @@ def _histories(size: int, rounds: int, open_backend: Callable[[Path], Backend]) 
     with tempfile.TemporaryDirectory() as folder:
         made.export(Path(folder) / GRAPH)
         retriever = Retriever(made, open_backend(Path(folder) / GRAPH))
-    rng, behaviours = np.random.default_rng(2), (*EVENTS, EXPOSURE)
-    histories = [
-        [
-            {"item_id": f"item-{row}", "event": behaviours[kind]}
-            for row, kind in zip(rng.integers(0, size, far), rng.integers(0, len(behaviours), far), strict=True)
-        ]
-        for _ in range(_USERS)
-    ]
+    rng = np.random.default_rng(2)
+    histories = []
+    for _ in range(_USERS):
+        # Exposures are no interactions and belong to the past.
+        events = [*rng.choice([*EVENTS, EXPOSURE], far - near), *rng.choice(EVENTS, near)]
+        rows = rng.integers(0, size, far)
+        histories.append([{"item_id": f"item-{row}", "event": event} for row, event in zip(rows, events, strict=True)])
     plain = _batches(retriever)
     contenders = {n: _changed(plain, [{"history": history[-n:]} for history in histories]) for n in HISTORY_LENGTHS}
     times = take_turns({str(n): Contender(retriever, batches) for n, batches in contenders.items()}, rounds)

@@ -282,11 +282,12 @@ def test_a_bundle_without_slots_still_lists_what_is_bound_first(folder, tmp_path
     assert order(retriever, Edits(bound=(bound(C, E),))) == "ceabd"
 
 
-@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0])), st.integers(1, 9))
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, np.nan])), st.integers(1, 9))
 def test_the_best_are_the_first_of_all_in_order(scores, at_most) -> None:
-    """Equal ones as they stand, also where not all of them are among the best."""
+    """Equal ones as they stand, also where not all of them are among the best; what is no number comes last."""
     best = in_order(np.asarray(scores, np.float32), at_most)
-    assert best == sorted(range(len(scores)), key=lambda position: -scores[position])[:at_most]
+    falling = [np.inf if np.isnan(score) else -score for score in scores]
+    assert best == sorted(range(len(scores)), key=falling.__getitem__)[:at_most]
 
 
 @given(st.permutations(range(6)), st.lists(st.tuples(st.integers(0, 6), st.sets(st.integers(0, 5))), max_size=3))
