@@ -245,7 +245,7 @@ class Retriever:
     def retrieve(
         self, requests: Sequence[RetrieveRequest], edits: Sequence[Edits] | None = None
     ) -> list[RetrieveResponse]:
-        """Answer a batch; each answer is the one the request would get alone.
+        """Answer a batch; each answer is, but for rounding, the one the request would get alone.
 
         Args:
             requests: what is asked.

@@ -71,19 +71,11 @@ class QueryFormer(nn.Module):
         reads_BZN = (events_BN[:, None, :] == self.behaviours_Z[:, None]) & mask_BN[:, None, :]
         back_BN = mask_BN.sum(1, keepdim=True) - torch.arange(mask_BN.shape[1], device=mask_BN.device)
         age_BN = self.age_of_N[back_BN.clamp(min=0, max=self.max_past)]
-        # All tokens of a behaviour see the same events.
         bias_BHZN = torch.where(reads_BZN[:, None], self.ages(age_BN).permute(0, 2, 1)[:, :, None], HIDDEN)
-        tokens_BRD = self.dropout(self._attend(self.events_norm(x_BND), bias_BHZN))
+        # All tokens of a behaviour see the same events.
+        bias_BHRN = bias_BHZN[:, :, :, None].expand(-1, -1, -1, self.n_past_tokens, -1).flatten(2, 3)
+        queries_RD = self.query_norm(self.queries_RD)
+        tokens_BRD = self.dropout(self.attention(queries_RD, self.events_norm(x_BND), bias_BHRN))
         tokens_BRD = tokens_BRD + self.dropout(self.feed_forward(self.feed_forward_norm(tokens_BRD)))
         occurred_BZ = reads_BZN.any(-1)
         return self.norm(tokens_BRD), occurred_BZ[..., None].expand(-1, -1, self.n_past_tokens).flatten(1)
-
-    def _attend(self, x_BND: Tensor, bias_BHZN: Tensor) -> Tensor:
-        """From the learned queries to the events; as `Attention.forward`, with a bias that is as long as it must be."""
-        attention = self.attention
-        q_HRE = attention.split(attention.query(self.query_norm(self.queries_RD)))
-        k_BHNE, v_BHNE = attention.split(attention.key(x_BND)), attention.split(attention.value(x_BND))
-        scores_BHZMN = (q_HRE @ k_BHNE.transpose(-1, -2)).unflatten(2, (-1, self.n_past_tokens))
-        scores_BHZMN = scores_BHZMN + bias_BHZN[:, :, :, None].to(q_HRE.dtype)
-        mixed: Tensor = attention.output(attention.merge(scores_BHZMN.softmax(-1).flatten(2, 3) @ v_BHNE))
-        return mixed

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from genretrieval import retrieval
+from genretrieval import item_vectors, retrieval
 from genretrieval.bundle import CATALOGUE, GRAPH, ITEM_VECTORS, Manifest, load_bundle, write_bundle
 from genretrieval.errors import BundleError, RequestError
 from genretrieval.masks import Mask, MaskRows
@@ -234,6 +234,19 @@ def test_the_dense_head_reads_the_vectors_of_the_history(dense) -> None:
     given = dense.backend.inputs["history_vectors"]
     assert given.dtype == np.float32
     assert given[0].tolist() == READ[[2, 4]].tolist()
+
+
+@pytest.mark.parametrize("kept", [0, 12, 1 << 22])
+def test_products_are_those_of_every_search_and_item(kept, monkeypatch) -> None:
+    """Whether few items are asked for, or all are multiplied, for one search or for several together."""
+    monkeypatch.setattr(item_vectors, "_KEPT", kept)
+    rng = np.random.default_rng(0)
+    of_bundle, of_later, users = (rng.normal(size=(n, 3)).astype(np.float32) for n in (4, 2, 3))
+    products = item_vectors.Products(item_vectors.ItemVectors(of_bundle, of_later), users)
+    for search in (0, 2, 1, 2):
+        for rows in (np.asarray([5]), np.asarray([0, 5, 3, 1]), np.arange(6), np.arange(0)):
+            expected = np.concatenate([of_bundle, of_later])[rows] @ users[search]
+            np.testing.assert_allclose(products.of(search, rows), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_items_that_training_never_saw_join_where_the_search_was_cut_off(dense) -> None:
