@@ -42,6 +42,11 @@ from genretrieval.model.query_former import QueryFormer
 #   query_tokens     int64 [B, Q]     codes are numbered behind the tokens                  query_vocab_size
 #   query_mask       bool  [B, Q]
 #   scenario         int64 [B]                                                              n_scenarios
+#
+# A batch of training has the codes and vectors of a past once for every distinct item, [U, L] and [U, E], and where each
+# event's stand there:
+#
+#   past_rows        int64 [B, N]
 Request = Mapping[str, Tensor]
 
 
@@ -155,8 +160,10 @@ class ContextEncoder(nn.Module):
     def _items(self, request: Request, part: str) -> Tensor:
         """Items of the history or of the past, as one embedding each: codes and, where there is one, item vector."""
         x = self.embed(request[f"{part}_codes"]).sum(-2)
-        vectors = request.get(f"{part}_vectors")
-        return x if vectors is None else x + vectors[..., : x.shape[-1]]
+        vectors, rows = request.get(f"{part}_vectors"), request.get(f"{part}_rows")
+        if vectors is not None:
+            x = x + vectors[..., : x.shape[-1]]
+        return x if rows is None else nn.functional.embedding(rows, x)
 
     @staticmethod
     def seen(memory_BSD: Tensor, request: Request) -> Tensor:

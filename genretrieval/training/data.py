@@ -172,21 +172,14 @@ def _pad_rows(rows: list[NDArray[np.int64]], length: int = 0) -> NDArray[np.int6
     return out
 
 
-def _pad_codes(rows: list[NDArray[np.int64]], length: int) -> NDArray[np.int64]:
-    """Stack semantic IDs of sequences of different lengths: int64 ``[n, length, L]``, zeros on the right."""
-    out = np.zeros((len(rows), length, rows[0].shape[1]), np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
 def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
     """Pad windows to one batch, in the form that `Generator.decode_targets` takes.
 
     Returns:
         ``target_items`` int64 ``[B, T]``, ``target_codes`` int64 ``[B, T, L]``, ``learn`` bool ``[B, T]``;
-        ``history_*`` of the first T - 1 interactions; ``past_items`` int64 ``[B, N]`` and ``past_*`` of the events
-        before them, where they are read; ``target_scenarios`` int64 ``[B, T]``; ``target_positions`` int64 ``[B, T]``,
+        ``history_*`` of the first T - 1 interactions; where the events before them are read, ``past_events`` int64
+        ``[B, N]``, ``past_mask``, and ``past_rows`` int64 ``[B, N]``: where each one's item stands in ``past_items``
+        int64 ``[U]``, sorted, and ``past_codes`` int64 ``[U, L]``, as pasts are long and have few distinct items; ``target_scenarios`` int64 ``[B, T]``; ``target_positions`` int64 ``[B, T]``,
         places in the flat arrays of the histories; ``profile`` int64 ``[B, n_features]``; ``query_rows`` int64 ``[N]``
         (flat ``b * T + t``), ``query_tokens`` int64 ``[N, Q]`` and ``query_mask`` bool ``[N, Q]`` of the targets that
         had a query. Token 0 is padding.
@@ -219,11 +212,15 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
         "target_positions": _pad_rows([entry["positions"] for entry in entries]),
     }
     if "past_items" in entries[0]:
-        arrays["past_items"] = _pad_rows([entry["past_items"] for entry in entries], 2)
-        arrays["past_codes"] = _pad_codes([entry["past_codes"] for entry in entries], arrays["past_items"].shape[1])
-        arrays["past_events"] = _pad_rows([entry["past_events"] for entry in entries], 2)
         lengths = np.asarray([len(entry["past_items"]) for entry in entries])
-        arrays["past_mask"] = np.arange(arrays["past_items"].shape[1]) < lengths[:, None]
+        # An item behind all others, so that there is one for padding to stand for where nobody has a past.
+        flat_items = np.concatenate([*(entry["past_items"] for entry in entries), [0]])
+        flat_codes = np.concatenate([*(entry["past_codes"] for entry in entries), np.zeros((1, n_levels), np.int64)])
+        arrays["past_items"], first, rows = np.unique(flat_items, return_index=True, return_inverse=True)
+        arrays["past_codes"] = flat_codes[first]
+        arrays["past_rows"] = _pad_rows(np.split(rows[:-1], np.cumsum(lengths)[:-1]), 2)
+        arrays["past_events"] = _pad_rows([entry["past_events"] for entry in entries], 2)
+        arrays["past_mask"] = np.arange(arrays["past_rows"].shape[1]) < lengths[:, None]
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 

@@ -390,7 +390,10 @@ def encode(model: Generator, batch: dict[str, Tensor], drawn_N2: Tensor) -> Cont
     """
     row_N, target_N = drawn_N2.T
     length = int(target_N.max())
-    request = {name: tensor[row_N] for name, tensor in batch.items() if name.startswith("past_") or name == "profile"}
+    own = ("past_rows", "past_events", "past_mask", "profile")
+    request = {name: batch[name][row_N] for name in own if name in batch}
+    if "past_codes" in batch:
+        request["past_codes"] = batch["past_codes"]
     for name in ("history_codes", "history_events", "history_gaps", "history_mask"):
         request[name] = batch[name][row_N, :length]
     request["history_mask"] = request["history_mask"] & (torch.arange(length, device=row_N.device) < target_N[:, None])
@@ -405,7 +408,7 @@ def encode(model: Generator, batch: dict[str, Tensor], drawn_N2: Tensor) -> Cont
     if model.dense is not None:
         request["history_vectors"] = model.dense.read(batch["target_items"][row_N, :length])
         if "past_items" in batch:
-            request["past_vectors"] = model.dense.read(batch["past_items"][row_N])
+            request["past_vectors"] = model.dense.read(batch["past_items"])
     return cast(Context, model.context(request))
 
 

@@ -257,9 +257,10 @@ def made(make_histories: Any, make_ids: Any) -> tuple[dict[str, Tensor], Any]:
     found["query_tokens"] = torch.arange(1, 1 + len(found["query_rows"])).remainder(10)[:, None] * torch.tensor([1, 0])
     found["query_mask"] = found["query_tokens"] != 0
     n = len(found["learn"])
-    found["past_items"] = torch.arange(3 * n).view(n, 3) % 30
-    found["past_codes"] = torch.from_numpy(ids.codes).long()[found["past_items"]]
-    found["past_events"] = found["past_items"] % 3
+    found["past_items"] = torch.arange(30)
+    found["past_codes"] = torch.from_numpy(ids.codes).long()
+    found["past_rows"] = torch.arange(3 * n).view(n, 3) % 30
+    found["past_events"] = found["past_rows"] % 3
     found["past_mask"] = torch.arange(3) < torch.arange(n)[:, None] % 4
     return found, build_index(ids)
 
@@ -280,7 +281,8 @@ def test_rollouts_are_those_of_each_request_alone(made: Any, make_generator: Any
     asked = {int(row): i for i, row in enumerate(full["query_rows"])}
     for n, (row, target) in enumerate(full["learn"].nonzero().tolist()):
         request = {name: full[name][row : row + 1, :target] for name in full if name.startswith("history_")}
-        request |= {name: full[name][row : row + 1] for name in full if name.startswith("past_")}
+        request |= {name: full[name][row : row + 1] for name in ("past_events", "past_mask")}
+        request |= {name: full[name][full["past_rows"][row : row + 1]] for name in ("past_codes", "past_vectors")}
         query = asked.get(row * full["learn"].shape[1] + target)
         tokens = full["query_tokens"][query : query + 1] if query is not None else torch.zeros(1, 1).long()
         request |= {"query_tokens": tokens, "query_mask": tokens != 0, "profile": full["profile"][row : row + 1]}

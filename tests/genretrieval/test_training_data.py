@@ -211,7 +211,9 @@ def test_the_past_of_a_window_by_hand(make_ids: Any) -> None:
     assert past(1, 2) == [(8, 3), (9, 3)]
     dataset = HistoryDataset(histories, windows, ids, features, np.zeros((1, 0), np.int64), max_past=9)
     made = collate([dataset[row] for row in range(2)])
-    assert made["past_items"].tolist() == [[0, 0], [0, 1]]
+    assert made["past_items"][made["past_rows"]][1].tolist() == [0, 1]
+    assert made["past_items"].tolist() == [0, 1]
+    assert made["past_codes"].tolist() == ids.codes[:2].tolist()
     assert made["past_mask"].tolist() == [[False, False], [True, True]]
     assert made["target_scenarios"].tolist() == [[1, 2, 0], [0, 2, 1]]
     assert dataset.trained_items().tolist() == [0, 1, 2, 3, 4]

@@ -121,7 +121,7 @@ def test_what_is_not_read_in_full_is_the_past(make_ids: Callable[..., SemanticId
     assert near["learn"].all()
     assert far["learn"].all()
     assert not near["past_mask"].any()
-    assert far["past_items"].shape == (2, 5)
+    assert far["past_rows"].shape == (2, 5)
     assert far["past_mask"].all()
 
 
