@@ -43,8 +43,8 @@ from genretrieval.model.query_former import QueryFormer
 #   query_mask       bool  [B, Q]
 #   scenario         int64 [B]                                                              n_scenarios
 #
-# A batch of training has the codes and vectors of a past once for every distinct item, [U, L] and [U, E], and where each
-# event's stand there:
+# A batch of training has the codes and vectors of a past once for every distinct item, [U, L] and [U, E], and where
+# each event's stand there:
 #
 #   past_rows        int64 [B, N]
 Request = Mapping[str, Tensor]

@@ -179,10 +179,11 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
         ``target_items`` int64 ``[B, T]``, ``target_codes`` int64 ``[B, T, L]``, ``learn`` bool ``[B, T]``;
         ``history_*`` of the first T - 1 interactions; where the events before them are read, ``past_events`` int64
         ``[B, N]``, ``past_mask``, and ``past_rows`` int64 ``[B, N]``: where each one's item stands in ``past_items``
-        int64 ``[U]``, sorted, and ``past_codes`` int64 ``[U, L]``, as pasts are long and have few distinct items; ``target_scenarios`` int64 ``[B, T]``; ``target_positions`` int64 ``[B, T]``,
-        places in the flat arrays of the histories; ``profile`` int64 ``[B, n_features]``; ``query_rows`` int64 ``[N]``
-        (flat ``b * T + t``), ``query_tokens`` int64 ``[N, Q]`` and ``query_mask`` bool ``[N, Q]`` of the targets that
-        had a query. Token 0 is padding.
+        int64 ``[U]``, sorted, and ``past_codes`` int64 ``[U, L]``, as pasts are long and have few distinct items;
+        ``target_scenarios`` int64 ``[B, T]``; ``target_positions`` int64 ``[B, T]``, places in the flat arrays of the
+        histories; ``profile`` int64 ``[B, n_features]``; ``query_rows`` int64 ``[N]`` (flat ``b * T + t``),
+        ``query_tokens`` int64 ``[N, Q]`` and ``query_mask`` bool ``[N, Q]`` of the targets that had a query. Token 0 is
+        padding.
     """
     n_rows, length = len(entries), max(len(e["items"]) for e in entries)
     n_levels = entries[0]["codes"].shape[1]

@@ -7,15 +7,19 @@ interval, what the training cost and how long a request takes.
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from genretrieval.export import export_graph
 from genretrieval.export.onnx import example_inputs, named_graph
@@ -25,7 +29,7 @@ from genretrieval.retrieval import Backend, Retriever
 from genretrieval_pipelines.draft import Draft, StageResult, Trained, draft_bundle, reads, request_features
 from genretrieval_pipelines.evaluate import requests
 from genretrieval_pipelines.recipe import Recipe, SupervisedStage
-from genretrieval_pipelines.shop import Shop
+from genretrieval_pipelines.shop import Shop, open_shop
 from genretrieval_pipelines.stages import stage_inputs
 from genretrieval_pipelines.tokenize import tokenize
 from genretrieval_pipelines.train_generator import train_generator
@@ -130,6 +134,12 @@ def ablate(
     supervised = [stage for stage in recipe.stages if isinstance(stage, SupervisedStage)]
     base = recipe.model_copy(update={"stages": supervised})
     recipes = {REFERENCE: base} | {name: base.changed(change) for name, change in recipe.ablation.rows.items()}
+    if recipe.ablation.processes > 1:
+        # Those with all stages take longest, so they are first. The reference's stages are mostly theirs: if it were
+        # not last, it would wait for them.
+        in_turn = (recipe, *(of_row for name, of_row in recipes.items() if name != REFERENCE), base)
+        cells = [(of_row, seed) for of_row in in_turn for seed in seeds]
+        _train_apart(cells, recipe.ablation.processes, shop, work, console)
     trained: dict[str, list[tuple[Trained, Draft]]] = {}
     for name, of_row in recipes.items():
         trained[name] = [_train(of_row, seed, shop, work) for seed in seeds]
@@ -162,6 +172,32 @@ def _train(recipe: Recipe, seed: int, shop: Shop, work: Path) -> tuple[Trained, 
     draft = draft_bundle(recipe, shop, tokenized.ids, request_features(recipe, shop, tokenized.keywords))
     trained = train_generator(stage_inputs(recipe, shop, tokenized.ids, draft, work, Console(quiet=True)))
     return trained, trained.draft(draft)
+
+
+def _train_apart(
+    cells: Sequence[tuple[Recipe, int]], n_processes: int, shop: Shop, work: Path, console: Console
+) -> None:
+    """Train recipes with their seeds, several at a time, each in a process of its own; `work` has them afterwards.
+
+    Steps of a small model are too short to be shared by threads: as many trainings as there are cores take a fraction
+    of the time of one after another on all cores.
+    """
+    threads = max(1, torch.get_num_threads() // n_processes)
+    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_train_cell, recipe, seed, threads, shop.data, work) for recipe, seed in cells]
+        try:
+            for number, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                console.print(f"ablation: {number} of {len(jobs)} trainings", style="dim", highlight=False)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _train_cell(recipe: Recipe, seed: int, threads: int, data: Path, work: Path) -> None:
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+    _train(recipe, seed, open_shop(data, work), work)
 
 
 def _stage_rows(models: Sequence[Trained]) -> list[Row]:

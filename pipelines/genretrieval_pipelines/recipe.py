@@ -172,6 +172,9 @@ class AblationSection(_Section):
     """Further trainings that say what each part of the recipe is worth; see `genretrieval_pipelines.ablation`."""
 
     seeds: Annotated[list[int], Field(min_length=2)] = Field(description="Each replaces `training.seed`.")
+    processes: int = Field(
+        default=1, ge=1, description="Trainings at a time, each with its share of the threads and memory of its own."
+    )
     rows: dict[FigureName, dict[str, Any]] = Field(description="Changes of the recipe, each by itself, by section.")
 
     @model_validator(mode="after")

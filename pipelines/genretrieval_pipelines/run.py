@@ -38,7 +38,7 @@ from genretrieval.bundle import (
     load_bundle,
     write_bundle,
 )
-from genretrieval.errors import BundleError
+from genretrieval.errors import BundleError, RecipeError
 from genretrieval.export import export_graph
 from genretrieval.export.onnx import example_inputs, named_graph
 from genretrieval.features import RequestFeatures
@@ -88,10 +88,18 @@ def run(
 
     Returns:
         Figures of the validation table; under torchrun, nothing in all processes but the first.
+
+    Raises:
+        RecipeError: the recipe has an ablation, and several processes of torchrun run it.
     """
-    work.mkdir(parents=True, exist_ok=True)
     transformers_logging.disable_progress_bar()
     processes = PartialState(cpu=not torch.cuda.is_available())
+    if recipe.ablation is not None and processes.num_processes > 1:
+        raise RecipeError(
+            "the trainings of an ablation are not shared among the processes of torchrun, which would wait for each "
+            "other for ever; start one process, with `ablation.processes`, or take `ablation` out of the recipe"
+        )
+    work.mkdir(parents=True, exist_ok=True)
     with processes.main_process_first():
         # Under torchrun the first process prepares; the others then find everything in the work folder.
         with stage(console, "reading and checking logs"):

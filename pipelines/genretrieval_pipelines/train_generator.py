@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from safetensors import safe_open
@@ -27,7 +29,7 @@ from genretrieval.model import Generator, GeneratorConfig
 from genretrieval.model.profile import Profile, TorchRecProfile
 from genretrieval.training.objectives import NextItemObjective
 from genretrieval.training.self_routing import SelfRouting
-from genretrieval.training.trainer import METRIC, train
+from genretrieval.training.trainer import METRIC, TrainingConfig, train
 from genretrieval_pipelines import preference, self_distillation
 from genretrieval_pipelines.draft import StageResult, Trained
 from genretrieval_pipelines.evaluate import utility
@@ -56,7 +58,8 @@ RESULT = "result"
 def train_generator(inputs: StageInputs) -> Trained:
     """Train the generator, or read it back if this very training has finished before.
 
-    A stage that has finished is read back too, so that a killed run goes on within the stage that it was in.
+    A stage that has finished is read back too, so that a killed run goes on within the stage that it was in. What
+    another run with the same work folder is training is waited for.
 
     Raises:
         RecipeError: no stage has anything to learn from.
@@ -75,29 +78,18 @@ def train_generator(inputs: StageInputs) -> Trained:
     for stage in recipe.stages:
         if isinstance(stage, RankingModelStage):
             key = content_hash(key, stage)
-            preference.fit_ranking_stage(inputs, stage, inputs.work / f"{stage.objective}-{key}")
+            folder = inputs.work / f"{stage.objective}-{key}"
+            with _alone(folder, console):
+                preference.fit_ranking_stage(inputs, stage, folder)
             continue
         schedule = stage.schedule(recipe.training)
         # Its weights depend on the stages before it, so its name does: a recipe with one more stage trains that one.
         key = content_hash(key, stage, schedule, *([preference.FORMAT] if isinstance(stage, PreferenceStage) else []))
         folder = inputs.work / f"{stage.objective}-{key}"
-        finished = folder / "generator.safetensors"
-        if finished.exists():
-            results.append(read_stage(model, finished))
-            continue
-        run = stage_run(inputs, stage, model)
-        if not len(run.dataset):
-            console.print(f"stage {stage.objective}: left out, as this shop has no queries", style="yellow")
-            continue
-        console.print(f"stage {stage.objective}: {len(run.dataset):,} histories", style="dim", highlight=False)
-        clock = _training_clock()
-        started = clock()
-        hooks = (TrainingProgress(console, run.judged_by), *run.callbacks)
-        train(model, run.objective, run.dataset, run.validate, schedule, folder, callbacks=hooks)
-        result = measure_stage(inputs, model.eval(), stage.objective, clock() - started)
-        results.append(result)
-        if PartialState().is_main_process:
-            write_stage(model, result, finished)
+        with _alone(folder, console):
+            result = _train_stage(inputs, stage, schedule, model, folder)
+        if result is not None:
+            results.append(result)
     if isinstance(plain, Profile) and isinstance(model.context.profile, TorchRecProfile):
         # What is exported and kept is plain torch.
         plain.load_state_dict(model.context.profile.state_dict())
@@ -107,6 +99,50 @@ def train_generator(inputs: StageInputs) -> Trained:
             "no stage of the recipe finds anything to learn from in these logs; add next_item to `stages`"
         )
     return Trained(model.eval(), results[-1].dense_weight, tuple(results))
+
+
+def _train_stage(
+    inputs: StageInputs,
+    stage: SupervisedStage | SelfDistillationStage | PreferenceStage,
+    schedule: TrainingConfig,
+    model: Generator,
+    folder: Path,
+) -> StageResult | None:
+    """Train `model` by one stage, or read it back; None for a stage that finds nothing to learn from."""
+    console, finished = inputs.console, folder / "generator.safetensors"
+    if finished.exists():
+        return read_stage(model, finished)
+    run = stage_run(inputs, stage, model)
+    if not len(run.dataset):
+        console.print(f"stage {stage.objective}: left out, as this shop has no queries", style="yellow")
+        return None
+    console.print(f"stage {stage.objective}: {len(run.dataset):,} histories", style="dim", highlight=False)
+    clock = _training_clock()
+    started = clock()
+    hooks = (TrainingProgress(console, run.judged_by), *run.callbacks)
+    train(model, run.objective, run.dataset, run.validate, schedule, folder, callbacks=hooks)
+    result = measure_stage(inputs, model.eval(), stage.objective, clock() - started)
+    if PartialState().is_main_process:
+        write_stage(model, result, finished)
+    return result
+
+
+@contextmanager
+def _alone(folder: Path, console: Console) -> Iterator[None]:
+    """While no other run trains the same stage; the processes of one run train it together."""
+    if PartialState().num_processes > 1:
+        yield
+        return
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"another run is training {folder.name}: waiting for it", style="yellow", highlight=False)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _training_clock() -> Callable[[], float]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from genretrieval.errors import RecipeError
@@ -85,6 +88,39 @@ def test_every_change_is_trained_with_every_seed(tmp_path: Path, monkeypatch: py
     assert all(row.latency_ms is not None and row.latency_ms > 0 for row in found.parts)
     again = run()
     assert [row.results for row in again.parts] == [row.results for row in found.parts]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_trainings_side_by_side_are_those_of_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "shop"
+    synthesize(data, ShopConfig(n_items=100, n_users=25, seed=3))
+    graphs: dict[Path, NamedGraph] = {}
+    monkeypatch.setattr(ablation, "export_graph", lambda graph, _, path: graphs.__setitem__(path, graph))
+    found = []
+    for processes in (1, 2):
+        section = {"seeds": [0, 1], "rows": {"narrow": {"generator": {"d_ff": 16}}}, "processes": processes}
+        work = tmp_path / str(processes)
+        quiet, recipe = Console(quiet=True), Recipe.model_validate({**RECIPE, "ablation": section})
+        made = ablate(recipe, open_shop(data, work), work, lambda path: GraphBackend(graphs[path]), quiet)
+        found.append([[replace(result, seconds=0.0) for result in row.results] for row in (*made.parts, *made.stages)])
+    assert found[0] == found[1]
+
+
+def test_what_fails_in_one_of_several_trainings_is_told(tmp_path: Path) -> None:
+    data, work = tmp_path / "shop", tmp_path / "work"
+    synthesize(data, ShopConfig(n_items=100, n_users=25, seed=3))
+    section = {"seeds": [0, 1], "rows": {"cart": {"stages": [{"objective": "next_item", "scenario": "cart"}]}}}
+    recipe = Recipe.model_validate({**RECIPE, "ablation": {**section, "processes": 2}})
+    with pytest.raises(RecipeError, match=r"'cart'.*home.*search"):
+        ablate(recipe, open_shop(data, work), work, lambda path: GraphBackend(None), Console(quiet=True))  # type: ignore[arg-type]
 
 
 def test_a_stage_of_one_scenario_predicts_nothing_else(tmp_path: Path) -> None:

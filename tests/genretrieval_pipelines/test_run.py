@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -12,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from genretrieval.bundle import MANIFEST, load_bundle
-from genretrieval.errors import BundleIncompleteError
+from genretrieval.errors import BundleIncompleteError, RecipeError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import NamedGraph
 from genretrieval.figures import Figure
@@ -25,7 +29,7 @@ from genretrieval_pipelines import run as run_module
 from genretrieval_pipelines import train_generator
 from genretrieval_pipelines.agreement import Agreement
 from genretrieval_pipelines.draft import request_features
-from genretrieval_pipelines.recipe import Recipe
+from genretrieval_pipelines.recipe import AblationSection, Recipe
 from genretrieval_pipelines.run import evaluate_bundle, run
 from genretrieval_pipelines.shop import open_shop
 from genretrieval_pipelines.stages import training_set
@@ -177,6 +181,35 @@ def test_a_second_run_repeats_the_figures_and_trains_nothing(
     first = run_tiny(demo_shop, tmp_path, torch_graph)
     monkeypatch.setattr(train_generator, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run_tiny(demo_shop, tmp_path, torch_graph) == first
+
+
+def test_a_stage_that_another_run_trains_is_waited_for(tmp_path: Path) -> None:
+    told, entered = io.StringIO(), threading.Event()
+    folder = tmp_path / "next_item-0"
+
+    def second() -> None:
+        with train_generator._alone(folder, Console(file=told)):
+            entered.set()
+
+    with train_generator._alone(folder, QUIET):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while not told.getvalue():
+            time.sleep(0.01)
+        assert not entered.is_set()
+    thread.join(10)
+    assert entered.is_set()
+    assert "another run is training next_item-0" in told.getvalue()
+
+
+def test_an_ablation_is_no_work_for_several_processes_of_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "PartialState", lambda **_: SimpleNamespace(num_processes=2))
+    recipe = RECIPE.model_copy(update={"ablation": AblationSection(seeds=[0, 1], rows={})})
+    with pytest.raises(RecipeError, match=r"ablation\.processes"):
+        run(recipe, tmp_path / "logs", tmp_path / "bundle", tmp_path / "work", open_backend=GraphBackend, console=QUIET)  # type: ignore[arg-type]
+    assert not (tmp_path / "work").exists()
 
 
 def test_evaluation_of_a_bundle_agrees_with_its_run_and_with_a_second_retriever(
