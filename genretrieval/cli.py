@@ -930,7 +930,7 @@ def bench_faults(
     with _extra("train"):
         from genretrieval_pipelines.random_bundle import write_random_bundle
     with _extra("serve"):
-        from genretrieval_serving.faults import bench_faults as bench
+        from genretrieval_serving.bench_faults import bench_faults as bench
         from genretrieval_serving.faults.serving import Ground
     bundle, other = folder / "bundles" / "first", folder / "bundles" / "second"
     for seed, path in enumerate((bundle, other)):
