@@ -16,6 +16,7 @@ import pytest
 import typer
 
 from genretrieval.cli import app
+from genretrieval.schemas import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -69,6 +70,19 @@ def check_call(arguments: list[str]) -> None:
 def test_every_genretrieval_command_exists(page) -> None:
     for arguments in calls(page, "genretrieval"):
         check_call(arguments)
+
+
+def test_every_column_of_the_logs_is_explained() -> None:
+    page = (ROOT / "docs" / "logs.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert list(sections) == [table.name for table in TABLES]
+    for table in TABLES:
+        for column in table.columns:
+            line = next(
+                (line for line in sections[table.name].splitlines() if line.startswith(f"| `{column.name}`")), ""
+            )
+            assert line.endswith(f"| {column.meaning} |"), f"{table.name}.{column.name}"
+            assert (", required" in line) == column.required
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -7,25 +7,25 @@ interval, what the training cost and how long a request takes.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from genretrieval.export import export_graph
 from genretrieval.export.onnx import example_inputs, named_graph
 from genretrieval.figures import Figure
 from genretrieval.request import RetrieveRequest
 from genretrieval.retrieval import Backend, Retriever
+from genretrieval_pipelines.cells import in_processes, on_one_thread
 from genretrieval_pipelines.draft import Draft, StageResult, Trained, draft_bundle, reads, request_features
 from genretrieval_pipelines.evaluate import requests
 from genretrieval_pipelines.recipe import Recipe, SupervisedStage
@@ -36,6 +36,7 @@ from genretrieval_pipelines.train_generator import train_generator
 from genretrieval_tokenizers.comparison import Gain, paired_gain
 
 REFERENCE = "reference"
+WHOLE = "whole"
 MARKDOWN = "ablation.md"
 _TIMED_REQUESTS = 50
 _ROUNDS = 5
@@ -117,35 +118,21 @@ class Ablation:
         return found
 
 
-def ablate(
-    recipe: Recipe, shop: Shop, work: Path, open_backend: Callable[[Path], Backend], console: Console
-) -> Ablation:
-    """Train every row with every seed; what has been trained before is read back.
+def ablate(recipe: Recipe, shop: Shop, work: Path, open_backend: Callable[[Path], Backend]) -> Ablation:
+    """Both tables, from what `train_cells` has trained; what is missing is trained here.
 
     Args:
         recipe: with an `ablation` section.
         shop: the logs.
         work: the folder of the run.
         open_backend: opens an exported graph, whose requests are timed.
-        console: one line a row.
     """
     assert recipe.ablation is not None
     seeds = recipe.ablation.seeds
-    supervised = [stage for stage in recipe.stages if isinstance(stage, SupervisedStage)]
-    base = recipe.model_copy(update={"stages": supervised})
-    recipes = {REFERENCE: base} | {name: base.changed(change) for name, change in recipe.ablation.rows.items()}
-    if recipe.ablation.processes > 1:
-        # Those with all stages take longest, so they are first. The reference's stages are mostly theirs: if it were
-        # not last, it would wait for them.
-        in_turn = (recipe, *(of_row for name, of_row in recipes.items() if name != REFERENCE), base)
-        cells = [(of_row, seed) for of_row in in_turn for seed in seeds]
-        _train_apart(cells, recipe.ablation.processes, shop, work, console)
-    trained: dict[str, list[tuple[Trained, Draft]]] = {}
-    for name, of_row in recipes.items():
-        trained[name] = [_train(of_row, seed, shop, work) for seed in seeds]
-        last = [model.stages[-1].ndcg10 for model, _ in trained[name]]
-        console.print(f"ablation, {name}: NDCG@10 {statistics.fmean(last):.4f}", style="dim", highlight=False)
-    latencies = _latencies(trained, recipe, shop, work, open_backend)
+    recipes = _recipes(recipe)
+    in_turn = [REFERENCE, *recipe.ablation.rows]
+    trained = {name: [_train(recipes[name], seed, shop, work) for seed in seeds] for name in in_turn}
+    latencies = _latencies(trained, recipes, shop, work, open_backend)
     reference = tuple(model.stages[-1] for model, _ in trained[REFERENCE])
     parts = [
         Row(
@@ -158,7 +145,7 @@ def ablate(
         )
         for name, cells in trained.items()
     ]
-    full = [_train(recipe, seed, shop, work)[0] for seed in seeds]
+    full = [_train(recipes[WHOLE], seed, shop, work)[0] for seed in seeds]
     caption = (
         f"{shop.name}, validation, up to {recipe.training.validation_users:,} cases, {len(seeds)} paired seeds, "
         f"beam {recipe.evaluation.beam_width}; 95 % t-intervals over seeds"
@@ -166,38 +153,81 @@ def ablate(
     return Ablation(parts, _stage_rows(full), seeds, caption)
 
 
+def rows_of(recipe: Recipe, shop: Shop, console: Console) -> Recipe:
+    """The recipe with those rows of its ablation that the logs allow; the others are named on `console`."""
+    assert recipe.ablation is not None
+    known = [name for name in shop.histories.scenario_names if name is not None]
+    rows = {}
+    for name, change in recipe.ablation.rows.items():
+        stages = recipe.changed(change).stages
+        asked = {stage.scenario for stage in stages if isinstance(stage, SupervisedStage) and stage.scenario}
+        if unknown := sorted(asked - set(known)):
+            console.print(
+                f"ablation, {name}: left out, as these logs have no scenario {', '.join(unknown)}; they have "
+                f"{', '.join(known) or 'none'}",
+                style="yellow",
+                highlight=False,
+                markup=False,
+            )
+        else:
+            rows[name] = change
+    return recipe.model_copy(update={"ablation": recipe.ablation.model_copy(update={"rows": rows})})
+
+
+def train_cells(recipe: Recipe, shop: Shop, work: Path, console: Console) -> None:
+    """Train every row with every seed, each on one thread, as many at a time as the ablation's `jobs`.
+
+    The steps of a small model are too short to be shared by threads: as many trainings as there are cores take a
+    fraction of the time of one after another on all cores. What has been trained before is not trained again.
+
+    Raises:
+        GenRetrievalError: a training could not be done; those that were are kept.
+    """
+    assert recipe.ablation is not None
+    recipes = _recipes(recipe)
+    for of_row in recipes.values():
+        tokenize(of_row, shop, work)  # seeds share it, so it is there before they begin
+    cells = [(name, seed) for name in recipes for seed in recipe.ablation.seeds]
+    if recipe.ablation.jobs > 1 and not torch.cuda.is_available():
+        in_processes(partial(_train_cell, recipes, shop.data, work), cells, recipe.ablation.jobs, "training", console)
+        return
+    for number, (name, seed) in enumerate(cells, 1):
+        trained, _ = _train(recipes[name], seed, shop, work)
+        line = f"training {number} of {len(cells)}: {name}, seed {seed}: {_reached(trained)}"
+        console.print(line, style="dim", highlight=False, markup=False)
+
+
+def _recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """Of every row, in the order of training.
+
+    The whole recipe takes longest, so it is first. The reference is its supervised stages: at the end it finds them
+    trained, and earlier it would wait for them.
+    """
+    assert recipe.ablation is not None
+    supervised = [stage for stage in recipe.stages if isinstance(stage, SupervisedStage)]
+    base = recipe.model_copy(update={"stages": supervised, "ablation": None})
+    rows = {name: base.changed(change) for name, change in recipe.ablation.rows.items()}
+    return {WHOLE: recipe.model_copy(update={"ablation": None}), **rows, REFERENCE: base}
+
+
+def _train_cell(recipes: dict[str, Recipe], data: Path, work: Path, name: str, seed: int) -> str:
+    """In a process of its own: train a row with a seed, and say what it reached."""
+    PartialState(cpu=True)
+    trained, _ = _train(recipes[name], seed, open_shop(data, work), work)
+    return _reached(trained)
+
+
+def _reached(trained: Trained) -> str:
+    return f"NDCG@10 {trained.stages[-1].ndcg10:.4f}"
+
+
+@on_one_thread()
 def _train(recipe: Recipe, seed: int, shop: Shop, work: Path) -> tuple[Trained, Draft]:
     recipe = recipe.model_copy(update={"training": replace(recipe.training, seed=seed)})
     tokenized = tokenize(recipe, shop, work)
     draft = draft_bundle(recipe, shop, tokenized.ids, request_features(recipe, shop, tokenized.keywords))
     trained = train_generator(stage_inputs(recipe, shop, tokenized.ids, draft, work, Console(quiet=True)))
     return trained, trained.draft(draft)
-
-
-def _train_apart(
-    cells: Sequence[tuple[Recipe, int]], n_processes: int, shop: Shop, work: Path, console: Console
-) -> None:
-    """Train recipes with their seeds, several at a time, each in a process of its own; `work` has them afterwards.
-
-    Steps of a small model are too short to be shared by threads: as many trainings as there are cores take a fraction
-    of the time of one after another on all cores.
-    """
-    threads = max(1, torch.get_num_threads() // n_processes)
-    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_train_cell, recipe, seed, threads, shop.data, work) for recipe, seed in cells]
-        try:
-            for number, job in enumerate(as_completed(jobs), 1):
-                job.result()
-                console.print(f"ablation: {number} of {len(jobs)} trainings", style="dim", highlight=False)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _train_cell(recipe: Recipe, seed: int, threads: int, data: Path, work: Path) -> None:
-    torch.set_num_threads(threads)
-    transformers_logging.disable_progress_bar()
-    _train(recipe, seed, open_shop(data, work), work)
 
 
 def _stage_rows(models: Sequence[Trained]) -> list[Row]:
@@ -217,7 +247,7 @@ def _stage_rows(models: Sequence[Trained]) -> list[Row]:
 
 def _latencies(
     trained: dict[str, list[tuple[Trained, Draft]]],
-    recipe: Recipe,
+    recipes: dict[str, Recipe],
     shop: Shop,
     work: Path,
     open_backend: Callable[[Path], Backend],
@@ -232,8 +262,8 @@ def _latencies(
         path = work / "ablation" / f"{name}.onnx"
         path.parent.mkdir(exist_ok=True)
         export_graph(graph, example_inputs(graph, max(1, len(draft.request_features.profile_features))), path)
-        changed = recipe if name == REFERENCE or recipe.ablation is None else recipe.changed(recipe.ablation.rows[name])
-        sent = list(requests(shop, cases, reads(changed, shop), recipe.evaluation.beam_width))
+        recipe = recipes[name]
+        sent = list(requests(shop, cases, reads(recipe, shop), recipe.evaluation.beam_width))
         asked[name] = (Retriever(draft, open_backend(path)), sent)
     times: dict[str, list[float]] = {name: [] for name in asked}
     for retriever, sent in asked.values():

@@ -10,23 +10,17 @@ so that its result does not depend on how many run beside it.
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
-from genretrieval.errors import DataError, GenRetrievalError, InvalidInputError, UnavailableError
+from genretrieval.errors import DataError, InvalidInputError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import named_graph
 from genretrieval.figures import Figure
@@ -37,6 +31,7 @@ from genretrieval_pipelines.baselines.counts import Markov, Popularity, Transiti
 from genretrieval_pipelines.baselines.ranking import Baseline
 from genretrieval_pipelines.baselines.sasrec import Sasrec
 from genretrieval_pipelines.cases import Cases
+from genretrieval_pipelines.cells import in_processes, on_one_thread
 from genretrieval_pipelines.draft import draft_bundle, reads, request_features
 from genretrieval_pipelines.evaluate import K, ask, without_seen
 from genretrieval_pipelines.quality_report import counted_test_evaluations
@@ -55,7 +50,6 @@ from genretrieval_pipelines.tokenize import (
 from genretrieval_pipelines.train_generator import train_generator
 from genretrieval_tokenizers.comparison import Comparison, DownstreamRow
 from genretrieval_tokenizers.publish import open_published
-from genretrieval_tokenizers.quantise import one_thread
 
 METRICS = (
     "recall5",
@@ -71,13 +65,6 @@ METRICS = (
 )
 _CELL_VERSION = 2  # raise it when a change would measure something else under the same name
 _UNITS = {"coverage10": "share of items", "invalid_rate": "share of IDs"}
-
-
-class CellResult(Protocol):
-    """What comes of a cell."""
-
-    def __str__(self) -> str:
-        """One line about it, for those who wait."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +94,6 @@ class Measured:
     def __str__(self) -> str:
         """For those who wait."""
         return f"Recall@10 {self.metrics['recall10']:.4f}"
-
-
-_Result = TypeVar("_Result", bound=CellResult)
 
 
 @dataclass(frozen=True)
@@ -193,7 +177,7 @@ def compare(
         )
     seeds = recipe.seeds if downstream else recipe.seeds[:1]
     impossible = _prepare(grid, shop)
-    fitted = _in_processes(partial(fit_cell, grid), list(grid.cells(seeds, impossible)), jobs, "tokenizer", console)
+    fitted = in_processes(partial(fit_cell, grid), list(grid.cells(seeds, impossible)), jobs, "tokenizer", console)
     impossible |= {name: cell.impossible for (name, _), cell in fitted.items() if cell.impossible}
     names = [name for name in recipe.tokenizers if name not in impossible]
     if not names:
@@ -206,7 +190,7 @@ def compare(
     if downstream:
         baselines = _baseline_rows(grid, shop, cases, split, sasrec, console)
         cells = list(grid.cells(seeds, impossible))
-        measured = _in_processes(partial(measure_cell, grid, split), cells, jobs, "generator", console)
+        measured = in_processes(partial(measure_cell, grid, split), cells, jobs, "generator", console)
         rows = {name: _downstream_row(recipe, name, measured) for name in names}
     folders = {name: grid.folder(name, seeds[0], shop) for name in names}
     comparison = Comparison(
@@ -238,22 +222,7 @@ def _prepare(grid: Grid, shop: Shop) -> dict[str, str]:
     return impossible
 
 
-@contextmanager
-def _on_one_thread() -> Iterator[None]:
-    """Within it torch, BLAS and OpenMP have one thread, and transformers draws no progress bar."""
-    threads, bars = torch.get_num_threads(), transformers_logging.is_progress_bar_enabled()
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    try:
-        with one_thread():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@_on_one_thread()
+@on_one_thread()
 def fit_cell(grid: Grid, name: str, seed: int) -> Fitted:
     """Publish the IDs of a cell where they are not yet."""
     shop = grid.shop()
@@ -267,7 +236,7 @@ def fit_cell(grid: Grid, name: str, seed: int) -> Fitted:
     return Fitted(read_report(folder).collision_rate_before_dedup)
 
 
-@_on_one_thread()
+@on_one_thread()
 def measure_cell(grid: Grid, split: Split, name: str, seed: int) -> Measured:
     """Train the generator of a cell and measure it; both are kept."""
     shop = grid.shop()
@@ -391,48 +360,6 @@ def _baseline_rows(
 
 def _transitions(split: Split) -> Transitions:
     return "training + validation" if split == "test" else "training"
-
-
-def _in_processes(
-    work: Callable[[str, int], _Result], cells: list[tuple[str, int]], jobs: int, what: str, console: Console
-) -> dict[tuple[str, int], _Result]:
-    """`work` of every cell, `jobs` at a time; fresh processes, because torch and faiss do not survive a fork.
-
-    When a cell fails, those that have begun are finished and kept, and no other one begins.
-    """
-    done: dict[tuple[str, int], _Result] = {}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(work, *cell): cell for cell in cells}
-        try:
-            for future in as_completed(futures):
-                name, seed = cell = futures[future]
-                done[cell] = _result(future, f"{what} of {name}, seed {seed}")
-                line = f"{what} {len(done)} of {len(cells)}: {name}, seed {seed}: {done[cell]}"
-                console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
-        except BaseException as error:
-            said = " ".join([str(error), *getattr(error, "__notes__", ())])
-            console.print(
-                f"{said}\nno further cell is begun", style="red", highlight=False, markup=False, soft_wrap=True
-            )
-            pool.shutdown(cancel_futures=True)
-            raise
-    return done
-
-
-def _result(future: Future[_Result], cell: str) -> _Result:
-    """What a cell gave; its error says which cell it was."""
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise UnavailableError(
-            f"{cell}, or one beside it: its process died, most often because memory ran out; give fewer --jobs. "
-            "Finished cells are kept"
-        ) from error
-    except GenRetrievalError as error:
-        raise type(error)(f"{cell}: {error}") from error
-    except Exception as error:
-        error.add_note(f"in the {cell}")
-        raise
 
 
 def _downstream_row(recipe: ComparisonRecipe, name: str, measured: dict[tuple[str, int], Measured]) -> DownstreamRow:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
@@ -458,21 +459,38 @@ def fit_ranking_model(
             f"the part {part!r} of the users of {shop.name} has {len(train):,} requests to train on and "
             f"{len(validation):,} to calibrate on; a shop this small cannot be halved"
         )
-    stored = cache / f"ranking-{_key(shop, examples, ids, content_vectors, config, part)}" if cache else None
-    if stored and stored.with_suffix(".json").exists():  # written last: its presence means complete
-        record = json.loads(stored.with_suffix(".json").read_text("utf-8"))
-        features = RequestFeatures(**{**record["features"], "events": tuple(record["features"]["events"])})
-        model = _new_model(examples, ids, content_vectors, features, config)
-        model.load_state_dict(load_file(stored.with_suffix(".safetensors")))
-        return FittedRankingModel(model.eval(), features, part, record["log"])
+    if cache is None:
+        return _trained(shop, examples, ids, content_vectors, config, part, train, validation)
+    cache.mkdir(parents=True, exist_ok=True)
+    stored = cache / f"ranking-{_key(shop, examples, ids, content_vectors, config, part)}"
+    with FileLock(stored.with_suffix(".lock")):  # trainings side by side ask for the same one
+        if not stored.with_suffix(".json").exists():  # written last: its presence means complete
+            fitted = _trained(shop, examples, ids, content_vectors, config, part, train, validation)
+            _store(fitted, stored)
+            return fitted
+    record = json.loads(stored.with_suffix(".json").read_text("utf-8"))
+    features = RequestFeatures(**{**record["features"], "events": tuple(record["features"]["events"])})
+    model = _new_model(examples, ids, content_vectors, features, config)
+    model.load_state_dict(load_file(stored.with_suffix(".safetensors")))
+    return FittedRankingModel(model.eval(), features, part, record["log"])
+
+
+def _trained(
+    shop: Shop,
+    examples: RankingExamples,
+    ids: SemanticIds,
+    content_vectors: NDArray[np.float32] | None,
+    config: RankingRunConfig,
+    part: Part,
+    train: NDArray[np.int64],
+    validation: NDArray[np.int64],
+) -> FittedRankingModel:
+    """As `fit_ranking_model`, of requests at the rows `train` and `validation`."""
     features = _features(shop, examples, train, config.model)
     fitted = FittedRankingModel(_new_model(examples, ids, content_vectors, features, config), features, part, [])
     fetch = partial(fitted.batch, shop.histories, examples)
     with torch.random.fork_rng(devices=[]):
         fitted.log.extend(train_ranking_model(fitted.model, fetch, train, validation, config.training))
-    if stored:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        _store(fitted, stored)
     return fitted
 
 

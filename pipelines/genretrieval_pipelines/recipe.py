@@ -172,10 +172,16 @@ class AblationSection(_Section):
     """Further trainings that say what each part of the recipe is worth; see `genretrieval_pipelines.ablation`."""
 
     seeds: Annotated[list[int], Field(min_length=2)] = Field(description="Each replaces `training.seed`.")
-    processes: int = Field(
-        default=1, ge=1, description="Trainings at a time, each with its share of the threads and memory of its own."
+    jobs: int = Field(
+        default=1, ge=1, description="Trainings at a time, each on one core; an accelerator has one at a time."
     )
     rows: dict[FigureName, dict[str, Any]] = Field(description="Changes of the recipe, each by itself, by section.")
+
+    @model_validator(mode="after")
+    def _no_row_takes_the_place_of_the_recipe(self) -> Self:
+        if taken := {"reference", "whole"} & set(self.rows):
+            raise ValueError(f"rows: {', '.join(sorted(taken))} is the recipe itself; give that row another name")
+        return self
 
     @model_validator(mode="after")
     def _seeds_are_distinct(self) -> Self:

@@ -97,7 +97,7 @@ def run(
     if recipe.ablation is not None and processes.num_processes > 1:
         raise RecipeError(
             "the trainings of an ablation are not shared among the processes of torchrun, which would wait for each "
-            "other for ever; start one process, with `ablation.processes`, or take `ablation` out of the recipe"
+            "other for ever; start one process, with `ablation.jobs`, or take `ablation` out of the recipe"
         )
     work.mkdir(parents=True, exist_ok=True)
     with processes.main_process_first():
@@ -110,6 +110,11 @@ def run(
             features = request_features(recipe, shop, tokenized.keywords)
     if processes.is_main_process:
         console.print(tokenized.report, style="dim", highlight=False, markup=False)
+    ablated = None
+    if recipe.ablation is not None:
+        ablated = ablation.rows_of(recipe, shop, console)
+        # Before the bundle's own training, which is then read back: all are trained alike.
+        ablation.train_cells(ablated, shop, work, console)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)
     started = time.perf_counter()
     trained = train_generator(stage_inputs(recipe, shop, tokenized.ids, draft, work, console))
@@ -135,8 +140,8 @@ def run(
         figures = quality_report.write(quality, work / "quality") if quality else {}
         _fill_bundle(folder, recipe, shop, tokenized, features, generator, draft, data, work, quality)
     load_bundle(output)
-    if recipe.ablation is not None:
-        found = ablation.ablate(recipe, shop, work, open_backend, console)
+    if ablated is not None:
+        found = ablation.ablate(ablated, shop, work, open_backend)
         (work / "quality").mkdir(exist_ok=True)
         (work / "quality" / ablation.MARKDOWN).write_text(ablation.markdown(found), "utf-8")
         ablation.print_tables(found, console)

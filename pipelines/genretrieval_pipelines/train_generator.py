@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ from genretrieval_pipelines.stages import (
 # Tried in this order; at equal quality the earlier one is kept.
 DENSE_WEIGHTS = (JUDGING_DENSE_WEIGHT, 0.0, 0.25, 0.5, 2.0, 4.0, 8.0)
 RESULT = "result"
+_FINISHED = "generator.safetensors"
 
 
 def train_generator(inputs: StageInputs) -> Trained:
@@ -86,7 +87,7 @@ def train_generator(inputs: StageInputs) -> Trained:
         # Its weights depend on the stages before it, so its name does: a recipe with one more stage trains that one.
         key = content_hash(key, stage, schedule, *([preference.FORMAT] if isinstance(stage, PreferenceStage) else []))
         folder = inputs.work / f"{stage.objective}-{key}"
-        with _alone(folder, console):
+        with nullcontext() if (folder / _FINISHED).exists() else _alone(folder, console):
             result = _train_stage(inputs, stage, schedule, model, folder)
         if result is not None:
             results.append(result)
@@ -109,7 +110,7 @@ def _train_stage(
     folder: Path,
 ) -> StageResult | None:
     """Train `model` by one stage, or read it back; None for a stage that finds nothing to learn from."""
-    console, finished = inputs.console, folder / "generator.safetensors"
+    console, finished = inputs.console, folder / _FINISHED
     if finished.exists():
         return read_stage(model, finished)
     run = stage_run(inputs, stage, model)
@@ -129,7 +130,7 @@ def _train_stage(
 
 @contextmanager
 def _alone(folder: Path, console: Console) -> Iterator[None]:
-    """While no other run trains the same stage; the processes of one run train it together."""
+    """While no other run trains the same stage; processes of torchrun, which train it together, do not look."""
     if PartialState().num_processes > 1:
         yield
         return

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
+import io
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
-from genretrieval.errors import RecipeError
+from genretrieval.errors import DataError, RecipeError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import NamedGraph
 from genretrieval_pipelines import ablation
-from genretrieval_pipelines.ablation import Ablation, Row, ablate
+from genretrieval_pipelines.ablation import Ablation, Row, ablate, rows_of, train_cells
 from genretrieval_pipelines.draft import StageResult, request_features
 from genretrieval_pipelines.recipe import Recipe
 from genretrieval_pipelines.shop import open_shop
@@ -68,11 +67,11 @@ def test_every_change_is_trained_with_every_seed(tmp_path: Path, monkeypatch: py
     synthesize(data, ShopConfig(n_items=100, n_users=25, seed=3))
     graphs: dict[Path, NamedGraph] = {}
     monkeypatch.setattr(ablation, "export_graph", lambda graph, _, path: graphs.__setitem__(path, graph))
-    recipe, quiet = Recipe.model_validate(RECIPE), Console(quiet=True)
+    recipe = Recipe.model_validate(RECIPE)
     shop, work = open_shop(data, tmp_path / "work"), tmp_path / "work"
 
     def run() -> Ablation:
-        return ablate(recipe, shop, work, lambda path: GraphBackend(graphs[path]), quiet)
+        return ablate(recipe, shop, work, lambda path: GraphBackend(graphs[path]))
 
     found = run()
     assert [row.name for row in found.parts] == ["reference", "no_dense_head", "search_alone"]
@@ -90,37 +89,45 @@ def test_every_change_is_trained_with_every_seed(tmp_path: Path, monkeypatch: py
     assert [row.results for row in again.parts] == [row.results for row in found.parts]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_trainings_side_by_side_are_those_of_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "shop"
     synthesize(data, ShopConfig(n_items=100, n_users=25, seed=3))
     graphs: dict[Path, NamedGraph] = {}
     monkeypatch.setattr(ablation, "export_graph", lambda graph, _, path: graphs.__setitem__(path, graph))
     found = []
-    for processes in (1, 2):
-        section = {"seeds": [0, 1], "rows": {"narrow": {"generator": {"d_ff": 16}}}, "processes": processes}
-        work = tmp_path / str(processes)
-        quiet, recipe = Console(quiet=True), Recipe.model_validate({**RECIPE, "ablation": section})
-        made = ablate(recipe, open_shop(data, work), work, lambda path: GraphBackend(graphs[path]), quiet)
+    for jobs in (1, 2):
+        section = {"seeds": [0, 1], "rows": {"narrow": {"generator": {"d_ff": 16}}}, "jobs": jobs}
+        work = tmp_path / str(jobs)
+        recipe = Recipe.model_validate({**RECIPE, "ablation": section})
+        told, shop = io.StringIO(), open_shop(data, work)
+        train_cells(recipe, shop, work, Console(file=told, width=200))
+        assert "training 6 of 6: " in told.getvalue()
+        kept = len(list(work.glob("next_item-*/generator.safetensors")))
+        made = ablate(recipe, shop, work, lambda path: GraphBackend(graphs[path]))
+        assert len(list(work.glob("next_item-*/generator.safetensors"))) == kept == 4
         found.append([[replace(result, seconds=0.0) for result in row.results] for row in (*made.parts, *made.stages)])
     assert found[0] == found[1]
 
 
-def test_what_fails_in_one_of_several_trainings_is_told(tmp_path: Path) -> None:
+def test_rows_of_scenarios_that_the_logs_do_not_have_are_left_out(tmp_path: Path) -> None:
+    synthesize(tmp_path / "shop", ShopConfig(n_items=100, n_users=25, seed=3))
+    rows = {"cart": {"stages": [{"objective": "next_item", "scenario": "cart"}]}, **RECIPE["ablation"]["rows"]}  # type: ignore[index]
+    recipe = Recipe.model_validate({**RECIPE, "ablation": {"seeds": [0, 1], "rows": rows}})
+    told = io.StringIO()
+    left = rows_of(recipe, open_shop(tmp_path / "shop", tmp_path / "work"), Console(file=told, width=200))
+    assert left.ablation is not None
+    assert list(left.ablation.rows) == ["no_dense_head", "search_alone"]
+    assert "ablation, cart: left out, as these logs have no scenario cart; they have home, search" in told.getvalue()
+
+
+def test_a_training_that_fails_is_named(tmp_path: Path) -> None:
     data, work = tmp_path / "shop", tmp_path / "work"
     synthesize(data, ShopConfig(n_items=100, n_users=25, seed=3))
-    section = {"seeds": [0, 1], "rows": {"cart": {"stages": [{"objective": "next_item", "scenario": "cart"}]}}}
-    recipe = Recipe.model_validate({**RECIPE, "ablation": {**section, "processes": 2}})
-    with pytest.raises(RecipeError, match=r"'cart'.*home.*search"):
-        ablate(recipe, open_shop(data, work), work, lambda path: GraphBackend(None), Console(quiet=True))  # type: ignore[arg-type]
+    recipe = Recipe.model_validate({**RECIPE, "ablation": {"seeds": [0, 1], "rows": {}, "jobs": 2}})
+    shop = open_shop(data, work)
+    (data / "items.parquet").unlink()
+    with pytest.raises(DataError, match=r"(?s)training of whole, seed [01]: .*items\.parquet"):
+        train_cells(recipe, shop, work, Console(quiet=True))
 
 
 def test_a_stage_of_one_scenario_predicts_nothing_else(tmp_path: Path) -> None:
@@ -147,6 +154,7 @@ def test_a_stage_of_one_scenario_predicts_nothing_else(tmp_path: Path) -> None:
     [
         ({"seeds": [1, 1]}, "hold one twice"),
         ({"rows": {"odd": {"generator": {"n_expert": 2}}}}, r"ablation\.rows\.odd.*n_expert"),
+        ({"rows": {"reference": {"generator": {"n_experts": 2}}}}, "reference is the recipe itself"),
         ({"rows": {"odd": {"stages": [{"objective": "alignment", "scenario": "home"}]}}}, "no scenario tells apart"),
     ],
 )

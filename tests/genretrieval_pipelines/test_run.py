@@ -207,7 +207,7 @@ def test_an_ablation_is_no_work_for_several_processes_of_torchrun(
 ) -> None:
     monkeypatch.setattr(run_module, "PartialState", lambda **_: SimpleNamespace(num_processes=2))
     recipe = RECIPE.model_copy(update={"ablation": AblationSection(seeds=[0, 1], rows={})})
-    with pytest.raises(RecipeError, match=r"ablation\.processes"):
+    with pytest.raises(RecipeError, match=r"ablation\.jobs"):
         run(recipe, tmp_path / "logs", tmp_path / "bundle", tmp_path / "work", open_backend=GraphBackend, console=QUIET)  # type: ignore[arg-type]
     assert not (tmp_path / "work").exists()
 
