@@ -109,7 +109,7 @@ def run(
         with stage(console, "preparing requests"):
             features = request_features(recipe, shop, tokenized.keywords)
     if processes.is_main_process:
-        console.print(tokenized.report, style="dim", highlight=False, markup=False)
+        console.print(tokenized.report, style="dim", highlight=False, markup=False, soft_wrap=True)
     ablated = None
     if recipe.ablation is not None:
         ablated = ablation.rows_of(recipe, shop, console)
