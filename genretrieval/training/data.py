@@ -214,7 +214,7 @@ def collate(entries: list[dict[str, NDArray[np.int64]]]) -> dict[str, Tensor]:
     }
     if "past_items" in entries[0]:
         lengths = np.asarray([len(entry["past_items"]) for entry in entries])
-        # An item behind all others, so that there is one for padding to stand for where nobody has a past.
+        # Item 0 is added, so that row 0, which padding points to, exists even where nobody has a past.
         flat_items = np.concatenate([*(entry["past_items"] for entry in entries), [0]])
         flat_codes = np.concatenate([*(entry["past_codes"] for entry in entries), np.zeros((1, n_levels), np.int64)])
         arrays["past_items"], first, rows = np.unique(flat_items, return_index=True, return_inverse=True)
