@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from genretrieval.errors import DataError, RecipeError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import NamedGraph
-from genretrieval_pipelines import ablation
+from genretrieval_pipelines import ablation, cells
 from genretrieval_pipelines.ablation import Ablation, Row, ablate, rows_of, train_cells
 from genretrieval_pipelines.draft import StageResult, request_features
 from genretrieval_pipelines.recipe import Recipe
@@ -120,7 +121,9 @@ def test_rows_of_scenarios_that_the_logs_do_not_have_are_left_out(tmp_path: Path
     assert "ablation, cart: left out, as these logs have no scenario cart; they have home, search" in told.getvalue()
 
 
-def test_a_training_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_training_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A thread in place of processes, which take seconds to start.
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     data, work = tmp_path / "shop", tmp_path / "work"
     synthesize(data, ShopConfig(n_items=100, n_users=25, seed=3))
     recipe = Recipe.model_validate({**RECIPE, "ablation": {"seeds": [0, 1], "rows": {}, "jobs": 2}})

@@ -93,7 +93,7 @@ def test_no_process_outlives_one_that_was_killed(tmp_path: Path) -> None:
         f"    in_processes(say_and_wait, [({str(told)!r}, 0)], 1, 'cell', Console())\n"
     )
     (tmp_path / "program.py").write_text(program, "utf-8")
-    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"])
+    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 60
         while not (told.exists() and told.read_text("utf-8")):
