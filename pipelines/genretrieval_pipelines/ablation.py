@@ -153,7 +153,7 @@ def ablate(recipe: Recipe, shop: Shop, work: Path, open_backend: Callable[[Path]
     return Ablation(parts, _stage_rows(full), seeds, caption)
 
 
-def rows_of(recipe: Recipe, shop: Shop, console: Console) -> Recipe:
+def without_impossible_rows(recipe: Recipe, shop: Shop, console: Console) -> Recipe:
     """The recipe with those rows of its ablation that the logs allow; the others are named on `console`."""
     assert recipe.ablation is not None
     known = [name for name in shop.histories.scenario_names if name is not None]

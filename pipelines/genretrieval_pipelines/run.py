@@ -112,7 +112,7 @@ def run(
         console.print(tokenized.report, style="dim", highlight=False, markup=False, soft_wrap=True)
     ablated = None
     if recipe.ablation is not None:
-        ablated = ablation.rows_of(recipe, shop, console)
+        ablated = ablation.without_impossible_rows(recipe, shop, console)
         # Before the bundle's own training, which is then read back: all are trained alike.
         ablation.train_cells(ablated, shop, work, console)
     draft = draft_bundle(recipe, shop, tokenized.ids, features)

@@ -13,7 +13,7 @@ from genretrieval.errors import DataError, RecipeError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import NamedGraph
 from genretrieval_pipelines import ablation, cells
-from genretrieval_pipelines.ablation import Ablation, Row, ablate, rows_of, train_cells
+from genretrieval_pipelines.ablation import Ablation, Row, ablate, train_cells, without_impossible_rows
 from genretrieval_pipelines.draft import StageResult, request_features
 from genretrieval_pipelines.recipe import Recipe
 from genretrieval_pipelines.shop import open_shop
@@ -115,7 +115,9 @@ def test_rows_of_scenarios_that_the_logs_do_not_have_are_left_out(tmp_path: Path
     rows = {"cart": {"stages": [{"objective": "next_item", "scenario": "cart"}]}, **RECIPE["ablation"]["rows"]}  # type: ignore[index]
     recipe = Recipe.model_validate({**RECIPE, "ablation": {"seeds": [0, 1], "rows": rows}})
     told = io.StringIO()
-    left = rows_of(recipe, open_shop(tmp_path / "shop", tmp_path / "work"), Console(file=told, width=200))
+    left = without_impossible_rows(
+        recipe, open_shop(tmp_path / "shop", tmp_path / "work"), Console(file=told, width=200)
+    )
     assert left.ablation is not None
     assert list(left.ablation.rows) == ["no_dense_head", "search_alone"]
     assert "ablation, cart: left out, as these logs have no scenario cart; they have home, search" in told.getvalue()
