@@ -459,13 +459,22 @@ def fit_ranking_model(
             f"the part {part!r} of the users of {shop.name} has {len(train):,} requests to train on and "
             f"{len(validation):,} to calibrate on; a shop this small cannot be halved"
         )
+
+    def trained() -> FittedRankingModel:
+        features = _features(shop, examples, train, config.model)
+        fitted = FittedRankingModel(_new_model(examples, ids, content_vectors, features, config), features, part, [])
+        fetch = partial(fitted.batch, shop.histories, examples)
+        with torch.random.fork_rng(devices=[]):
+            fitted.log.extend(train_ranking_model(fitted.model, fetch, train, validation, config.training))
+        return fitted
+
     if cache is None:
-        return _trained(shop, examples, ids, content_vectors, config, part, train, validation)
+        return trained()
     cache.mkdir(parents=True, exist_ok=True)
     stored = cache / f"ranking-{_key(shop, examples, ids, content_vectors, config, part)}"
     with FileLock(stored.with_suffix(".lock")):  # trainings side by side ask for the same one
         if not stored.with_suffix(".json").exists():  # written last: its presence means complete
-            fitted = _trained(shop, examples, ids, content_vectors, config, part, train, validation)
+            fitted = trained()
             _store(fitted, stored)
             return fitted
     record = json.loads(stored.with_suffix(".json").read_text("utf-8"))
@@ -473,25 +482,6 @@ def fit_ranking_model(
     model = _new_model(examples, ids, content_vectors, features, config)
     model.load_state_dict(load_file(stored.with_suffix(".safetensors")))
     return FittedRankingModel(model.eval(), features, part, record["log"])
-
-
-def _trained(
-    shop: Shop,
-    examples: RankingExamples,
-    ids: SemanticIds,
-    content_vectors: NDArray[np.float32] | None,
-    config: RankingRunConfig,
-    part: Part,
-    train: NDArray[np.int64],
-    validation: NDArray[np.int64],
-) -> FittedRankingModel:
-    """As `fit_ranking_model`, of requests at the rows `train` and `validation`."""
-    features = _features(shop, examples, train, config.model)
-    fitted = FittedRankingModel(_new_model(examples, ids, content_vectors, features, config), features, part, [])
-    fetch = partial(fitted.batch, shop.histories, examples)
-    with torch.random.fork_rng(devices=[]):
-        fitted.log.extend(train_ranking_model(fitted.model, fetch, train, validation, config.training))
-    return fitted
 
 
 def _check_rows(what: str, n: int, shop: Shop) -> None:

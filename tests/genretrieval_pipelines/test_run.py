@@ -194,7 +194,9 @@ def test_a_stage_that_another_run_trains_is_waited_for(tmp_path: Path) -> None:
     with train_generator._alone(folder, QUIET):
         thread = threading.Thread(target=second)
         thread.start()
+        until = time.monotonic() + 30
         while not told.getvalue():
+            assert time.monotonic() < until, "nothing is said of the wait"
             time.sleep(0.01)
         assert not entered.is_set()
     thread.join(10)
