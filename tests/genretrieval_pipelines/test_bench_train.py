@@ -74,6 +74,7 @@ def by_hand() -> bench.Material:
 # --- the whole ---
 
 
+@pytest.mark.slow
 def test_figures_of_a_quick_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "HISTORY_LENGTHS", (2, 5))
     monkeypatch.setattr(bench, "TUNED_ROWS", (16,))

@@ -120,6 +120,7 @@ def test_a_bundle_that_no_run_wrote_cannot_be_measured(bundle, tmp_path, monkeyp
         export(tmp_path / "bare", tmp_path / "int8", monkeypatch, seed=1, at_least=0.0)
 
 
+@pytest.mark.slow
 def test_both_graphs_of_a_width_are_timed() -> None:
     figures = bench_int8([16], 1, partial(OnnxBackend, threads=1), Console(quiet=True))
     for batch in (1, 8):

@@ -175,6 +175,15 @@ def test_kmeans_finds_the_clusters(start: quantise.Start) -> None:
     assert sorted(map(tuple, np.round(found, 4).tolist())) == sorted(map(tuple, np.round(means, 4).tolist()))
 
 
+@pytest.mark.parametrize("start", ["progressive", "spherical", "random"])
+def test_fewer_vectors_than_dimensions(start: quantise.Start) -> None:
+    x = np.pad(vectors(30, 4), ((0, 0), (0, 36)))
+    found = kmeans(x, 8, start=start, iterations=5, max_points_per_centroid=1000, seed=0)
+    assert found.shape == (8, 40)
+    np.testing.assert_allclose(found[:, 4:], 0, atol=1e-5)
+    assert ((x - found[nearest_codes(x, found)]) ** 2).sum() < 0.5 * (x**2).sum()
+
+
 def test_a_progressive_start_leaves_less_error_in_many_small_clusters() -> None:
     rng = np.random.default_rng(0)
     x = (vectors(200, 32, 1)[rng.integers(0, 200, 1000)] + 0.5 * vectors(1000, 32, 2)).astype(np.float32)

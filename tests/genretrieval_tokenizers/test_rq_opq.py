@@ -53,6 +53,16 @@ def test_rotating_lowers_the_error() -> None:
         assert learned < 0.7 * error(RqOpq.fit(x, config))
 
 
+@pytest.mark.parametrize("n", [20, 31, 40])
+def test_a_shop_of_fewer_items_than_its_vectors_have_dimensions(n: int) -> None:
+    # faiss ends the process where it is asked for more principal components than there are vectors.
+    x = vectors(n, 41)
+    tokenizer = RqOpq.fit(x, SMALL)
+    *_, a_KD, b_KD = tokenizer.codebooks
+    np.testing.assert_allclose(a_KD @ b_KD.T, 0, atol=1e-4)
+    assert ((x - tokenizer.decode(tokenizer.encode(x))) ** 2).sum() < 0.5 * (x**2).sum()
+
+
 def test_opq_levels_lower_the_error_of_the_residual_levels() -> None:
     x = vectors(600)
     plain = RqKMeans.fit(x, RqKMeansConfig(codebook_sizes=(4, 4), iterations=5))

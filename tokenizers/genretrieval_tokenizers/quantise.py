@@ -410,6 +410,10 @@ def kmeans(
     if len(x_ND) > size * max_points_per_centroid:
         drawn = np.random.default_rng(seed).choice(len(x_ND), size * max_points_per_centroid, replace=False)
         x_ND = x_ND[np.sort(drawn)]
+    if start == "progressive" and len(x_ND) < x_ND.shape[1]:
+        span_DN = span(x_ND)
+        settings = {"iterations": iterations, "max_points_per_centroid": max_points_per_centroid, "seed": seed}
+        return kmeans(x_ND @ span_DN, size, start=start, **settings) @ span_DN.T
     gpu = faiss.get_num_gpus() > 0
     fit = partial(lloyd, x_ND, size, seed=seed, max_points_per_centroid=max_points_per_centroid, gpu=gpu)
     start_KD = None
@@ -434,6 +438,15 @@ def lloyd(x_ND: F32, size: int, *, start_KD: F32 | None = None, **settings: Any)
     clusters.train(x_ND, init_centroids=start_KD)
     assert clusters.centroids is not None
     return clusters.centroids
+
+
+def span(x_ND: F32) -> F32:
+    """Orthonormal columns, float32 ``[D, N]``: the space in which fewer vectors than dimensions lie.
+
+    faiss's principal components are as many as dimensions; of fewer vectors it refuses them, or ends the process.
+    """
+    basis: F32 = np.linalg.qr(x_ND.T)[0]
+    return basis
 
 
 def _first_distinct(x_ND: F32, at_most: int) -> list[int]:

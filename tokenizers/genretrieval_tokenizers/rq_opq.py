@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 
 from genretrieval.errors import DataError
 from genretrieval.semantic_ids import Codes
-from genretrieval_tokenizers.quantise import F32, ResidualEncoder, one_thread
+from genretrieval_tokenizers.quantise import F32, ResidualEncoder, one_thread, span
 from genretrieval_tokenizers.rq_kmeans import check_kmeans, fit_levels, kmeans_codebook, notes_on_sizes
 from genretrieval_tokenizers.storage import read_tokenizer, write_tokenizer
 from genretrieval_tokenizers.tokenizer import checked_vectors
@@ -187,12 +187,15 @@ def _rotation(r_ND: F32, config: RqOpqConfig) -> F32:
     """Orthonormal rows, float32 ``[R, dim]``, R being the largest multiple of `n_subvectors` in `dim`.
 
     It is learned with as many codes as whole bits can name; of fewer vectors there is nothing to learn, and it cuts
-    them as they are.
+    them as they are. Fewer vectors than dimensions are rotated in the space that they lie in.
     """
     rotated = r_ND.shape[1] // config.n_subvectors * config.n_subvectors
     bits = max(1, (config.subvector_codes - 1).bit_length())
     if len(r_ND) < 2**bits:
         return np.eye(rotated, r_ND.shape[1], dtype=np.float32)
+    if len(r_ND) < r_ND.shape[1]:
+        span_DN = span(r_ND)
+        return _rotation(r_ND @ span_DN, config) @ span_DN.T
     opq = faiss.OPQMatrix(r_ND.shape[1], config.n_subvectors, rotated)
     quantiser = faiss.ProductQuantizer(rotated, config.n_subvectors, bits)
     quantiser.cp.min_points_per_centroid = 1  # below 39 faiss prints a warning; few items are no fault
