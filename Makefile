@@ -21,7 +21,7 @@ PIP_OPTIONS := --disable-pip-version-check --quiet --constraint constraints.txt
 PINNED := pyproject.toml constraints.txt
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
-.PHONY: help env demo check format test test-all serve-only deploy-check torchrec clean
+.PHONY: help env demo check format test test-all browser serve-only deploy-check torchrec clean
 
 help:
 	@echo 'make env         everything a contributor needs, in .venv'
@@ -29,7 +29,8 @@ help:
 	@echo 'make check       lint, formatting, types, import rules'
 	@echo 'make format      what `make check` would ask for and a program can do'
 	@echo 'make test        tests of minutes'
-	@echo 'make test-all    every test'
+	@echo 'make test-all    every test but those of a browser'
+	@echo 'make browser     the console in Chromium'
 	@echo 'make serve-only  proof that the `serve` extra serves a bundle without torch'
 	@echo 'make deploy-check  what is in deploy/, held against the server and against Kubernetes'
 	@echo 'make torchrec    TorchRec for huge profile tables, and the proof that its numbers are those of torch'
@@ -83,10 +84,16 @@ format: env
 test test-all: export OMP_NUM_THREADS := 1
 
 test: env
-	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow'
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not slow and not browser'
 
 test-all: env
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not browser'
+
+# Chromium is no Python package: without one on the PATH the tests are skipped, and pytest says so; REQUIRE_BROWSER=1
+# makes that a failure.
+browser: env
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --group browser
+	$(BIN)/python -m pytest -m browser tests/genretrieval_serving/admin
 
 $(TINY)/bundle/manifest.json: | $(VENV)/.run-stamp
 	$(BIN)/genretrieval data synth $(TINY)/shop --items 300 --users 100

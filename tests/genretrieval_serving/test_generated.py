@@ -55,6 +55,6 @@ def test_every_operation_says_which_scope_it_needs_and_how_it_fails() -> None:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             (needed,) = operation["security"]
-            reads = method == "get" or path.endswith((":test", "snapshots"))
+            reads = method == "get" or path.endswith((":test", "snapshots", "retrieve"))
             assert needed == {"apiKey": ["admin.read" if reads else "admin.write"]}, path
             assert {"400", "401", "403", "500", "503"} <= set(operation["responses"]), path

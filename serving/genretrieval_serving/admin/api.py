@@ -17,9 +17,9 @@ from genretrieval.errors import (
     ConflictError,
     RequestError,
 )
-from genretrieval.request import RetrieveRequest
+from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval.servable import Catalogue
-from genretrieval_serving.admin import items, transfer
+from genretrieval_serving.admin import console, items, transfer
 from genretrieval_serving.admin.auth import Authenticator
 from genretrieval_serving.admin.calls import (
     JSON,
@@ -94,6 +94,10 @@ class Serving(Protocol):
 
     async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
         """What a request returns without a resource and with it."""
+        ...
+
+    async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+        """What a request returns now."""
         ...
 
     def check_bundles(self, aliases: Sequence[AliasFields], *, allow_unbound: bool) -> None:
@@ -420,6 +424,13 @@ def unbind(id: ResourceId, writer: Writer, etag: IfMatch) -> Any:
     return writer.one(writer.binding(id, None, etag))
 
 
+@_reads.post("/v1/retrieve", operation_id="retrieve", responses=documented(409, 429, 504))
+async def retrieve(body: RetrieveRequest, request: Request) -> RetrieveResponse:
+    """What the server answers now; nobody's history joins it, and no log of what was served has it."""
+    serving: Serving = request.app.state.serving
+    return await serving.retrieve(body)
+
+
 @_reads.get("/v1/slots", operation_id="slots.get")
 def slots(store: InStore) -> Slots:
     """How many keywords can still be bound."""
@@ -503,6 +514,7 @@ _ROUTERS = (
     _reads,
     _writes,
     *items.ROUTERS,
+    console.router,
 )
 
 

@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 
 from genretrieval.edits import Edits
 from genretrieval.errors import ConflictError, SlotsExhaustedError, UnavailableError
-from genretrieval.request import RetrieveRequest
+from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval.retrieval import Retriever
 from genretrieval.servable import Catalogue
 from genretrieval_serving.admin.messages import BundleList, DeploymentStatus, TrialResult
-from genretrieval_serving.admin.replica import Replica
+from genretrieval_serving.admin.replica import ADMIN_STATE_STALE, Replica
 from genretrieval_serving.admin.resources import AliasFields, Fields, Keyword, Kind, Resource, SlotRef
 from genretrieval_serving.admin.store import Changes
 from genretrieval_serving.batcher import Batcher
@@ -85,6 +85,22 @@ class Live:
         """
         self._opened()
         return self._following().bundles()
+
+    async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+        """What the primary arm answers now: the one that trials are made on, whoever a canary may answer.
+
+        Raises:
+            RequestError: the request cannot be answered.
+            StaleReplicaError: the admin state has not reached the request's `min_revision`.
+            UnavailableError: the server is not ready, or overloaded.
+        """
+        batcher, deployment, replica = self._opened()
+        if request.min_revision:
+            await replica.wait_for(request.min_revision)
+        answering = deployment.primary.answering(request)
+        response = await batcher.submit(answering.retriever, request, edits=answering.edits)
+        degraded = [ADMIN_STATE_STALE] if answering.stale else []
+        return response.model_copy(update={"degraded": [*response.degraded, *degraded]})
 
     async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
         """What a request returns without `resource`, and with it in place of the one that has its id.

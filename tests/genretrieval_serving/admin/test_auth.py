@@ -82,7 +82,11 @@ NEEDS = {
         "GET /v1/auditEvents": READ,
         "GET /v1/revision": READ,
         "POST /v1/snapshots": READ,
+        "POST /v1/retrieve": READ,
         "GET /openapi.json": OPEN,
+        "GET /": OPEN,
+        "GET /console": OPEN,
+        "GET /console/{name}": OPEN,
     },
     "grpc": {
         "genretrieval.v1.RetrievalService/Retrieve": RETRIEVE,
