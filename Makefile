@@ -112,7 +112,7 @@ $(DEPLOY_VENV)/.stamp: $(PINNED)
 	@touch $@
 
 # helm and promtool are no Python packages: where they are missing, what needs them is skipped, and pytest says so;
-# REQUIRE_DEPLOY_TOOLS=1 makes that a failure.
+# REQUIRE_DEPLOY_TOOLS='helm promtool' makes that a failure.
 deploy-check: env $(DEPLOY_VENV)/.stamp
 	PATH="$$PATH:$(CURDIR)/$(DEPLOY_VENV)/bin" $(BIN)/python -m pytest tests/test_deploy.py
 

@@ -169,8 +169,13 @@ def load_bundle(path: Path) -> Bundle:
 
     Raises:
         BundleIncompleteError: the folder or its manifest is missing.
-        BundleError: the manifest cannot be read, its schema is another, or a file is missing or changed.
+        BundleError: a file cannot be read, is missing or changed, or the manifest's schema is another.
     """
+    with _reading(path):
+        return _checked(path)
+
+
+def _checked(path: Path) -> Bundle:
     manifest = read_manifest(path)
     for name in REQUIRED_FILES:
         if name not in manifest.files:
@@ -192,16 +197,19 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         BundleIncompleteError: the folder or its manifest is missing.
-        BundleError: the manifest cannot be read, or its schema is newer.
+        BundleError: the manifest cannot be read, or its schema is another.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise BundleIncompleteError(f"{folder} is no folder; give the folder that `genretrieval run --output` wrote")
-    if not path.is_file():
-        raise BundleIncompleteError(
-            f"{folder} has no {MANIFEST}. It is written last, so this export never finished: run it again"
-        )
-    text = path.read_bytes()
+    with _reading(folder):
+        if not folder.is_dir():
+            raise BundleIncompleteError(
+                f"{folder} is no folder; give the folder that `genretrieval run --output` wrote"
+            )
+        if not path.is_file():
+            raise BundleIncompleteError(
+                f"{folder} has no {MANIFEST}. It is written last, so this export never finished: run it again"
+            )
+        text = path.read_bytes()
     try:
         # On its own first: a newer manifest may have fields that this version would take for mistakes.
         version = _SchemaVersion.model_validate_json(text).schema_version
@@ -218,6 +226,18 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         raise BundleError(f"{path} is damaged or no manifest of a bundle; export the bundle again. {error}") from error
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say what it means that a file of a bundle cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or folder} cannot be read ({error.strerror}), so the bundle cannot be served; "
+            "give the user that serves it the right to read all of the folder"
+        ) from error
 
 
 @contextmanager
@@ -242,8 +262,11 @@ def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
     try:
         yield partial
         files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+        # safetensors gives its file to its writer alone; a server is another user, and reads every file.
+        mode = partial.stat().st_mode & 0o666
         complete = manifest.model_copy(update={"files": files})
         for name in files:
+            (partial / name).chmod(mode)
             _sync(partial / name)
         temporary = partial / f"{MANIFEST}.tmp"
         temporary.write_text(complete.model_dump_json(indent=2) + "\n", "utf-8")

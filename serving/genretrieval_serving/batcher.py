@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 # Full batches, what is left of the one that runs among them, that a request may always wait for. With fewer the graph
 # would run half-empty batches: docs/decisions/0009-admission.md.
 STANDING_BATCHES = 1.5
+# No batch takes so many seconds: one that does will not end, as when a device hangs.
+STUCK_SECONDS = 60.0
 # How much of the measured time of a row the last batch is.
 _LAST_BATCH = 0.1
 
@@ -85,6 +87,7 @@ class Batcher:
         self._arrived, self._idle = asyncio.Event(), asyncio.Event()
         self.row_seconds = 0.0
         self._running_rows, self._running_until = 0, 0.0
+        self._running_since = math.inf
         self._allowed, self._looked = max_wait, 0.0
         # One thread: a second batch at the same time would only share the same cores.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrieve", initializer=_step_back)
@@ -111,8 +114,10 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the queue is being worked on."""
-        return self._worker is not None and not self._worker.done()
+        """Whether the queue is being worked on; not by a batch that has run for `STUCK_SECONDS`."""
+        if self._worker is None or self._worker.done():
+            return False
+        return self._clock() - self._running_since < STUCK_SECONDS
 
     def check_room(self, caller: str, rows: int = 1, within: float | None = None) -> None:
         """Whether a request of `caller` would be taken now.
@@ -166,10 +171,12 @@ class Batcher:
             RequestError: the request cannot be answered as asked.
             OverloadedError: it would wait too long.
             DeadlineError: `within` passed first, or would have.
-            UnavailableError: the batcher is not running.
+            UnavailableError: the batcher is not running, or stuck.
         """
         if not self.alive:
-            raise UnavailableError("the server is starting or stopping and takes no requests; try another replica")
+            raise UnavailableError(
+                "the server is starting or stopping, or its graph is stuck, and takes no requests; try another replica"
+            )
         retriever.check(request)
         rows = rows_of(retriever, request, edits)
         self.check_room(caller, rows, within)
@@ -242,11 +249,13 @@ class Batcher:
         rows = sum(waiting.rows for waiting in batch)
         self.metrics.batch_rows.observe(rows)
         self._running_rows, self._running_until = rows, begun + rows * self.row_seconds
+        self._running_since = begun
         try:
             with tracing.batch([(w.traced, w.since) for w in batch], requests=len(batch), rows=rows):
                 outcomes = await self._run(retriever, [w.request for w in batch], [w.edits for w in batch])
         finally:
             self._running_rows, self._running_until = 0, 0.0
+            self._running_since = math.inf
         if isinstance(outcomes, BaseException) and len(batch) > 1:
             log.warning("batch_failed", requests=len(batch), error=repr(outcomes))
             for waiting in batch:

@@ -42,13 +42,7 @@ class BundleFolder:
         Raises:
             BundleError: it cannot be read; see `read_manifest`.
         """
-        try:
-            return read_manifest(self.path / name)
-        except OSError as error:
-            raise BundleError(
-                f"the manifest of {name} in {self.path} cannot be read ({error.strerror or error}); see that the "
-                "server may read the folder, and that its disk is well"
-            ) from error
+        return read_manifest(self.path / name)
 
     def open(self, name: str) -> Retriever:
         """A bundle whose files are as they were written, and which has answered.

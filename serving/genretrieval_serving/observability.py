@@ -64,6 +64,7 @@ class Metrics:
         self.in_flight = gauge("in_flight_requests", "Requests accepted and not yet answered.")
         self.in_flight_rows = gauge("in_flight_rows", "Rows accepted and not yet answered.")
         self.queue_depth = gauge("queue_depth", "Requests waiting for a batch.")
+        self.failed = counter("failed", "Requests that the bundle of an arm failed on.", "arm")
         self.rejected = counter("rejected", "Requests given up without an answer from the model.", "reason")
         self.results_returned = histogram("results_returned", "Items in a response.", "arm", buckets=COUNTS)
         self.empty_results = counter("empty_results", "Responses without an item.", "arm")

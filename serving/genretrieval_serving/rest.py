@@ -123,14 +123,14 @@ async def batch_retrieve(
 
 async def _record_events(http: Request) -> Response:
     batch = await body_of(http, RecordEventsRequest)
-    return json_of(await record_events(batch, await _service(http)), status_code=202)
+    return json_of(await record_events(batch, await _service(http), await _caller(http)), status_code=202)
 
 
 @router.post("/v1/events", operation_id="recordEvents", status_code=202)
 @answered_by(_record_events)
-async def record_events(batch: RecordEventsRequest, service: Service) -> RecordEventsResponse:
+async def record_events(batch: RecordEventsRequest, service: Service, caller: Caller) -> RecordEventsResponse:
     """What somebody did with items: it is logged, and joins the user's history before this answers."""
-    return await service.record_events(batch.events)
+    return await service.record_events(batch.events, caller)
 
 
 @router.get("/v1/info", operation_id="getInfo")

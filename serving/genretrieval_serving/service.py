@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from http import HTTPStatus
 from importlib.metadata import version
 
 from genretrieval.errors import DeadlineError, GenRetrievalError, RequestError, StaleReplicaError, UnavailableError
@@ -115,9 +116,14 @@ class RetrievalService:
             # After all that waits: an arm that was given up meanwhile has the admin state of then.
             name, arm = deployment.arm_for(request)
             answering = arm.answering(completed.request)
-            response = await batcher.submit(
-                answering.retriever, completed.request, deadline.left(), answering.edits, caller.name
-            )
+            try:
+                response = await batcher.submit(
+                    answering.retriever, completed.request, deadline.left(), answering.edits, caller.name
+                )
+            except GenRetrievalError as error:
+                if error.http_status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                    self.metrics.failed.labels(name).inc()
+                raise
         response = _told(response, completed, answering)
         self.metrics.answered(response, name)
         if self.served_log is not None:
@@ -130,16 +136,21 @@ class RetrievalService:
             return Completed(request, request)
         return await self.histories.complete(request, within)
 
-    async def record_events(self, events: Sequence[FeedbackEvent]) -> RecordEventsResponse:
+    async def record_events(
+        self, events: Sequence[FeedbackEvent], caller: Principal = ANONYMOUS
+    ) -> RecordEventsResponse:
         """Log events, and let them join the histories of their users, whose next requests see them.
 
         Raises:
+            RateLimitedError: `caller` has sent too many calls with events.
             RequestError: the server keeps no events, or none without a user.
             OverloadedError: they cannot be written fast enough; none of them was taken.
             UnavailableError: the bundle is still being loaded.
         """
         arms, now = self.deployment.arms, time.time()
         with self._counting():
+            if self.rate_limiter is not None:
+                self.rate_limiter.count(caller.name, "calls with events")
             if self.served_log is not None:
                 self.served_log.record(events, now)
             else:

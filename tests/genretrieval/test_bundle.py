@@ -53,6 +53,31 @@ def write(path: Path, graph: bytes = b"graph", **changes: Any) -> Manifest:
     return wanted
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path: Path) -> None:
+    # A server runs as another user than what trains, and safetensors writes for its own alone.
+    with write_bundle(tmp_path / "bundle", manifest()) as folder:
+        for name in (GRAPH, CATALOGUE):
+            (folder / name).write_bytes(b"")
+            (folder / name).chmod(0o600)
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "bundle").iterdir()}
+    assert modes == {(tmp_path / "bundle").stat().st_mode & 0o666}
+
+
+@pytest.mark.parametrize("name", [GRAPH, MANIFEST])
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "bundle")
+    opened = Path.open
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(BundleError, match=rf"{name} cannot be read \(Permission denied\).*right to read"):
+        load_bundle(tmp_path / "bundle")
+
+
 def edit_manifest(path: Path, **changes: Any) -> None:
     file = path / MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

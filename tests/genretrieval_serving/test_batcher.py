@@ -17,7 +17,7 @@ from genretrieval.edits import NO_EDITS, BoundKeyword, Edits
 from genretrieval.errors import DeadlineError, GenRetrievalError, OverloadedError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval.retrieval import Retriever
-from genretrieval_serving.batcher import Batcher, rows_of
+from genretrieval_serving.batcher import STUCK_SECONDS, Batcher, rows_of
 from genretrieval_serving.observability import Metrics
 
 REQUEST = RetrieveRequest(top_k=1)
@@ -285,6 +285,23 @@ def test_what_is_left_at_the_end_is_told_so(busy) -> None:
             assert all(type(outcome) is UnavailableError for outcome in outcomes)
             with pytest.raises(UnavailableError):
                 await bench.ask()
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_does_not_end_is_no_life(busy) -> None:
+    async def main() -> None:
+        async with busy(1e-6) as bench:
+            bench.clock.now += STUCK_SECONDS - 1
+            assert bench.batcher.alive
+            bench.clock.now += 1
+            assert not bench.batcher.alive
+            with pytest.raises(UnavailableError, match="stuck"):
+                await bench.ask()
+            # It ends after all.
+            bench.backend.gate.set()
+            await bench.fill()
+            assert bench.batcher.alive
 
     asyncio.run(main())
 

@@ -36,7 +36,22 @@ def test_callers_of_long_ago_are_forgotten() -> None:
         limiter.count(str(number))
     now += 11
     limiter.count("new")
-    assert list(limiter._worked_off) == ["new"]
+    assert list(limiter._worked_off) == [("new", "requests")]
+
+
+def test_calls_with_events_are_counted_besides(start) -> None:
+    event = {"item_id": "item-1", "event": "click", "user_id": "u"}
+    with (
+        start(rate_limit="2/day", histories="memory") as running,
+        Client(running.grpc) as by_grpc,
+        Client(running.http) as by_rest,
+    ):
+        by_rest.record_events([event])
+        by_grpc.record_events([event] * 5)
+        for client in (by_grpc, by_rest):
+            with pytest.raises(RateLimitedError, match="may make 2 calls with events"):
+                client.record_events([event])
+        by_grpc.retrieve()
 
 
 @pytest.mark.parametrize("rate", ["", "fast", "0/second", "5/fortnight", "-1/second"])

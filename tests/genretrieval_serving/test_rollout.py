@@ -25,13 +25,12 @@ import pytest
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
-from genretrieval.bundle import CATALOGUE, GRAPH, MANIFEST, Manifest, load_bundle, sha256
+from genretrieval.bundle import CATALOGUE, GRAPH, MANIFEST, load_bundle, sha256
 from genretrieval.catalogue_changes import ChangesFile, file_name
 from genretrieval.cli import app
-from genretrieval.errors import BundleError, ConflictError, InvalidInputError, NotFoundError
+from genretrieval.errors import BundleError, ConflictError, GenRetrievalError, InvalidInputError, NotFoundError
 from genretrieval.request import RetrieveResponse
 from genretrieval.retrieval import Retriever
-from genretrieval_serving import bundle_folder as bundle_folder_module
 from genretrieval_serving import catalogue_feed as catalogue_feed_module
 from genretrieval_serving import rollout as rollout_module
 from genretrieval_serving.admin.client import AdminClient
@@ -194,6 +193,17 @@ def test_a_canary_answers_its_share_always_the_same_users(serving, follow, store
             admin.rollback("prod")
 
 
+def test_what_a_bundle_fails_on_is_counted_for_its_arm(serving, follow, store) -> None:
+    put(store, "a", Canary(bundle="b", share=1.0))
+    with served(serving, follow(), store) as (running, admin), Client(running.grpc) as client:
+        until(lambda: names(admin) == {"primary": "a", "canary": "b"})
+        client.retrieve(user_id="u")
+        with pytest.raises(GenRetrievalError, match="inference_failed"):
+            client.retrieve(user_id="u", history=[{"item_id": "b-item-23"}])
+        assert running.metric("genretrieval_failed_total", arm="canary") == 1
+        assert running.metric("genretrieval_failed_total", arm="primary") is None
+
+
 def reseal(path: Path, **manifest: Any) -> None:
     """Make the manifest true of the files again: what is wrong with them no hash tells."""
     said = json.loads((path / MANIFEST).read_text())
@@ -298,17 +308,17 @@ def test_a_bundle_that_was_mended_is_found_by_the_next_try(
 
 def test_what_keeps_it_from_following_is_told_until_it_follows_again(serving, follow, store, monkeypatch) -> None:
     monkeypatch.setattr(rollout_module, "FIRST_PAUSE", 0.05)
-    original = bundle_folder_module.read_manifest
+    original = Path.read_bytes
 
-    def read_manifest(folder: Path) -> Manifest:
-        if folder.name == "c":
-            raise PermissionError(13, "Permission denied")
-        return original(folder)
+    def read_bytes(self: Path) -> bytes:
+        if self.parent.name == "c":
+            raise PermissionError(13, "Permission denied", str(self))
+        return original(self)
 
     def sync_slots(*_: Any) -> None:
         raise RuntimeError("never seen before")
 
-    monkeypatch.setattr(bundle_folder_module, "read_manifest", read_manifest)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     put(store, "a")
     with served(serving, follow(), store) as (_, admin):
         put(store, "c", id_="other")
