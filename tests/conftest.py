@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+# Hypothesis imports it in the middle of a test, which fails ("AST constructor recursion depth mismatch") where garbage
+# is collected meanwhile whose end is logged: python/cpython#106905.
+import hypothesis.internal.conjecture.optimiser  # noqa: F401
 import numpy as np
 import pytest
 from numpy.typing import NDArray
