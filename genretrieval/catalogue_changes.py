@@ -18,6 +18,9 @@ a file is refused depends on the bundle and on nothing that came before it, so e
 the same catalogue, in whatever order and groups it met them. A row about an item that the bundle does not have, without
 an ID, waits until one comes.
 
+A name that lies more than `AHEAD` ahead of the clock is a slip, and would outrank all that is written until then. Such
+a file is no part of the catalogue before the clock comes that near; then it is, in its place.
+
 A semantic ID means something only by the codebooks that it was made with. A file may say which
 (`ChangesFile.codebooks`); a bundle with others passes over its IDs. Another bundle may have other attributes, too:
 those that a bundle does not have are passed over, because the removals beside them count everywhere.
@@ -30,9 +33,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,9 +56,12 @@ from genretrieval.servable import NO_ATTRIBUTES, Catalogue
 ITEM_ID, OP, SEMANTIC_ID, FIELDS = "item_id", "op", "semantic_id", "fields"
 UPSERT, REMOVE = "upsert", "remove"
 SUFFIX = ".parquet"
+# Clocks of servers may differ by less than this: what one writes now, no other may take for a slip.
+AHEAD = timedelta(minutes=10)
 
 _TIME = "%Y%m%dT%H%M%S"
 _BEGINS_WITH_TIME = re.compile(r"(\d{8}T\d{6})(?!\d)")
+_OURS = re.compile(r"\d{8}T\d{6}\.(\d{6})Z-")
 _POPULARITY = "popularity"
 _VALUE = "value"
 _HEADER = b"genretrieval"
@@ -76,6 +82,23 @@ def time_of(name: str) -> datetime | None:
         return None if found is None else datetime.strptime(found[1], _TIME).replace(tzinfo=UTC)
     except ValueError:
         return None
+
+
+def time_after(name: str) -> datetime | None:
+    """A time whose `file_name` sorts behind a name, as close as can be; None where that begins with no time.
+
+    Behind one of `file_name` it is a microsecond: were it a second, servers that write more often would run ahead.
+    """
+    time, ours = time_of(name), _OURS.match(name)
+    if time is None:
+        return None
+    return time + (timedelta(seconds=1) if ours is None else timedelta(microseconds=int(ours[1]) + 1))
+
+
+def early(names: Iterable[str], now: datetime) -> list[str]:
+    """Those of files that are no part of the catalogue yet, because their time is more than `AHEAD` after `now`."""
+    latest = f"{now.astimezone(UTC) + AHEAD:{_TIME}}~"
+    return [name for name in names if name > latest and time_of(name) is not None]
 
 
 @dataclass(frozen=True)
@@ -136,15 +159,19 @@ class ChangesFile:
             "merges": self.merges,
             "call": dict(self.call),
         }
+        # Into memory first: Polars calls a full disk an error of the format.
+        content = io.BytesIO()
+        self.table.write_parquet(content, metadata={_HEADER.decode(): json.dumps(header)})
         partial = path.with_name(f".{path.name}.tmp")
         try:
             with partial.open("wb") as file:
-                self.table.write_parquet(file, metadata={_HEADER.decode(): json.dumps(header)})
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        finally:
+        except BaseException:
             partial.unlink(missing_ok=True)
+            raise
 
 
 @dataclass(frozen=True)

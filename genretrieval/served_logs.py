@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -174,6 +174,25 @@ def log_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.parquet"))
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Files of one kind that are being written, or that a writer which was killed left behind.
+
+    Removing one of a writer that lives loses nothing: it finds that out, keeps its rows and writes them again.
+    """
+    return sorted(folder.glob(f"*/.*{PARTIAL}"))
+
+
+def remove_unfinished(folder: Path, before: float) -> int:
+    """Remove what nobody has gone on writing since `before`, in unix seconds; the number of files removed."""
+    removed = 0
+    for path in unfinished(folder):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < before:
+                path.unlink()
+                removed += 1
+    return removed
+
+
 def remove_before(folder: Path, day: date) -> int:
     """Remove what was written before `day`, also what a killed server left unfinished; the number of files removed."""
     removed = 0
@@ -194,35 +213,42 @@ class Forgotten:
         answers: rows of answers.
         events: rows of events.
         files: files that were written anew, or removed as nothing was left in them.
+        tokens: of the user's answers, those that were given included.
     """
 
     answers: int
     events: int
     files: int
+    tokens: frozenset[str] = frozenset()
 
 
-def forget_user(folder: Path, user_key: str) -> Forgotten:
+def forget_user(folder: Path, user_key: str, tokens: Set[str] = frozenset()) -> Forgotten:
     """Remove a user's answers, and events that carry the user's key or the token of one of those answers.
 
     Each file is replaced by one without those rows, so that readers see either. What servers have not written yet is
-    not seen.
+    not seen: look again later, with the tokens of answers that are gone by then.
 
     Args:
         folder: that has ``served/`` and ``events/``.
         user_key: of `UserKeys`.
+        tokens: of answers of the user that were removed before.
 
     Raises:
         DataError: `folder` holds no served logs.
     """
+    answers = folder / SERVED_FOLDER
     if not any((folder / kind).is_dir() for kind in SCHEMAS):
         raise DataError(f"{folder} holds neither {SERVED_FOLDER}/ nor {EVENTS_FOLDER}/; give `serve --log-folder`'s")
-    tokens: set[str] = set()
+    # Tokens lead to events that came without the user's id. The answers that have them go last, so that who is
+    # interrupted finds those events the next time.
+    theirs = set(tokens)
+    for _, table, mine in _of_user(answers, user_key, tokens):
+        theirs.update(table.filter(mine)["attribution_token"].to_pylist())
     rows, files = {SERVED_FOLDER: 0, EVENTS_FOLDER: 0}, 0
-    # Answers first: their tokens lead to events that came without the user's id.
-    for kind in (SERVED_FOLDER, EVENTS_FOLDER):
-        for path, table, mine in _of_user(folder / kind, user_key, tokens):
-            if kind == SERVED_FOLDER:
-                tokens.update(table.filter(mine)["attribution_token"].to_pylist())
+    for kind in (EVENTS_FOLDER, SERVED_FOLDER):
+        for path, table, mine in _of_user(folder / kind, user_key, theirs):
+            if kind == SERVED_FOLDER:  # one may have come since
+                theirs.update(table.filter(mine)["attribution_token"].to_pylist())
             kept = table.filter(pc.invert(mine))
             if len(kept):
                 _write(path, kept)
@@ -230,10 +256,10 @@ def forget_user(folder: Path, user_key: str) -> Forgotten:
                 path.unlink()
             rows[kind] += len(table) - len(kept)
             files += 1
-    return Forgotten(rows[SERVED_FOLDER], rows[EVENTS_FOLDER], files)
+    return Forgotten(rows[SERVED_FOLDER], rows[EVENTS_FOLDER], files, frozenset(theirs))
 
 
-def _of_user(folder: Path, user_key: str, tokens: set[str]) -> Iterator[tuple[Path, pa.Table, pa.Array]]:
+def _of_user(folder: Path, user_key: str, tokens: Set[str]) -> Iterator[tuple[Path, pa.Table, pa.Array]]:
     """Files that have rows of a user, their tables, and which rows those are."""
     known = pa.array(sorted(tokens), pa.string())
 

@@ -3,7 +3,8 @@
 The catalogue of a bundle is that of its export with all files of the folder in the order of their names, see
 `genretrieval.catalogue_changes`. Files are added and never changed; each is applied whole or not at all, and several
 that are found together are one swap. One that sorts before others that were applied has the catalogue built again, so
-that servers agree whatever they saw first. Only `compact` takes files away.
+that servers agree whatever they saw first. Only `compact` takes files away. One whose name lies in the future waits for
+its time.
 
 A folder may lie on a network file system, which tells nobody of new files, so it is looked into once a second.
 """
@@ -24,7 +25,17 @@ import polars as pl
 import structlog
 
 from genretrieval.bundle import CODEBOOKS
-from genretrieval.catalogue_changes import SUFFIX, CatalogueChanges, ChangeChecker, ChangesFile, file_name, time_of
+from genretrieval.catalogue_changes import (
+    AHEAD,
+    SUFFIX,
+    CatalogueChanges,
+    ChangeChecker,
+    ChangesFile,
+    early,
+    file_name,
+    time_after,
+    time_of,
+)
 from genretrieval.errors import (
     DataError,
     IdempotencyKeyReusedError,
@@ -164,6 +175,7 @@ class CatalogueFeed:
         key: str | None = None,
         validate_only: bool = False,
         note: Callable[[Changed], object] = lambda _: None,
+        not_made: Callable[[Changed, BaseException], object] = lambda *_: None,
     ) -> Changed:
         """Change the catalogue of every server on the folder, of this one at once.
 
@@ -172,7 +184,9 @@ class CatalogueFeed:
             call: who asks, kept in the file; ``fingerprint`` tells requests apart that come with one key.
             key: of a repeated call, which changes nothing more.
             validate_only: check and answer, and write nothing.
-            note: told of what is about to be changed; if it raises, nothing is.
+            note: told of what is about to be changed; if it raises, nothing is. It comes first, so that no change is in
+                force that nobody was told of, whenever the process dies.
+            not_made: told that a change of which `note` was told could not be written, and why.
 
         Raises:
             RequestError: the changes do not fit the catalogue that is served.
@@ -184,7 +198,7 @@ class CatalogueFeed:
         with self._turn:
             try:
                 self.refresh()
-                return self._change(self._deployment.primary, table, dict(call), key, validate_only, note)
+                return self._change(self._deployment.primary, table, dict(call), key, validate_only, note, not_made)
             except OSError as error:
                 raise UnavailableError(
                     f"the folder of catalogue changes cannot be used ({error.strerror}), so nothing was changed; "
@@ -199,6 +213,7 @@ class CatalogueFeed:
         key: str | None,
         validate_only: bool,
         note: Callable[[Changed], object],
+        not_made: Callable[[Changed, BaseException], object],
     ) -> Changed:
         names = self._names()
         token = uuid.uuid4().hex if key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -209,6 +224,7 @@ class CatalogueFeed:
                 raise IdempotencyKeyReusedError(
                     "the idempotency key came with another request before; use a new key for a new request"
                 )
+            self._see_in_force(arm, before)
             return _changed(_Followed.checker(arm.retriever, catalogue).check(file, "items"), catalogue, before)
         checker = _Followed.checker(arm.retriever, catalogue, strict=True)
         try:
@@ -217,22 +233,33 @@ class CatalogueFeed:
             raise RequestError(str(error)) from error
         if validate_only:
             return _changed(changes, catalogue, "")
-        name = _next_name(names, token)
-        note(_changed(changes, catalogue, name))
-        codebooks = arm.manifest.files.get(CODEBOOKS)
-        ChangesFile(changes.table(), codebooks, call=call).write(self.folder / name)
+        not_yet = self._followed(arm).early(names)
+        name = _next_name([other for other in names if other not in not_yet], token)
+        noted = _changed(changes, catalogue, name)
+        note(noted)
+        path = self.folder / name
+        try:
+            ChangesFile(changes.table(), arm.manifest.files.get(CODEBOOKS), call=call).write(path)
+        except BaseException as error:
+            # A network file system may say that it could not rename what it did rename: then the change is made.
+            if not (isinstance(error, OSError) and os.path.exists(path)):
+                not_made(noted, error)
+                raise
         failed: Exception | None = None
         try:
             self.refresh()
         except Exception as error:  # noqa: BLE001 - whatever keeps it from being shown, it is written
             failed = error
+        self._see_in_force(arm, name, failed)
+        return _changed(changes, arm.retriever.catalogue, name)
+
+    def _see_in_force(self, arm: Arm, name: str, failed: Exception | None = None) -> None:
         if failed or not self._followed(arm).has(name):
             log.error("catalogue_change_not_in_force", file=name, exc_info=failed)
             raise UnavailableError(
                 f"the change is written, as {name}, and not yet in force on this server, which goes on trying; servers "
                 "that can read the folder follow it. The log says why; to send it again changes nothing more"
             ) from failed
-        return _changed(changes, arm.retriever.catalogue, name)
 
     def _unreadable(self, error: OSError) -> UnavailableError:
         return UnavailableError(
@@ -301,6 +328,8 @@ class _Followed:
         self._refused: dict[str, tuple[int, int]] = {}
         # Names that could not be read when they were last looked at.
         self._unread: set[str] = set()
+        # Names too far ahead of the clock when they were last looked at.
+        self._early: set[str] = set()
         # Attributes of files that the bundle does not have.
         self._unknown: set[str] = set()
         self._vanished: set[str] = set()
@@ -314,10 +343,19 @@ class _Followed:
         """Whether a file is part of the catalogue."""
         return name in self._applied
 
+    def early(self, names: Sequence[str]) -> set[str]:
+        """Files whose time has not come. What is applied stays, and what follows it, should the clock be set back."""
+        now, behind = datetime.now(UTC), time_after(max(self._applied, default=""))
+        if behind is not None:
+            now = max(now, behind - AHEAD)
+        return set(early(names, now)) - self._applied
+
     def catch_up(self, folder: Path, names: Sequence[str]) -> None:
         """Apply what is new among the files of the folder."""
         self._tell_of_vanished(names)
-        found = self._read(folder, [name for name in names if name not in self._applied])
+        self._tell_of_early(names)
+        passed_over = self._applied | self._early
+        found = self._read(folder, [name for name in names if name not in passed_over])
         if not found:
             return
         if late := self._late(found):
@@ -418,6 +456,19 @@ class _Followed:
             log.warning("catalogue_attributes_unknown", file=file, passed_over=sorted(new), known=attributes_here)
             self._unknown |= new
 
+    def _tell_of_early(self, names: Sequence[str]) -> None:
+        """Refused as any other, but not for good: all servers apply it when its time comes."""
+        not_yet = self.early(names)
+        for name in sorted(not_yet - self._early):
+            self._metrics.catalogue_changes_refused.inc()
+            why = (
+                f"{name} begins with a time that is more than {AHEAD.total_seconds() / 60:g} minutes ahead of this "
+                f"server's clock, {datetime.now(UTC):%Y%m%dT%H%M%S}, and would outrank all that is written until then; "
+                "it is left out until the clock comes that near. Name it by the time at which it was written, in UTC"
+            )
+            log.warning("catalogue_changes_refused", file=name, why=why)
+        self._early = not_yet
+
     def _tell_of_vanished(self, names: Sequence[str]) -> None:
         """What was applied stays in force: a folder that is not mounted must not put back what is sold out."""
         vanished = self._applied.difference(names)
@@ -435,13 +486,10 @@ def _changed(changes: CatalogueChanges, catalogue: Catalogue, file: str) -> Chan
 
 def _next_name(names: Sequence[str], token: str) -> str:
     """A name that sorts behind all others, also those of a server whose clock is ahead."""
-    now = datetime.now(UTC)
-    name = file_name(now, token)
+    name = file_name(datetime.now(UTC), token)
     last = max((other for other in names if time_of(other)), default="")
-    latest = time_of(last)
-    if latest is not None and last >= name:
-        name = file_name(latest + timedelta(seconds=1), token)
-    return name
+    behind = time_after(last)
+    return name if behind is None or last < name else file_name(behind, token)
 
 
 def compact(folder: Path, bundle: Servable, older_than: timedelta = KEPT) -> tuple[str, int] | None:
@@ -463,6 +511,9 @@ def compact(folder: Path, bundle: Servable, older_than: timedelta = KEPT) -> tup
     """
     latest = time.time() - older_than.total_seconds()
     names = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
+    # Servers have none of these in their catalogue, and refuse whatever is written under their names.
+    out = {*early(names, datetime.now(UTC)), *(name for name in names if time_of(name) is None)}
+    names = [name for name in names if name not in out]
     young = next((i for i, name in enumerate(names) if (folder / name).stat().st_mtime > latest), len(names))
     files = {name: ChangesFile.read(folder / name) for name in names[:young]}
     merged = {name for file in files.values() for name in file.merges}

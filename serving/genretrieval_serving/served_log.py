@@ -2,7 +2,8 @@
 
 Rows wait in memory, a thread of its own turns them into Arrow and writes a file after a minute or `ROWS_PER_FILE` rows.
 A stop writes what waits; a process that is killed loses it, at most a minute. While files cannot be written, as on a
-full disk, rows are kept and tried again as long as there is room, then new ones are left out and counted.
+full disk, rows are kept and tried again as long as there is room, then new ones are left out and counted. Nothing that
+goes wrong with some rows ends the thread, or nobody's would be logged any more.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +35,8 @@ from genretrieval.served_logs import (
     UserKeys,
     forget_user,
     remove_before,
+    remove_unfinished,
+    unfinished,
     write_table,
 )
 from genretrieval_serving.deployment import Answering
@@ -49,6 +53,11 @@ MAX_WAITING = 5_000
 # Rows that could not be written yet.
 MAX_HELD = 4 * ROWS_PER_FILE
 RETRY_SECONDS = 5.0
+# A stop waits so long for files where nobody says otherwise; a disk that hangs must not keep a server.
+CLOSE_SECONDS = 5.0
+# No write takes so long, so that a file which is unfinished since is of a server that was killed. Age decides, because
+# several servers may share the folder.
+UNFINISHED_SECONDS = 3600.0
 # Short, so that few rows at a time are turned into Arrow: the thread holds the interpreter meanwhile.
 _TAKE_SECONDS = 0.05
 
@@ -144,10 +153,14 @@ class ServedLog:
         if not self._events.offer([(event, now) for event in events]):
             raise OverloadedError("events come faster than they can be written; none of these was taken: try again")
 
-    def close(self) -> None:
-        """Write what waits, then stop."""
-        self._answers.close()
-        self._events.close()
+    def close(self, grace: float = CLOSE_SECONDS) -> None:
+        """Write what waits, then stop; what is not written within `grace` seconds is told in the log."""
+        latest = time.monotonic() + grace
+        kinds = (self._answers, self._events)
+        for kind in kinds:
+            kind.end()
+        for kind in kinds:
+            kind.join(max(0.0, latest - time.monotonic()))
 
     def _in_sample(self, answered: Answered) -> bool:
         if self._settings.sample == 1.0:
@@ -225,11 +238,20 @@ def forget(user_id: str, folder: Path, keys: UserKeys, histories: str | None, *,
     if histories is not None:
         asyncio.run(_forget_history(user_id, histories))
         yield "history: removed"
-    yield _forgotten(forget_user(folder, keys.of(user_id)))
+    left = [path for kind in (SERVED_FOLDER, EVENTS_FOLDER) for path in unfinished(folder / kind)]
+    tokens: frozenset[str] = frozenset()
     if wait:
-        yield f"waiting {WRITE_SECONDS + 2 * _TAKE_SECONDS:g} s for what running servers hold; Ctrl-C if none runs"
+        removed = forget_user(folder, keys.of(user_id))
+        yield _forgotten(removed)
+        yield f"waiting {WRITE_SECONDS + 2 * _TAKE_SECONDS:g} s for what running servers hold; --no-wait if none runs"
         time.sleep(WRITE_SECONDS + 2 * _TAKE_SECONDS)
-        yield _forgotten(forget_user(folder, keys.of(user_id)))
+        tokens = removed.tokens
+    # Whatever is unfinished since the beginning is of a server that was killed, and may hold the user.
+    if left := [path for path in left if path.exists()]:
+        for path in left:
+            path.unlink(missing_ok=True)
+        yield f"logs: {len(left)} files removed that were left unfinished"
+    yield _forgotten(forget_user(folder, keys.of(user_id), tokens))
 
 
 async def _forget_history(user_id: str, histories: str) -> None:
@@ -295,31 +317,50 @@ class _ParquetLog(Generic[T]):
         self._count("dropped", len(records))
         return False
 
-    def close(self) -> None:
-        """Write what waits and end."""
+    def end(self) -> None:
+        """Take no more, write what waits, and end: begun, and not waited for."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+
+    def join(self, grace: float) -> None:
+        """Wait until it has ended, `grace` seconds at most."""
+        self._thread.join(grace)
+        if self._thread.is_alive():
+            # Not counted as dropped: the write that hangs may yet succeed.
+            rows = self._n_held + len(self._waiting)
+            log.error("served_log_given_up", folder=str(self._folder), rows=rows, waited=round(grace, 1))
 
     def _work(self) -> None:
         closing = False
         while not closing:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing, timeout=_TAKE_SECONDS)
+            try:
+                closing = self._turn()
+            except Exception as error:  # no fault may end the thread that writes all that comes later
                 closing = self._closing
-                taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            now = time.monotonic()
-            if taken:
-                self._held_since = self._held_since if self._held else now
-                self._hold(taken)
-            due = now >= self._held_since + self._write_seconds or self._n_held >= ROWS_PER_FILE
-            if self._held and (closing or (due and now >= self._try_again)):
-                self._write()
-            self._sweep()
-        if self._held:
-            self._count("dropped", self._n_held)
-            log.error("served_log_lost", folder=str(self._folder), rows=self._n_held)
+                with suppress(Exception):  # there may be no memory to say so, either
+                    log.error("served_log_failed", folder=str(self._folder), exc_info=error)
+        if self._held or self._waiting:
+            rows = self._n_held + len(self._waiting)
+            self._count("dropped", rows)
+            log.error("served_log_lost", folder=str(self._folder), rows=rows)
+
+    def _turn(self) -> bool:
+        """Take what has come and write what is due; whether that was all."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing, timeout=_TAKE_SECONDS)
+            closing = self._closing
+            taken = list(self._waiting)  # whole, or not at all where there is no memory for it
+            self._waiting.clear()
+        now = time.monotonic()
+        if taken:
+            self._held_since = self._held_since if self._held else now
+            self._hold(taken)
+        due = now >= self._held_since + self._write_seconds or self._n_held >= ROWS_PER_FILE
+        if self._held and (closing or (due and now >= self._try_again)):
+            self._write()
+        self._sweep()
+        return closing
 
     def _hold(self, taken: Sequence[T]) -> None:
         """Keep records as rows until they are written; one that Arrow cannot hold is left out alone."""
@@ -342,23 +383,31 @@ class _ParquetLog(Generic[T]):
         rows = self._n_held
         try:
             write_table(self._folder, pa.Table.from_batches(self._held, self._schema), self._now())
-        except OSError as error:
+        except (OSError, MemoryError) as error:  # they pass
             self._try_again = time.monotonic() + RETRY_SECONDS
             self._count("failed", rows)
-            log.error("served_log_not_written", folder=str(self._folder), rows=rows, error=str(error))
+            why = None if isinstance(error, OSError) else error
+            log.error("served_log_not_written", folder=str(self._folder), rows=rows, error=str(error), exc_info=why)
+            return
+        except Exception as error:  # whatever it is: rows that nobody can write must not keep out all that come later
+            self._held, self._n_held = [], 0
+            self._count("dropped", rows)
+            log.error("served_log_lost", folder=str(self._folder), rows=rows, exc_info=error)
             return
         self._held, self._n_held = [], 0
         self._count("written", rows)
 
     def _sweep(self) -> None:
-        """Once a day, remove what is too old."""
+        """At the start and then once a day, remove what is too old, and what killed servers left unfinished."""
         today = f"{self._now():%Y-%m-%d}"
-        if self._retention_days is None or today == self._swept:
+        if today == self._swept:
             return
         self._swept = today
         try:
-            removed = remove_before(self._folder, (self._now() - timedelta(days=self._retention_days)).date())
-        except OSError as error:
+            removed = remove_unfinished(self._folder, time.time() - UNFINISHED_SECONDS)
+            if self._retention_days is not None:
+                removed += remove_before(self._folder, (self._now() - timedelta(days=self._retention_days)).date())
+        except (OSError, OverflowError) as error:  # the latter: of a retention that is longer than the calendar
             log.warning("served_log_not_removed", folder=str(self._folder), error=str(error))
             return
         if removed:

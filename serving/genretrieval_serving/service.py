@@ -190,10 +190,13 @@ class RetrievalService:
             outcomes.append(outcome)
         return outcomes
 
-    async def close(self) -> None:
-        """Write what is to be logged, and give connections back; nothing is being answered any more."""
+    async def close(self, grace: float) -> None:
+        """Write what is to be logged, for `grace` seconds at most, and give connections back.
+
+        Nothing is being answered any more.
+        """
         if self.served_log is not None:
-            await asyncio.to_thread(self.served_log.close)
+            await asyncio.to_thread(self.served_log.close, grace)
         if self.histories is not None:
             await self.histories.close()
 

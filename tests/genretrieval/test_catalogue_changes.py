@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from genretrieval.bundle import CODEBOOKS, Manifest
-from genretrieval.catalogue_changes import CatalogueChanges, ChangeChecker, ChangesFile
+from genretrieval.catalogue_changes import (
+    AHEAD,
+    CatalogueChanges,
+    ChangeChecker,
+    ChangesFile,
+    early,
+    file_name,
+    time_after,
+)
 from genretrieval.errors import DataError
 from genretrieval.features import RequestFeatures
 from genretrieval.keyword_codebook import KeywordCodebook
@@ -304,6 +312,35 @@ def test_files_say_what_they_are(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["1.parquet"]
     pq.write_table(pa.table({"item_id": ["a"]}), path)
     assert ChangesFile.read(path).n_sets == 1
+
+
+def test_a_full_disk_is_no_fault_of_the_format(tmp_path: Path) -> None:
+    (tmp_path / ".1.parquet.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        changes({"item_id": "a", "price": 1.0}).write(tmp_path / "1.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+TIMES = st.datetimes(datetime(2000, 1, 1), datetime(2100, 1, 1)).map(lambda time: time.replace(tzinfo=UTC))
+
+
+@given(TIMES, st.sampled_from(["-stock", "Z-stock", ".5Z-stock", "~", " z", ".parquet"]))
+def test_a_name_made_behind_another_sorts_behind_it(time: datetime, rest: str) -> None:
+    theirs, ours = f"{time:%Y%m%dT%H%M%S}{rest}.parquet", file_name(time, "zz")
+    for name, step in ((theirs, timedelta(seconds=1)), (ours, timedelta(microseconds=1))):
+        after = time_after(name)
+        assert after is not None
+        assert file_name(after, "aa") > name
+        assert after <= time + step
+    assert time_after("stock.parquet") is None
+
+
+@given(TIMES, st.timedeltas(-3 * AHEAD, 3 * AHEAD))
+def test_a_file_is_early_by_its_time_alone(now: datetime, ahead: timedelta) -> None:
+    time = (now + ahead).replace(microsecond=0)
+    whole = (now + AHEAD).replace(microsecond=0)
+    for name in (file_name(time, "x"), f"{time:%Y%m%dT%H%M%S}-stock.parquet"):
+        assert early(["99999999T999999-x.parquet", "x.parquet", name], now) == ([name] if time > whole else [])
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"", lambda b: b[:8] + b"\0" * 60 + b[68:]])

@@ -18,7 +18,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from genretrieval.bundle import Bundle
-from genretrieval.catalogue_changes import ChangeChecker, ChangesFile
+from genretrieval.catalogue_changes import ChangeChecker, ChangesFile, file_name
 from genretrieval.errors import (
     DataError,
     IdempotencyKeyReusedError,
@@ -269,6 +269,87 @@ def test_an_attribute_that_a_bundle_does_not_have_is_told_once(serve, folder) ->
     assert [entry["event"] for entry in logged].count("catalogue_attributes_unknown") == 1
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], None]:
+    """Puts the clock of the servers so far ahead."""
+
+    def put_to(ahead: timedelta) -> None:
+        class Shifted(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return datetime.now(tz) + ahead
+
+        monkeypatch.setattr(catalogue_feed, "datetime", Shifted)
+
+    return put_to
+
+
+def at(ahead: timedelta, rest: str) -> str:
+    """A file's name, without its ending, of so long from now."""
+    return f"{datetime.now(UTC) + ahead:%Y%m%dT%H%M%S}-{rest}"
+
+
+def test_a_file_of_the_future_waits_for_its_time(serve, folder, clock) -> None:
+    served = serve()
+    oops = at(timedelta(days=3), "oops")
+    put(folder, oops, item_id=["item-1", "item-2"], price=[5.0, 5.0])
+    put(folder, f"{NOW}-a", item_id=["item-1"], price=[7.0])
+    with capture_logs() as logged:
+        for _ in range(3):
+            served.feed.refresh()
+        put(folder, f"{NOW}-b", item_id=["item-1"], price=[8.0])
+        served.feed.refresh()
+        changed = change(served, {"item_id": "item-3", "price": 9.0})
+    assert (served.price("item-1"), served.price("item-2"), served.price("item-3")) == (8.0, 2.0, 9.0)
+    assert changed.file < oops
+    (told,) = [entry for entry in logged if entry["event"] == "catalogue_changes_refused"]
+    assert (told["file"], served.refused) == (f"{oops}.parquet", 1)
+    assert "more than 10 minutes ahead of this server's clock" in told["why"]
+    assert "catalogue_built_again" not in [entry["event"] for entry in logged]
+    assert serve().state() == served.state()
+
+    # Its time comes: for one that saw it wait, and for one that sees all at once.
+    clock(timedelta(days=3, minutes=-9))
+    served.feed.refresh()
+    assert (served.price("item-1"), served.price("item-2"), served.refused) == (5.0, 5.0, 1)
+    assert change(served, {"item_id": "item-1", "price": 6.0}).file > oops
+    assert served.price("item-1") == 6.0
+    assert serve().state() == served.state()
+
+
+def test_a_clock_that_is_behind_by_minutes_refuses_nothing(serve, folder, clock) -> None:
+    here = serve()
+    changed = change(here, {"item_id": "item-1", "price": 7.0})
+    clock(timedelta(minutes=-8))
+    behind = serve()
+    assert (behind.state(), behind.refused) == (here.state(), 0)
+    assert change(behind, {"item_id": "item-1", "price": 8.0}).file > changed.file
+    here.feed.refresh()
+    assert here.state() == behind.state()
+
+
+def test_what_is_applied_stays_when_the_clock_is_set_back(serve, folder, clock) -> None:
+    served = serve()
+    change(served, {"item_id": "item-1", "op": "remove"})
+    clock(timedelta(hours=-1))
+    put(folder, f"{NOW}-late", item_id=["item-2"], price=[7.0])
+    served.feed.refresh()
+    assert (served.catalogue.gone.tolist(), served.price("item-2")) == ([1], 7.0)
+    change(served, {"item_id": "item-1", "op": "upsert"})
+    assert (served.catalogue.gone.tolist(), served.refused) == ([], 0)
+    clock(timedelta())
+    assert serve().state() == served.state()
+
+
+def test_servers_that_write_often_do_not_run_ahead(serve, folder) -> None:
+    ahead = datetime.now(UTC) + timedelta(minutes=9)
+    put(folder, file_name(ahead, "other").removesuffix(".parquet"), item_id=["item-1"], price=[5.0])
+    served = serve()
+    names = [change(served, {"item_id": "item-1", "price": float(n)}).file for n in range(8)]
+    assert names == sorted(names)
+    assert names[-1] < file_name(ahead + timedelta(milliseconds=1), "")
+
+
 def test_what_vanishes_stays_in_force_until_a_restart(serve, folder) -> None:
     served = serve()
     path = put(folder, f"{NOW}-a", item_id=["item-1"], op=["remove"])
@@ -310,6 +391,20 @@ def test_older_files_are_merged_into_one(serve, folder, bundle, monkeypatch) -> 
     put(folder, f"{NOW}-e", item_id=["item-1"], price=[1.0])
     running.feed.refresh()
     assert (running.price("item-1"), running.refused) == (1.0, 0)
+    assert serve().state() == running.state()
+
+
+def test_what_servers_leave_out_is_not_merged(serve, folder, bundle) -> None:
+    put(folder, f"{NOW}-a", old=True, item_id=["item-1"], price=[7.0])
+    put(folder, f"{NOW}-b", old=True, item_id=["item-1"], price=[8.0])
+    left_out = {
+        put(folder, at(timedelta(days=300), "oops"), old=True, item_id=["item-1"], price=[5.0]),
+        put(folder, "stock", old=True, item_id=["item-1"], price=[6.0]),
+    }
+    running = serve()
+    assert compact(folder, bundle) == (f"{NOW}-b.parquet", 2)
+    assert {*folder.iterdir()} == {folder / f"{NOW}-b.parquet", *left_out}
+    assert running.price("item-1") == 8.0
     assert serve().state() == running.state()
 
 
@@ -355,12 +450,12 @@ def change(served: Served, *rows: dict[str, Any], **call: Any) -> Any:
 
 
 def test_a_call_is_in_force_when_it_is_answered_and_comes_last(serve, folder) -> None:
-    ahead = f"{datetime.now(UTC) + timedelta(hours=1):%Y%m%dT%H%M%S}"
-    put(folder, f"{ahead}-other", item_id=["item-1"], price=[5.0])
+    ahead = at(timedelta(minutes=9), "other")
+    put(folder, ahead, item_id=["item-1"], price=[5.0])
     here, there = serve(), serve()
     changed = change(here, {"item_id": "item-1", "price": 7.0})
     assert (changed.revision, changed.n_upserted, here.price("item-1")) == (2, 1, 7.0)
-    assert changed.file > f"{ahead}-other.parquet"
+    assert changed.file > f"{ahead}.parquet"
     there.feed.refresh()
     assert there.state() == here.state() == serve().state()
     (read,) = (ChangesFile.read(path) for path in folder.iterdir() if path.name == changed.file)
@@ -426,7 +521,7 @@ def test_a_change_that_is_written_is_not_said_to_be_none(serve, folder, monkeypa
     assert change(served, {"item_id": "item-1", "op": "remove"}, key="k").n_removed == 1
     assert (served.catalogue.gone.tolist(), len(list(folder.iterdir()))) == ([1], 1)
 
-    name = f"{datetime.now(UTC) + timedelta(hours=1):%Y%m%dT%H%M%S}-next.parquet"
+    name = f"{at(timedelta(minutes=5), 'next')}.parquet"
     monkeypatch.setattr(catalogue_feed, "_next_name", lambda *_: name)
     unreadable.add(name)
     with pytest.raises(UnavailableError, match=told):
@@ -434,6 +529,47 @@ def test_a_change_that_is_written_is_not_said_to_be_none(serve, folder, monkeypa
     unreadable.clear()
     served.feed.refresh()
     assert served.catalogue.gone.tolist() == [1, 2]
+
+
+def test_a_repeated_call_does_not_say_in_force_what_waits(serve, folder, clock) -> None:
+    row = {"item_id": "item-1", "op": "remove"}
+    clock(timedelta(hours=1))
+    change(serve(), row, key="k")
+    clock(timedelta())
+    with pytest.raises(UnavailableError, match=r"is written, as .*, and not yet in force on this server"):
+        change(serve(), row, key="k")
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), pl.exceptions.PanicException("polars broke")])
+def test_whatever_keeps_a_change_from_being_written_is_told(serve, folder, monkeypatch, fault) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    served, noted, failed = serve(), [], []
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", fail)
+    with pytest.raises(type(fault)):
+        change(
+            served,
+            {"item_id": "item-1", "op": "remove"},
+            note=noted.append,
+            not_made=lambda *told: failed.append(told),
+        )
+    assert failed == [(noted[0], fault)]
+    assert list(folder.iterdir()) == []
+
+
+def test_a_change_that_was_renamed_is_made_whatever_the_file_system_says(serve, folder, monkeypatch) -> None:
+    served, replace, failed = serve(), os.replace, []
+
+    def did(*paths: Any) -> None:
+        replace(*paths)
+        raise FileNotFoundError(2, "No such file or directory")  # of NFS, when an answer got lost
+
+    monkeypatch.setattr(os, "replace", did)
+    changed = change(served, {"item_id": "item-1", "op": "remove"}, not_made=lambda *told: failed.append(told))
+    assert (served.catalogue.gone.tolist(), failed) == ([1], [])
+    assert [path.name for path in folder.iterdir()] == [changed.file]
 
 
 @pytest.fixture
@@ -573,6 +709,51 @@ def test_one_item_over_the_api(start, store, folder, http) -> None:
         ):
             assert answer.status_code == status, answer.text
         assert len(list(folder.iterdir())) == 2
+
+
+def test_the_audit_says_which_change_was_not_made(start, store, folder, http, monkeypatch) -> None:
+    before = []
+
+    def fail(*_: Any) -> None:
+        before.extend(store.audit(size=9)[0])
+        raise OSError(30, "Read-only file system")
+
+    with start(catalogue_changes=folder, store=store) as running:
+        item = f"{running.admin}/v1/items/item-1"
+        monkeypatch.setattr(os, "replace", fail)
+        answer = http.patch(item, json={"price": 9}, headers={"X-Request-Id": "r1"})
+        assert (answer.status_code, "nothing was changed" in answer.json()["detail"]) == (503, True)
+        monkeypatch.undo()
+        # What was noted first is there whenever the process dies.
+        (noted,) = before
+        failed, first = store.audit(size=9, name="items/item-1")[0]
+        assert first == noted
+        assert failed.after == {"file": noted.after["file"], "failed": "Read-only file system"}
+        assert (failed.principal, failed.request_id) == (noted.principal, noted.request_id)
+        assert list(folder.iterdir()) == []
+        assert http.patch(item, json={"price": 9}).status_code == 200
+        assert "failed" not in store.audit(size=1)[0][0].after
+
+
+def test_what_the_audit_cannot_say_the_log_does(start, store, folder, http, monkeypatch) -> None:
+    note = store.note
+
+    def once(*about: Any) -> None:
+        if "failed" in about[-1]:
+            raise UnavailableError("the database is away")
+        note(*about)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with start(catalogue_changes=folder, store=store) as running:
+        monkeypatch.setattr(store, "note", once)
+        monkeypatch.setattr(os, "replace", full)
+        with capture_logs() as logged:
+            answer = http.delete(f"{running.admin}/v1/items/item-1")
+        assert (answer.status_code, "nothing was changed" in answer.json()["detail"]) == (503, True)
+    (told,) = [entry for entry in logged if entry["event"] == "item_change_not_marked_as_failed"]
+    assert (told["why"], told["error"]) == ("No space left on device", "the database is away")
 
 
 def test_a_server_without_a_folder_says_which_option_it_lacks(start, store, http) -> None:

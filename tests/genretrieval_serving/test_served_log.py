@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,9 +17,12 @@ from typing import Any
 
 import grpc
 import httpx
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from structlog.testing import capture_logs
 
+from genretrieval import served_logs
 from genretrieval.errors import DataError, InvalidInputError, OverloadedError, RequestError, UnavailableError
 from genretrieval.request import RetrieveRequest, RetrieveResponse
 from genretrieval.served_logs import (
@@ -32,6 +36,8 @@ from genretrieval.served_logs import (
     forget_user,
     log_files,
     remove_before,
+    unfinished,
+    write_table,
 )
 from genretrieval_serving import served_log
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
@@ -334,6 +340,107 @@ def test_a_full_disk_loses_what_there_is_no_room_for_and_is_waited_out(tmp_path,
     assert (outcomes["written"], outcomes["dropped"]) == (12, 2)
 
 
+@pytest.fixture
+def write(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Replaces what writes files of the log."""
+    monkeypatch.setattr(served_log, "RETRY_SECONDS", 0.0)
+    return lambda by: monkeypatch.setattr(served_log, "write_table", by)
+
+
+@pytest.mark.parametrize("fault", [pa.ArrowMemoryError("malloc of size 1 failed"), MemoryError()])
+def test_a_lack_of_memory_is_waited_out(tmp_path, write, fault) -> None:
+    failing = True
+
+    def without_memory(*table: Any) -> Path:
+        if failing:
+            raise fault
+        return write_table(*table)
+
+    write(without_memory)
+    metrics = Metrics()
+    with capture_logs() as logged:
+        log = ServedLog(LogSettings(tmp_path), metrics, write_seconds=0.0)
+        log.record([CLICK] * 3, time.time())
+        eventually(lambda: "failed" in counted(metrics, "events"))
+        log.record([CLICK], time.time())
+        failing = False
+        log.close(60)
+    assert len(rows(tmp_path, EVENTS_FOLDER)) == 4
+    assert (counted(metrics, "events")["written"], "dropped" in counted(metrics, "events")) == (4, False)
+    assert next(entry for entry in logged if entry["event"] == "served_log_not_written")["exc_info"] is fault
+
+
+def test_rows_that_cannot_be_written_keep_out_none_that_come_later(tmp_path, write) -> None:
+    fault = pa.ArrowInvalid("never met before")
+
+    def broken(*_: Any) -> Path:
+        raise fault
+
+    write(broken)
+    metrics = Metrics()
+    with capture_logs() as logged:
+        log = ServedLog(LogSettings(tmp_path), metrics, write_seconds=0.0)
+        log.record([CLICK] * 3, time.time())
+        eventually(lambda: "dropped" in counted(metrics, "events"))
+        write(write_table)
+        log.record([CLICK], time.time())
+        log.close(60)
+    assert len(rows(tmp_path, EVENTS_FOLDER)) == 1
+    assert (counted(metrics, "events")["written"], counted(metrics, "events")["dropped"]) == (1, 3)
+    (lost,) = [entry for entry in logged if entry["event"] == "served_log_lost"]
+    assert (lost["rows"], lost["exc_info"]) == (3, fault)
+
+
+def test_no_fault_ends_the_thread(tmp_path, monkeypatch) -> None:
+    hold, failing = served_log._ParquetLog._hold, [MemoryError()]
+
+    def once(self: Any, taken: Any) -> None:
+        if failing:
+            raise failing.pop()
+        hold(self, taken)
+
+    monkeypatch.setattr(served_log._ParquetLog, "_hold", once)
+    log = ServedLog(LogSettings(tmp_path, retention_days=10**7), Metrics(), write_seconds=0.0)
+    log.record([CLICK], time.time())
+    eventually(lambda: not failing)
+    log.record([CLICK], time.time())
+    log.close(60)
+    assert len(rows(tmp_path, EVENTS_FOLDER)) == 1
+
+
+def test_a_disk_that_hangs_does_not_keep_a_server(tmp_path, write) -> None:
+    hanging, gate = threading.Event(), threading.Event()
+
+    def hang(*table: Any) -> Path:
+        hanging.set()
+        gate.wait(60)
+        return write_table(*table)
+
+    write(hang)
+    log = ServedLog(LogSettings(tmp_path), Metrics(), write_seconds=0.0)
+    log.record([CLICK] * 2, time.time())
+    assert hanging.wait(60)
+    log.record([CLICK] * 3, time.time())
+    with capture_logs() as logged:
+        log.close(0.01)
+    assert [entry["rows"] for entry in logged if entry["event"] == "served_log_given_up"] == [5]
+    assert not gate.is_set()
+    gate.set()
+    log.close(60)
+    assert len(rows(tmp_path, EVENTS_FOLDER)) == 5
+
+
+def test_a_stop_waits_for_the_log_as_long_as_the_drain_leaves(start, tmp_path, write) -> None:
+    gate = threading.Event()
+    write(lambda *_: gate.wait(60))
+    with capture_logs() as logged:
+        with start(served_log=LogSettings(tmp_path), drain_seconds=1.0) as running, Client(running.http) as client:
+            client.record_events([EVENT])
+        gate.set()
+    (told,) = [entry for entry in logged if entry["event"] == "served_log_given_up"]
+    assert told["waited"] <= 1.0
+
+
 def test_answers_that_nobody_can_write_are_left_out_and_requests_go_on(start, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(served_log, "MAX_WAITING", 0)
     with start(served_log=LogSettings(tmp_path)) as running, Client(running.http) as client:
@@ -355,6 +462,46 @@ def test_old_days_are_removed(tmp_path) -> None:
     left = sorted(path.name for path in (tmp_path / EVENTS_FOLDER).iterdir())
     assert left == [*(str(today - timedelta(days=days)) for days in (7, 6, 0)), "notes"]
     assert remove_before(tmp_path / EVENTS_FOLDER, today) == 4
+
+
+def leave_unfinished(folder: Path, kind: str, day: str, age: float = 0.0) -> Path:
+    """What a server leaves behind that is killed in the middle of a write, `age` seconds ago."""
+    path = folder / kind / day / f".120000-{age:g}.parquet{PARTIAL}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"rows of somebody")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+@pytest.mark.parametrize("retention_days", [None, 90])
+def test_what_a_killed_server_left_unfinished_is_removed_at_the_next_start(tmp_path, retention_days) -> None:
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    old = [leave_unfinished(tmp_path, kind, today, 7200) for kind in (SERVED_FOLDER, EVENTS_FOLDER)]
+    # Of another server on the folder, which may still be writing.
+    young = leave_unfinished(tmp_path, EVENTS_FOLDER, today, 600)
+    log = ServedLog(LogSettings(tmp_path, retention_days=retention_days), Metrics())
+    eventually(lambda: not any(path.exists() for path in old))
+    log.close(60)
+    assert unfinished(tmp_path / EVENTS_FOLDER) == [young]
+
+
+def test_a_server_whose_unfinished_file_is_taken_away_loses_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(served_log, "RETRY_SECONDS", 0.0)
+    write, taken = pq.write_table, []
+
+    def taken_away(table: pa.Table, file: Any, **options: Any) -> None:
+        write(table, file, **options)
+        if not taken:
+            taken.extend(unfinished(tmp_path / EVENTS_FOLDER))
+            taken[0].unlink()
+
+    monkeypatch.setattr(pq, "write_table", taken_away)
+    log = ServedLog(LogSettings(tmp_path), Metrics(), write_seconds=0.0)
+    log.record([CLICK] * 2, time.time())
+    eventually(lambda: bool(log_files(tmp_path / EVENTS_FOLDER)))
+    log.close(60)
+    assert len(taken) == 1
+    assert len(rows(tmp_path, EVENTS_FOLDER)) == 2
 
 
 def test_a_user_can_be_forgotten(start, tmp_path) -> None:
@@ -397,3 +544,47 @@ def test_forgetting_waits_for_what_running_servers_hold(start, tmp_path, monkeyp
         next(forget(USER, tmp_path, KEYS, "redis://127.0.0.1:1/0", wait=False))
     with pytest.raises(DataError, match="--log-folder"):
         next(forget(USER, tmp_path / "nowhere", KEYS, None, wait=False))
+
+
+def put_rows(folder: Path, kind: str, *given: dict[str, Any]) -> None:
+    """A file of a log, as a server writes it."""
+    schema = {SERVED_FOLDER: SERVED, EVENTS_FOLDER: EVENTS}[kind]
+    table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in given], schema=schema)
+    write_table(folder / kind, table, datetime.now(UTC))
+
+
+def test_an_event_without_its_user_that_is_written_while_forgetting_waits_is_found(tmp_path, monkeypatch) -> None:
+    put_rows(tmp_path, SERVED_FOLDER, {"attribution_token": "mine", "user_key": KEYS.of(USER)})
+    left = leave_unfinished(tmp_path, SERVED_FOLDER, f"{datetime.now(UTC):%Y-%m-%d}")
+    written = []
+
+    def meanwhile(_: float) -> None:
+        put_rows(tmp_path, EVENTS_FOLDER, {"attribution_token": "mine"}, {"attribution_token": "other"})
+        written.append(leave_unfinished(tmp_path, EVENTS_FOLDER, f"{datetime.now(UTC):%Y-%m-%d}"))
+
+    monkeypatch.setattr(served_log.time, "sleep", meanwhile)
+    assert list(forget(USER, tmp_path, KEYS, None, wait=True))[-2:] == [
+        "logs: 1 files removed that were left unfinished",
+        "logs: 0 answers and 1 events removed, 1 files written anew",
+    ]
+    assert [row["attribution_token"] for row in rows(tmp_path, EVENTS_FOLDER)] == ["other"]
+    # What a server has begun to write meanwhile is its own.
+    assert (left.exists(), unfinished(tmp_path / EVENTS_FOLDER)) == (False, written)
+    assert "logs: 1 files removed that were left unfinished" in forget(USER, tmp_path, KEYS, None, wait=False)
+    assert not written[0].exists()
+
+
+def test_forgetting_that_is_interrupted_can_be_done_again(tmp_path, monkeypatch) -> None:
+    put_rows(tmp_path, SERVED_FOLDER, {"attribution_token": "mine", "user_key": KEYS.of(USER)})
+    put_rows(tmp_path, EVENTS_FOLDER, {"attribution_token": "mine"}, {"attribution_token": "other"})
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served_logs, "_write", full)
+        with pytest.raises(OSError, match="No space"):
+            forget_user(tmp_path, KEYS.of(USER))
+    again = forget_user(tmp_path, KEYS.of(USER))
+    assert (again.answers, again.events, again.tokens) == (1, 1, {"mine"})
+    assert [row["attribution_token"] for row in rows(tmp_path, EVENTS_FOLDER)] == ["other"]

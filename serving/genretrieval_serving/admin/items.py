@@ -13,7 +13,7 @@ import structlog
 from fastapi import Depends, Path, Request
 
 from genretrieval.catalogue_changes import FIELDS, ITEM_ID, OP, SEMANTIC_ID
-from genretrieval.errors import ConflictError, NotFoundError, RequestError
+from genretrieval.errors import ConflictError, GenRetrievalError, NotFoundError, RequestError
 from genretrieval.servable import NO_ATTRIBUTES, Catalogue
 from genretrieval_serving.admin.calls import JSON, MERGE_PATCH, READ_ERRORS, WRITE_ERRORS, body, call_of, merge_patch
 from genretrieval_serving.admin.messages import Item, ItemChange, ItemChanges, ItemsChanged
@@ -75,12 +75,21 @@ class _Changer:
             after = {"file": changed.file, "upserted": changed.n_upserted, "removed": changed.n_removed, "items": ids}
             self._audit.note(call, name, after)
 
+        def not_made(changed: Changed, error: BaseException) -> None:
+            why = (error.strerror if isinstance(error, OSError) else None) or repr(error)
+            try:
+                self._audit.note(call, name, {"file": changed.file, "failed": why})
+            except GenRetrievalError as unmarked:
+                # What the caller is told is true all the same: nothing was changed.
+                log.error("item_change_not_marked_as_failed", file=changed.file, why=why, error=str(unmarked))
+
         changed = self._feed.change(
             lambda catalogue: table_of(items, catalogue),
             call={"principal": call.principal, "request_id": call.request_id, "fingerprint": call.fingerprint},
             key=None if call.idempotency_key is None else f"{call.principal}\n{call.idempotency_key}",
             validate_only=call.validate_only,
             note=note,
+            not_made=not_made,
         )
         if changed.file:
             told = {"principal": call.principal, "file": changed.file, "catalogue_revision": changed.revision}
