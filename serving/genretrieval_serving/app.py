@@ -49,6 +49,10 @@ from genretrieval_serving.web import is_loopback
 
 log = structlog.get_logger(__name__)
 
+# Longer than nginx and the balancers of clouds keep a connection that is idle, most of them 60 seconds: whoever closes
+# first, a request that was just sent on it is lost to the other.
+KEEP_ALIVE_SECONDS = 75
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -155,6 +159,7 @@ class _Http:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # nothing asks for the address of a caller
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=max(1, round(drain_seconds)),
                 ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
             )
@@ -223,7 +228,7 @@ class Server:
         tracer = self._tracer = None if settings.trace_endpoint is None else Tracer(settings.trace_endpoint)
         quiet = settings.quiet
         self._grpc, self._health = grpc_server.create_server(self.service, self.auth, quiet=quiet, tracer=tracer)
-        self._certificates = None if settings.tls is None else Certificates(settings.tls)
+        self._certificates = None if settings.tls is None else Certificates(settings.tls, metrics)
         probes_here = settings.probe_port is None
         app = rest.create_app(self.service, self.auth, quiet=quiet, probes_here=probes_here, tracer=tracer)
         self._http = {"http": _Http(app, settings.http_port, settings.drain_seconds, self._certificates)}
@@ -338,7 +343,8 @@ class Server:
             await http.stop()
         if loaded:
             await self._batcher.stop(max(0.0, latest - loop.time()))
-        await self.service.close()
+        # A drain that took all of its time is no reason to lose what a disk takes in no time.
+        await self.service.close(max(1.0, latest - loop.time()))
         if self._feed is not None:
             await asyncio.to_thread(self._feed.stop, max(0.0, latest - loop.time()))
         if self._rollout is not None:

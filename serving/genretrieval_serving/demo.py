@@ -48,7 +48,8 @@ def show_demo(
         console.print(f"\nServing on {server.http} and {server.grpc}; Ctrl-C stops it. Try:\n")
         console.print(
             f"  genretrieval retrieve --endpoint {server.grpc} --query {NEW_WORD}\n"
-            f"  genretrieval keywords list --endpoint {server.admin}\n  curl {server.http}/readyz\n",
+            f"  genretrieval keywords list --endpoint {server.admin}\n  curl {server.http}/readyz\n"
+            f"  the console, in a browser: {server.admin}/console\n",
             highlight=False,
         )
         try:

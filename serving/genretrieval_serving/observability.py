@@ -74,6 +74,10 @@ class Metrics:
             "catalogue_changes_refused", "Changes of the catalogue that could not be made; the log names them."
         )
 
+        self.certificate_expiry = gauge(
+            "tls_certificate_expiry_timestamp_seconds", "When the certificate that is served ends; 0 without TLS."
+        )
+
         self.history_lookups = counter("history_lookups", "Histories asked of the provider.", "outcome")
         self.served_log_records = counter("served_log_records", "Answers for the served log.", "outcome")
         self.events = counter("events", "Events sent back by callers.", "outcome")

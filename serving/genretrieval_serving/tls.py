@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import ssl
 import threading
+import time
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
 import structlog
+from cryptography import x509
 
 from genretrieval.errors import InvalidInputError
+from genretrieval_serving.observability import Metrics
 
 log = structlog.get_logger(__name__)
+
+# Until files that could not be used are tried again without having changed: what was wrong may not be theirs.
+RETRY_SECONDS = 1.0
+EXPIRES_SOON = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,18 @@ class TlsSettings:
 class Certificates:
     """What `TlsSettings` name, as it is when a client connects. Thread-safe.
 
-    Files that cannot be used, for example while they are being replaced, are logged, and the last ones that could are
-    served. Connections that are open stay as they are.
+    Files that cannot be used, for example while they are being replaced, are logged and tried again, and the last ones
+    that could are served. Connections that are open stay as they are.
     """
 
-    def __init__(self, settings: TlsSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: TlsSettings, metrics: Metrics) -> None:
+        """Read them; `metrics` are told when the certificate ends, each time it is read."""
+        self._settings, self._metrics = settings, metrics
         self._guard = threading.Lock()
-        self._stamps = self._stamp()
-        self._context, self._chain = settings.context(), self._read()
+        # Of the files that are served, and of those that were tried last.
+        self._stamps = self._tried = self._stamp()
+        self._try_again, self._failure = 0.0, ""
+        self._context, self._chain = self._load()
 
     def ssl_context(self) -> ssl.SSLContext:
         """For a server that takes one context for its life: each handshake is done with the newest."""
@@ -93,32 +104,46 @@ class Certificates:
             return self._chain
 
     def _look(self) -> None:
-        """Take over files that have changed since the last look."""
-        stamps = self._stamp()
-        if stamps == self._stamps:
+        """Take over files that have changed since they were read."""
+        stamps, now = self._stamp(), time.monotonic()
+        if stamps == self._stamps or (stamps == self._tried and now < self._try_again):
             return
-        self._stamps = stamps
+        self._tried, self._try_again = stamps, now + RETRY_SECONDS
         try:
-            self._context, self._chain = self._settings.context(), self._read()
+            self._context, self._chain = self._load()
         except (OSError, ValueError) as error:
-            log.warning("certificate_not_renewed", cert=str(self._settings.cert), error=str(error))
+            if str(error) != self._failure:  # once, however often it is tried
+                log.warning("certificate_not_renewed", cert=str(self._settings.cert), error=str(error))
+            self._failure = str(error)
         else:
+            # Those of before they were read: what was written meanwhile is read again.
+            self._stamps, self._failure = stamps, ""
             log.info("certificate_renewed", cert=str(self._settings.cert))
 
-    def _read(self) -> grpc.ServerCertificateConfiguration:
+    def _load(self) -> tuple[ssl.SSLContext, grpc.ServerCertificateConfiguration]:
+        """The files as they are now, and when they end; raises what `ssl` raises."""
         settings = self._settings
-        pair = settings.key.read_bytes(), settings.cert.read_bytes()
+        context, cert = settings.context(), settings.cert.read_bytes()
         roots = None if settings.client_ca is None else settings.client_ca.read_bytes()
-        return grpc.ssl_server_certificate_configuration([pair], roots)
+        chain = grpc.ssl_server_certificate_configuration([(settings.key.read_bytes(), cert)], roots)
+        # Clients look at all of them.
+        ends = min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(cert))
+        self._metrics.certificate_expiry.set(ends.timestamp())
+        left = ends - datetime.now(UTC)
+        if left < EXPIRES_SOON:
+            event = "certificate_expired" if left <= timedelta(0) else "certificate_expires_soon"
+            log.warning(event, cert=str(settings.cert), ends=ends.isoformat())
+        return context, chain
 
-    def _stamp(self) -> list[tuple[int, int, int] | None]:
+    def _stamp(self) -> list[tuple[int, ...] | None]:
         """What tells a file from another one of its name; None while there is none."""
-        stamps: list[tuple[int, int, int] | None] = []
+        stamps: list[tuple[int, ...] | None] = []
         for file in self._settings.files():
             try:
                 stat = file.stat()
             except OSError:
                 stamps.append(None)
             else:
-                stamps.append((stat.st_mtime_ns, stat.st_ino, stat.st_size))
+                # The last is there for who may read it, which is often said after it was written.
+                stamps.append((stat.st_mtime_ns, stat.st_ino, stat.st_size, stat.st_ctime_ns))
         return stamps

@@ -153,6 +153,15 @@ def test_sigterm_ends_the_process_when_its_requests_are_answered(bundle_path) ->
     assert all(call["request_id"] for call in calls)
 
 
+def test_connections_that_are_idle_are_kept_for_proxies_and_do_not_hold_up_the_end(start) -> None:
+    with start(drain_seconds=1000) as running, httpx.Client() as by_rest, Client(running.grpc) as by_grpc:
+        # nginx and most balancers of clouds reuse a connection that has been idle for up to 60 seconds.
+        assert running.server._http["http"]._server.config.timeout_keep_alive > 60
+        assert by_rest.get(f"{running.http}/v1/info").is_success
+        assert by_grpc.info()
+        running.begin_to_stop().result(20)
+
+
 def test_a_bundle_that_loads_for_long_does_not_hold_up_the_end() -> None:
     go_on, loaded = threading.Event(), threading.Event()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from genretrieval_serving.admin.client import AdminClient
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.app import Settings
 from genretrieval_serving.client import Client, ClientTls
+from genretrieval_serving.observability import Metrics
 from genretrieval_serving.tls import Certificates, TlsSettings
 
 
@@ -40,10 +42,12 @@ class Authority:
         self.certificate = self._made(self.name, self.key, self.name, self.key, ca=True)
         self.file = self._written(f"{self.name}.pem", self.certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, *, file: str = "", passphrase: bytes = b"") -> tuple[Path, Path]:
+    def issue(
+        self, name: str, *, file: str = "", passphrase: bytes = b"", lasts: timedelta = timedelta(days=30)
+    ) -> tuple[Path, Path]:
         """Certificate and key for this machine."""
         key = ec.generate_private_key(ec.SECP256R1())
-        made = self._made(name, key, self.name, self.key, ca=False)
+        made = self._made(name, key, self.name, self.key, ca=False, lasts=lasts)
         locked = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
         pem = serialization.Encoding.PEM
         private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, locked)
@@ -57,14 +61,16 @@ class Authority:
         path.with_suffix(".new").write_bytes(content)
         return path.with_suffix(".new").rename(path)
 
-    def _made(self, name: str, key: Any, issuer: str, issuer_key: Any, *, ca: bool) -> x509.Certificate:
+    def _made(
+        self, name: str, key: Any, issuer: str, issuer_key: Any, *, ca: bool, lasts: timedelta = timedelta(days=30)
+    ) -> x509.Certificate:
         names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (name, issuer)]
         now = datetime.now(UTC)
         here = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
         builder = (
             x509.CertificateBuilder(names[1], names[0], key.public_key(), x509.random_serial_number())
             .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(days=1))
+            .not_valid_after(now + lasts)
             .add_extension(x509.BasicConstraints(ca, None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
@@ -214,9 +220,93 @@ def test_keys_in_the_clear_are_said_to_be(start, shop, tmp_path, monkeypatch, lo
 
 def test_a_file_that_is_gone_for_a_while_changes_nothing(shop) -> None:
     settings = TlsSettings(*shop.issue("server"))
-    certificates = Certificates(settings)
+    certificates = Certificates(settings, Metrics())
     before = certificates._for_grpc()
     settings.cert.rename(settings.cert.with_suffix(".away"))
     assert certificates._for_grpc() is before
     settings.cert.with_suffix(".away").rename(settings.cert)
     assert certificates._for_grpc() is not before
+
+
+def test_a_file_that_is_mended_in_place_is_taken(shop) -> None:
+    settings = TlsSettings(*shop.issue("server"))
+    certificates = Certificates(settings, Metrics())
+    before = certificates._for_grpc()
+    cert, key = shop.issue("renewed")
+    old, stat = settings.key.read_bytes(), settings.key.stat()
+    settings.cert.write_bytes(cert.read_bytes())
+    assert certificates._for_grpc() is before
+    # As a tool that keeps times writes it, over what was there: the same file, as long as before.
+    assert len(old) == len(key.read_bytes())
+    settings.key.write_bytes(key.read_bytes())
+    os.utime(settings.key, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert certificates._for_grpc() is not before
+
+
+def test_files_that_could_not_be_read_are_tried_again(shop, monkeypatch, logged) -> None:
+    settings = TlsSettings(*shop.issue("server"))
+    certificates = Certificates(settings, Metrics())
+    before = certificates._for_grpc()
+    shop.issue("renewed", file="server")
+    context, why = TlsSettings.context, ["it is not ours yet"] * 3 + ["the disk is gone"]
+
+    def unreadable(_: TlsSettings) -> Any:
+        raise PermissionError(why.pop(0))
+
+    monkeypatch.setattr("genretrieval_serving.tls.RETRY_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(TlsSettings, "context", unreadable)
+        while why:
+            assert certificates._for_grpc() is before
+    assert TlsSettings.context is context
+    assert certificates._for_grpc() is not before
+    events = [json.loads(line) for line in logged.getvalue().splitlines()]
+    assert [(event["event"], event.get("error")) for event in events] == [
+        ("certificate_not_renewed", "it is not ours yet"),
+        ("certificate_not_renewed", "the disk is gone"),
+        ("certificate_renewed", None),
+    ]
+
+
+def test_files_that_stay_as_they_are_are_not_tried_at_every_connection(shop, monkeypatch) -> None:
+    settings = TlsSettings(*shop.issue("server"))
+    certificates, tried = Certificates(settings, Metrics()), []
+    settings.key.write_bytes(b"half written")
+    monkeypatch.setattr("genretrieval_serving.tls.RETRY_SECONDS", 1000.0)
+    monkeypatch.setattr(certificates, "_load", lambda: tried.append(1) or TlsSettings.context(settings))
+    for _ in range(5):
+        certificates._for_grpc()
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize(
+    ("lasts", "event"),
+    [
+        (timedelta(minutes=-1), "certificate_expired"),
+        (timedelta(days=6), "certificate_expires_soon"),
+        (timedelta(days=8), ""),
+    ],
+)
+def test_a_certificate_that_ends_is_said_to(shop, logged, lasts, event) -> None:
+    metrics = Metrics()
+    settings = TlsSettings(*shop.issue("server", lasts=lasts))
+    certificates = Certificates(settings, metrics)
+
+    def ends() -> float:
+        return metrics.registry.get_sample_value("genretrieval_tls_certificate_expiry_timestamp_seconds")
+
+    about = datetime.now(UTC) + lasts
+    assert abs(ends() - about.timestamp()) < 60
+    assert [json.loads(line)["event"] for line in logged.getvalue().splitlines()] == ([event] if event else [])
+    shop.issue("renewed", file="server", lasts=timedelta(days=90))
+    certificates._for_grpc()
+    assert ends() > about.timestamp() + timedelta(days=80).total_seconds()
+
+
+def test_the_end_of_a_chain_is_that_of_its_first_certificate_to_end(shop) -> None:
+    metrics = Metrics()
+    cert, key = shop.issue("server", lasts=timedelta(days=90))
+    cert.write_bytes(cert.read_bytes() + shop.file.read_bytes())
+    Certificates(TlsSettings(cert, key), metrics)
+    ends = metrics.registry.get_sample_value("genretrieval_tls_certificate_expiry_timestamp_seconds")
+    assert ends == shop.certificate.not_valid_after_utc.timestamp()

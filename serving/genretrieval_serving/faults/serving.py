@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
 import grpc
@@ -31,16 +33,19 @@ from genretrieval.errors import BundleError, GenRetrievalError, UnavailableError
 from genretrieval.request import RetrieveRequest
 from genretrieval_serving import wire
 from genretrieval_serving.admin.client import AdminClient
-from genretrieval_serving.admin.resources import AliasFields, Kind
+from genretrieval_serving.admin.resources import AliasFields, Kind, Scope
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.admin.store import Call, Create
 from genretrieval_serving.client import Client
 from genretrieval_serving.faults.load import Tally, Truth, asking
 from genretrieval_serving.faults.processes import KillableServer, PostgresCluster, RedisServer
 from genretrieval_serving.faults.swaps import SwapConfig, swap_under_load
+from genretrieval_serving.messages import MAX_BODY_BYTES
 
 # Gone for so long at full length, as long as a failover of a managed database takes.
 AWAY_SECONDS = 30.0
+# More than sockets and buffers of refused calls take, and much less than their messages.
+_HELD_MIB = 128.0
 # What says that the server is at fault.
 _SERVER_FAULTS = ("UNKNOWN", "INTERNAL", "DATA_LOSS", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
@@ -384,7 +389,16 @@ def clock_jumped(ground: Ground) -> Verdict:
 
 
 def slow_clients(ground: Ground) -> Verdict:
-    """Callers who dribble their request, or never read the answers, hold connections; others notice nothing."""
+    """Callers who dribble their request, never read the answers or leave messages unfinished; others notice nothing."""
+    by_rest, by_grpc = _slow_rest(ground), _slow_grpc(ground)
+    assert by_rest.tally is not None
+    assert by_grpc.tally is not None
+    tally = Tally.sum([by_rest.tally, by_grpc.tally])
+    done = by_rest.done | by_grpc.done | {"p99_ms": tally.p99_ms()}
+    return Verdict(done, tally, by_rest.problems + by_grpc.problems)
+
+
+def _slow_rest(ground: Ground) -> Verdict:
     truth, n_slow = Truth.of(ground.bundle), ground.count(200)
     body = truth.requests[0].model_dump_json().encode()
     lines = ("POST /v1/retrieve HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
@@ -404,7 +418,128 @@ def slow_clients(ground: Ground) -> Verdict:
                         connection.sendall(whole[at : at + 1])
                 at = min(at + 1, len(whole) - 2)
                 time.sleep(0.2)
-    return Verdict({"slow": n_slow, "p99_ms": tally.p99_ms()}, tally)
+    return Verdict({"slow": n_slow}, tally)
+
+
+def _slow_grpc(ground: Ground) -> Verdict:
+    """Strangers whose messages of 4 MiB never end; were they kept, half a gigabyte would be held at the least."""
+    truth, url, problems = Truth.of(ground.bundle), _new_store(ground.folder / "slow.db"), []
+    with closing(SqlStore.open(url)) as store:
+        _, key = store.create_key("somebody", [Scope.RETRIEVE])
+    with (
+        ground.server("slow-grpc", "--admin-store", url, "--auth", admin=True) as server,
+        ExitStack() as stack,
+        asking(truth, lambda: Client(server.addresses.grpc, api_key=key)) as tally,
+    ):
+        address = urlsplit(server.addresses.grpc).netloc
+        time.sleep(1.0)
+        before = most = server.resident_mib()
+        strangers = [stack.enter_context(_Unfinished(address)) for _ in range(ground.count(20))]
+        ends = time.monotonic() + ground.seconds(30)
+        while time.monotonic() < ends:
+            for stranger in strangers:
+                stranger.go_on()
+            most = max(most, server.resident_mib())
+    grown, begun = most - before, sum(stranger.begun for stranger in strangers)
+    if grown > _HELD_MIB:
+        problems.append(f"unfinished messages of strangers took {grown:.0f} MiB")
+    return Verdict({"unfinished_messages": begun, "grown_mib": grown}, tally, problems)
+
+
+class _Unfinished:
+    """One gRPC connection with as many calls as it may have, all but the last byte of each sent. A context manager.
+
+    HTTP/2 by hand, because no library leaves a message unfinished.
+    """
+
+    _DATA, _HEADERS, _RESET, _SETTINGS, _PING, _WINDOW = 0, 1, 3, 4, 6, 8
+    _STREAMS, _INITIAL_WINDOW, _FRAME, _ACKNOWLEDGED, _END_OF_HEADERS = 64, 65_535, 16_384, 1, 4
+    _FIELDS: ClassVar = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/genretrieval.v1.RetrievalService/Retrieve",
+        ":authority": "x",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+
+    def __init__(self, address: str) -> None:
+        self.begun = 0
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), timeout=5)
+        self._received, self._closed = b"", False
+        # What the server takes now: in all, on a stream that begins, on each that is open; and what each has left.
+        self._window, self._initial = self._INITIAL_WINDOW, self._INITIAL_WINDOW
+        self._windows: dict[int, int] = {}
+        self._left: dict[int, int] = {}
+        self._send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self._frame(self._SETTINGS, 0, 0, b""))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def go_on(self) -> None:
+        """Begin calls in place of those that ended, send what may be sent, and take in what the server says."""
+        head = b"".join(
+            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+            for name, value in self._FIELDS.items()
+        )
+        while len(self._left) < self._STREAMS and not self._closed:
+            stream = 2 * self.begun + 1
+            self.begun += 1
+            self._send(self._frame(self._HEADERS, self._END_OF_HEADERS, stream, head))
+            self._windows[stream], self._left[stream] = self._initial, 5 + MAX_BODY_BYTES - 1
+        for stream in self._left:
+            while size := min(self._left[stream], self._window, self._windows[stream], self._FRAME):
+                if size < 0 or self._closed:  # a server may take back what it allowed
+                    break
+                first = self._left[stream] == 5 + MAX_BODY_BYTES - 1
+                begins = struct.pack(">BI", 0, MAX_BODY_BYTES) if first else b""
+                self._send(self._frame(self._DATA, 0, stream, begins.ljust(size, b"\0")[:size]))
+                self._left[stream] -= size
+                self._windows[stream] -= size
+                self._window -= size
+        self._take_in()
+
+    @staticmethod
+    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+    def _send(self, content: bytes) -> None:
+        try:
+            self._socket.sendall(content)
+        except OSError:  # the server has had enough of it
+            self._closed = True
+
+    def _take_in(self) -> None:
+        self._socket.settimeout(0.01)
+        with suppress(OSError):
+            self._received += self._socket.recv(1 << 20)
+        self._socket.settimeout(5)
+        while len(self._received) >= 9:
+            size = 9 + int.from_bytes(self._received[:3], "big")
+            if len(self._received) < size:
+                return
+            kind, flags, stream = self._received[3], self._received[4], int.from_bytes(self._received[5:9], "big")
+            payload, self._received = self._received[9:size], self._received[size:]
+            self._heard(kind, flags, stream, payload)
+
+    def _heard(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if kind == self._WINDOW and stream == 0:
+            self._window += int.from_bytes(payload, "big")
+        elif kind == self._WINDOW and stream in self._windows:
+            self._windows[stream] += int.from_bytes(payload, "big")
+        elif kind == self._RESET:
+            self._left.pop(stream, None)
+            self._windows.pop(stream, None)
+        elif kind in (self._SETTINGS, self._PING) and not flags & self._ACKNOWLEDGED:
+            for name, value in struct.iter_unpack(">HI", payload) if kind == self._SETTINGS else ():
+                if name == 4:  # the window that streams begin with
+                    self._windows = {each: left + value - self._initial for each, left in self._windows.items()}
+                    self._initial = value
+            self._send(self._frame(kind, self._ACKNOWLEDGED, 0, payload if kind == self._PING else b""))
 
 
 def malformed_requests(ground: Ground) -> Verdict:
