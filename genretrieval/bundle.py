@@ -240,6 +240,16 @@ def _reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def check_output(path: Path) -> None:
+    """Refuse to write a bundle over what is none; `write_bundle` asks again.
+
+    Raises:
+        BundleError: `path` is there and is neither a bundle nor an empty folder.
+    """
+    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise BundleError(f"{path} exists and is not a bundle; it was left as it is. Choose another output folder")
+
+
 @contextmanager
 def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
     """Write a bundle: fill the folder that is yielded; on a clean exit it becomes `path`.
@@ -253,9 +263,7 @@ def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
     Raises:
         BundleError: `path` is there and is neither a bundle nor an empty folder, or the disk is full.
     """
-    # Before the work, and before anything is touched.
-    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise BundleError(f"{path} exists and is not a bundle; it was left as it is. Choose another output folder")
+    check_output(path)  # before the work, and before anything is touched
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{manifest.uuid}")
     partial.mkdir()

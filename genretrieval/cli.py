@@ -5,20 +5,30 @@ Imports are local to each verb, so that `serve` never loads torch and `--help` a
 
 from __future__ import annotations
 
+import errno
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from genretrieval import __version__
-from genretrieval.errors import BundleError, GenRetrievalError, InvalidInputError, MissingExtraError, RecipeError
+from genretrieval.errors import (
+    BundleError,
+    GenRetrievalError,
+    InvalidInputError,
+    MissingExtraError,
+    RecipeError,
+    UnavailableError,
+)
 from genretrieval_serving import bundle_commands, item_commands
 from genretrieval_serving.admin.commands import client_options, groups
 
@@ -42,7 +52,7 @@ for _name, _group in {**groups(), "bundles": bundle_commands.group(), "items": i
 
 Data = Annotated[Path, typer.Option(help="Folder of house Parquet: items.parquet and, if any, interactions.parquet.")]
 BundleFolder = Annotated[Path, typer.Option(help="Folder that `genretrieval run` wrote.")]
-Threads = Annotated[int | None, typer.Option(help="Cores to use; all by default.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")]
 LogKeyFile = Annotated[
     Path | None,
     typer.Option(help="Secret that hashes user ids in logs; else GENRETRIEVAL_LOG_KEY. Without, none are kept."),
@@ -54,7 +64,33 @@ HistoryStore = Annotated[
         help="Histories by user id: memory, or redis://HOST:PORT/DATABASE.",
     ),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Hours of work may lie between this and the figures."""
+    from genretrieval.figures import check_writable
+
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+def _ratio(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):  # with NaN every bundle would pass
+        raise typer.BadParameter(f"{value} is no ratio; give 0 or more")
+    return value
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", callback=_writable, help="Also write the figures to this file.")
+]
+
+
+# NumPy and torch name no reason when the last bytes find no room.
+_DISK_FULL = re.compile(
+    "|".join(map(re.escape, (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))))
+    + r"|^\d+ requested and \d+ written$|inline_container\.cc.* unexpected pos "
+)
 
 
 class SplitName(StrEnum):
@@ -80,8 +116,33 @@ def main() -> None:
     try:
         app()
     except GenRetrievalError as error:
-        Console(stderr=True).print(f"genretrieval: {error}", style="red", markup=False, highlight=False)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except Exception as error:
+        of_system = _system_error(error)
+        if of_system is None:
+            raise  # a fault of ours, which its traceback helps to find
+        _fail(of_system)
+
+
+def _fail(error: GenRetrievalError) -> NoReturn:
+    Console(stderr=True).print(f"genretrieval: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def _system_error(error: BaseException) -> GenRetrievalError | None:
+    """What the machine denies, a full disk or a folder that may not be written to, as an error of ours.
+
+    safetensors, Polars and others have errors of their own around what the system said of a full disk.
+    """
+    if _DISK_FULL.search(str(error)):
+        return UnavailableError(
+            f"the disk is full, or a quota: {error}; make room, or give other folders, and start again"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return InvalidInputError(f"{error}; give another path, or the right to use this one")
+    if isinstance(error, OSError) and error.strerror:
+        return UnavailableError(str(error))
+    return None
 
 
 @contextmanager
@@ -191,7 +252,10 @@ def export(
     data: Annotated[Path | None, typer.Option(help="Logs; by default those that the bundle was trained on.")] = None,
     min_recall_ratio: Annotated[
         float,
-        typer.Option(help="Recall@10 on validation, over that of the bundle as it is, below which none is written."),
+        typer.Option(
+            callback=_ratio,
+            help="Recall@10 on validation, over that of the bundle as it is, below which none is written.",
+        ),
     ] = 0.99,
     json_file: JsonFile = None,
 ) -> None:
@@ -223,7 +287,7 @@ def data_synth(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     items: Annotated[int | None, typer.Option(help="Items of the catalogue.")] = None,
     users: Annotated[int | None, typer.Option(help="Visitors.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal shops.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Equal seeds give equal shops.")] = None,
 ) -> None:
     """Make a believable shop whose truth is known: catalogue, visitors, searches, pages, purchases."""
     with _extra("train"):
@@ -261,7 +325,7 @@ def tokenize_fit(
     set_threads(threads)
     work = work or output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    print(fit_and_publish(load_recipe(_recipe_file(recipe)), open_shop(data, work), output, work))
+    print(fit_and_publish(load_recipe(_recipe_file(recipe)), open_shop(data, work, Console(stderr=True)), output, work))
 
 
 @tokenize_app.command("append")
@@ -280,18 +344,23 @@ def tokenize_append(
         from genretrieval_pipelines.tokenize import append_items, changes_of
     if (changes is None) != (bundle is None):
         raise InvalidInputError("--changes needs the --bundle that is served, to tell which items are new there")
+    from genretrieval.bundle import load_bundle
+
+    # First what could be refused after the IDs are appended.
+    served = None if bundle is None else load_bundle(bundle)
+    if changes is not None:
+        changes.mkdir(parents=True, exist_ok=True)
     work = work or published.with_name(published.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    shop = open_shop(data, work)
+    shop = open_shop(data, work, Console(stderr=True))
     for line in append_items(published, shop):
         print(line)
-    if changes is not None and bundle is not None:
+    if changes is not None and served is not None:
         from datetime import UTC, datetime
 
-        from genretrieval.bundle import load_bundle
         from genretrieval.catalogue_changes import file_name
 
-        file = changes_of(published, shop, load_bundle(bundle))
+        file = changes_of(published, shop, served)
         if file is None:
             print("the bundle has all of them")
         else:
@@ -325,7 +394,7 @@ def tokenize_encode(
     column: Annotated[str, typer.Option(help="Embedding column, a list of floats.")] = "embedding",
     id_column: Annotated[str, typer.Option(help="Item id column.")] = "item_id",
     sample: Annotated[int | None, typer.Option(help="Items that a tokenizer is fitted on; 262,144 by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the sample; 0 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the sample; 0 by default.")] = None,
 ) -> None:
     """Ready embeddings of any number of items to semantic IDs: fit on a sample, encode as a stream."""
     with _extra("train"):
@@ -454,7 +523,9 @@ def serve(
     ] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="REST; 0 takes a free port.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC; 0 takes a free port.")] = 8081,
-    threads: Annotated[int | None, typer.Option(help="Cores a request may use; by default the CPU quota.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Cores a request may use; by default the CPU quota.")
+    ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda needs the extra `serve-gpu`.")] = "cpu",
     max_wait: Annotated[
         float, typer.Option(help="Seconds; a request that would wait longer is refused at once, not answered too late.")
@@ -979,7 +1050,7 @@ def doctor(
         str | None, typer.Option(envvar="GENRETRIEVAL_ADMIN_STORE", help="Also check an admin store.")
     ] = None,
     histories: HistoryStore = None,
-    threads: Annotated[int | None, typer.Option(help="Cores that a request may use.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores that a request may use.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Also check certificates.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Key of --tls-cert.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="Authorities of clients.")] = None,

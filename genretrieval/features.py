@@ -53,9 +53,11 @@ class RequestFeatures:
     scenarios: tuple[str, ...] = ()
     keywords: KeywordCodebook | None = None
     _tokenizer: Tokenizer | None = field(init=False, repr=False, compare=False, default=None)
+    _scenario_ids: Mapping[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Load the tokenizer once."""
+        """Load the tokenizer and number the scenarios once."""
+        object.__setattr__(self, "_scenario_ids", {name: i + 1 for i, name in enumerate(self.scenarios)})
         if self.query_tokenizer:
             object.__setattr__(self, "_tokenizer", Tokenizer.from_str(self.query_tokenizer))
 
@@ -76,7 +78,7 @@ class RequestFeatures:
 
     def scenario_id(self, scenario: str | None) -> int:
         """Row of the scenario table."""
-        return self.scenarios.index(scenario) + 1 if scenario in self.scenarios else 0
+        return 0 if scenario is None else self._scenario_ids.get(scenario, 0)
 
     @property
     def query_vocab_size(self) -> int:

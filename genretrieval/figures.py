@@ -76,6 +76,23 @@ def document(figures: Mapping[str, Figure]) -> dict[str, Any]:
     return {**by_name, "machine": machine(), "versions": versions()}
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a path that `write_json` could not write to, before figures are measured; folders are made.
+
+    Raises:
+        InvalidInputError: the path is a folder, or none can be made or written to there.
+    """
+    if path.is_dir():
+        raise InvalidInputError(f"{path} is a folder; give the name of a file for the figures")
+    partial = _partial(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink(missing_ok=True)  # by another process of torchrun
+    except OSError as error:
+        raise InvalidInputError(f"no figures can be written to {path}: {error}; give another path") from error
+
+
 def write_json(path: Path, figures: Mapping[str, Figure]) -> None:
     """Write `document` to `path`, complete or not at all; folders are made.
 
@@ -96,9 +113,13 @@ def write_json_document(path: Path, content: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise InvalidInputError(f"{path} was not written: a figure is infinite or not a number ({error})") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
+    partial = _partial(path)
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def machine() -> dict[str, Any]:

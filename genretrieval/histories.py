@@ -78,7 +78,8 @@ class Exposures:
     Attributes:
         offsets: int64 ``[n_users + 1]``.
         items: int32 ``[n]``, item rows of the catalogue.
-        times: int64 ``[n]``, unix seconds. An exposure without a time cannot be placed before anything and is left out.
+        times: int64 ``[n]``, unix seconds. An exposure without a time cannot be placed before anything and is left
+            out; preparing the logs counts those.
     """
 
     offsets: NDArray[np.int64]

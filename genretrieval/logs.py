@@ -7,11 +7,15 @@ sorted some users at a time; the rest is streamed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -22,12 +26,14 @@ from genretrieval.histories import NO_QUERY, NO_SCENARIO, NO_TIME, Exposures, Hi
 from genretrieval.schemas import (
     EXPOSURE,
     INTERACTIONS,
+    INTERNAL,
     ITEMS,
     QRELS,
     QUERIES,
     ROW,
     SPLITS,
     TABLES,
+    UNREADABLE,
     USERS,
     Conformed,
     Problem,
@@ -37,11 +43,15 @@ from genretrieval.schemas import (
     conform,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MAX_NAMES = 1000
+"""Behaviours or scenarios of a shop; more are no kinds of anything, but URLs or ids."""
 _REPORT = "report.json"
 _QUARANTINE = "quarantine"
 _QUERY_ITEMS = "query_items.parquet"
 _SORTING = "sorting.partial"
+_LOCK = ".lock"
+_REASON = f"{INTERNAL}reason"
 _FIRST_ROWS = 5
 _SORT_ROWS = 10_000_000  # about 1.3 GB
 _HISTORY_ORDER = ("user_row", "history_index", "timestamp", ROW)
@@ -66,11 +76,11 @@ class PreparationReport(BaseModel):
 
     Attributes:
         format_version: of the prepared folder.
-        inputs_sha256: over the names and bytes of every file read.
+        inputs_sha256: over the names and bytes of every file read, and the version of what reads them.
         order_rule: one line that says how histories were ordered; printed with every metric.
         tables: rows of each table that was there.
         problems: everything wrong, or worth knowing, in the files.
-        ignored_files: names in the folder that are no table.
+        ignored_files: names in the folder that are no table, but for hidden ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,7 +98,8 @@ class PreparationReport(BaseModel):
             f"{name}: {rows.kept:,} rows" + (f", {rows.quarantined:,} in quarantine" if rows.quarantined else "")
             for name, rows in self.tables.items()
         ]
-        return [*counts, f"order: {self.order_rule}", *map(str, self.problems)]
+        ignored = [f"not read: {', '.join(self.ignored_files)}"] if self.ignored_files else []
+        return [*counts, *ignored, f"order: {self.order_rule}", *map(str, self.problems)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,16 +218,65 @@ def load_prepared(output: Path) -> PreparedLogs:
     path = output / _REPORT
     if not path.is_file():
         raise DataError(f"{output} holds no {_REPORT}: preparing it never finished; run the preparation again")
-    try:
-        report = PreparationReport.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise DataError(f"{path} is not a report of this version; delete the folder and prepare it again") from error
+    report = _read_report(path)
     if report.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format version {report.format_version}, this version reads {FORMAT_VERSION}; "
-            "delete the folder and prepare it again"
+            "prepare the folder again"
         )
     return PreparedLogs(output, report)
+
+
+def _read_report(path: Path) -> PreparationReport:
+    try:
+        return PreparationReport.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(
+            f"{path} is not a report of this version; nothing was touched. Choose another folder, or delete this one "
+            "if it was prepared by another version, and prepare it again"
+        ) from error
+
+
+@contextmanager
+def writing_logs(
+    output: Path, kind: Literal["prepared", "imported", "synthetic"], *, known: bool = False
+) -> Iterator[None]:
+    """While a folder of tables is written: into nobody else's, and with errors of the disk in words.
+
+    A folder that is absent or empty is marked before anything else, so that a run that was killed can be run again.
+
+    Args:
+        output: the folder.
+        kind: of what is written there; one kind does not replace another.
+        known: something else shows that we wrote the folder, before folders were marked.
+
+    Raises:
+        DataError: the folder holds what no earlier run of this kind wrote, cannot be made, or the disk is full.
+    """
+    mark = output / f".genretrieval-{kind}"
+    try:
+        held = sorted(path.name for path in output.iterdir()) if output.exists() else []
+        if ours := not held or known or mark.name in held:
+            output.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    except OSError as error:
+        reason = f"{output} cannot be made a folder to write to ({error.strerror}); choose another one"
+        raise DataError(reason) from error
+    if not ours:
+        raise DataError(
+            f"{output} holds {_listed(held)}, and no earlier run made it a folder of {kind} logs; nothing was touched. "
+            "Choose a folder that is empty or not there, or delete this one if nothing in it is needed"
+        )
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        # Polars has errors of its own around that of the system.
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            raise DataError(
+                f"the disk is full: {output} had no room for the {kind} logs, which are not complete. Make room and "
+                "run the same again, or choose another folder"
+            ) from error
+        raise
 
 
 def open_tables(data: Path) -> dict[str, Conformed]:
@@ -255,8 +315,37 @@ def _shards(data: Path, table: Table) -> list[Path]:
     shards = [file] if file.is_file() else []
     for place in (file, folder):
         if place.is_dir():
-            shards += sorted(place.glob("*.parquet"))
+            shards += sorted(path for path in place.glob("*.parquet") if not _is_hidden(path))
     return shards
+
+
+def _is_hidden(path: Path) -> bool:
+    """What Spark and its kin write beside shards: ``_SUCCESS``, ``_metadata``, checksums."""
+    if path.name.startswith(".") or path.suffix == ".crc":
+        return True
+    return path.name.startswith("_") and path.suffix != ".parquet" and path.is_file()
+
+
+def _misplaced(data: Path, table: Table) -> list[Problem]:
+    """What lies in a table's folder and would not be read, such as the folders of a partitioned table."""
+    problems = []
+    for place in (data / table.file, data / table.name):
+        if not place.is_dir():
+            continue
+        entries = sorted(path for path in place.iterdir() if not _is_hidden(path))
+        others = [path.name for path in entries if path.suffix != ".parquet" or not path.is_file()]
+        if others or not entries:
+            reason = (
+                f"may hold .parquet files alone, and must hold one; it holds {_listed(others) or 'none'}: flatten it, "
+                f"so that every row is in a file directly in {place.name}/ and what names of folders say is a column"
+            )
+            problems.append(Problem(file=place.name, column=None, reason=reason, severity="fatal"))
+    return problems
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _scan(data: Path, table: Table) -> tuple[pl.LazyFrame | None, list[Problem]]:
@@ -265,6 +354,8 @@ def _scan(data: Path, table: Table) -> tuple[pl.LazyFrame | None, list[Problem]]
     def fatal(file: str, reason: str) -> Problem:
         return Problem(file=file, column=None, reason=reason, severity="fatal")
 
+    if misplaced := _misplaced(data, table):
+        return None, misplaced
     shards = _shards(data, table)
     if not shards:
         missing = f"is missing: neither this file nor a folder {table.name}/ of .parquet files is in {data}"
@@ -280,6 +371,12 @@ def _scan(data: Path, table: Table) -> tuple[pl.LazyFrame | None, list[Problem]]
         except pl.exceptions.ComputeError as error:
             problems.append(fatal(name, f"cannot be read as Parquet ({str(error).splitlines()[0]}): write it again"))
     first = next(iter(schemas.values()), pl.Schema())
+    clash = "is a name that this program uses itself: rename the column"
+    problems += [
+        Problem(file=table.file, column=name, reason=clash, severity="fatal")
+        for name in first
+        if name.startswith(INTERNAL)
+    ]
     problems += [
         fatal(
             name,
@@ -296,35 +393,50 @@ def prepare_logs(data: Path, output: Path) -> PreparedLogs:
 
     Writes into `output`: items, interactions, users and (with qrels) query_items as Parquet, ``quarantine/``
     with the rows that were set aside and why, and last of all ``report.json``. If `output` was prepared from
-    the very same bytes before, nothing is done.
+    the very same bytes before, nothing is done; if another run is preparing it, that one is waited for.
 
     Args:
         data: folder with ``items.parquet`` and optionally interactions, users, queries and qrels.
         output: folder to write; what an earlier preparation left there is replaced.
 
     Raises:
-        DataError: if a table cannot be read, if there are no items, or if more than half of a table's rows
-            are wrong, which a wrong join or a wrong file does and dirt does not.
+        DataError: if a table cannot be read, if there are no items, if more than half of a table's rows are
+            wrong, which a wrong join or a wrong file does and dirt does not, if there are more than `MAX_NAMES`
+            behaviours or scenarios, or if `output` is no folder to write to (`writing_logs`).
     """
     if output.resolve() == data.resolve():
         raise DataError(f"{output} is the folder of the logs themselves; give another folder to write to")
     tables = open_tables(data)
     inputs_sha256 = _inputs_sha256(data)
-    if (output / _REPORT).is_file():
-        prepared = load_prepared(output)
-        if prepared.report.inputs_sha256 == inputs_sha256:
-            return prepared
-    _clear(output)
+    if prepared := _prepared_before(output, inputs_sha256):
+        return prepared
+    # Offline code alone gets here; it is installed with `tokenizers`, by way of the Hugging Face hub.
+    from filelock import FileLock
+
+    known = (output / _REPORT).is_file() or (output / _SORTING).is_dir()
     try:
-        return _Preparation(data, output, tables, inputs_sha256).run()
+        with writing_logs(output, "prepared", known=known), FileLock(output / _LOCK):
+            # Another run may have prepared the same logs while this one waited.
+            if prepared := _prepared_before(output, inputs_sha256):
+                return prepared
+            _clear(output)
+            return _Preparation(data, output, tables, inputs_sha256).run()
     except pl.exceptions.ComputeError as error:
         raise DataError(
             f"{data}: a Parquet file is damaged inside ({str(error).splitlines()[0]}); write it again"
         ) from error
 
 
+def _prepared_before(output: Path, inputs_sha256: str) -> PreparedLogs | None:
+    """What is in `output`, if it was prepared from the same bytes by the same version."""
+    if not (output / _REPORT).is_file():
+        return None
+    report = _read_report(output / _REPORT)
+    return PreparedLogs(output, report) if report.inputs_sha256 == inputs_sha256 else None
+
+
 def _inputs_sha256(data: Path) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{FORMAT_VERSION}\n".encode())
     for shard in (shard for table in TABLES for shard in _shards(data, table)):
         with shard.open("rb") as file:
             digest.update(f"{shard.relative_to(data)}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
@@ -338,7 +450,6 @@ def _clear(output: Path) -> None:
     for name in (_QUARANTINE, _SORTING):
         if (output / name).is_dir():
             shutil.rmtree(output / name)
-    output.mkdir(parents=True, exist_ok=True)
 
 
 @dataclass(slots=True)
@@ -352,8 +463,8 @@ class _Audit:
 
     def quarantine(self, column: str, reason: str, rows: pl.Series) -> None:
         """Set `rows` (row numbers) aside for one reason."""
-        self._note(column, reason, rows, "quarantined")
         if len(rows):
+            self._note(column, reason, len(rows), rows.sort().head(_FIRST_ROWS).to_list(), "quarantined")
             self.bad.append(pl.DataFrame({ROW: rows, "reason": [f"{column} {reason}"] * len(rows)}))
 
     def quarantine_rules(self, frame: pl.LazyFrame, rules: Sequence[Rule]) -> None:
@@ -361,9 +472,20 @@ class _Audit:
         for rule, rows in _broken(frame, rules):
             self.quarantine(rule.column, rule.reason, rows)
 
-    def warn(self, column: str, reason: str, rows: pl.Series) -> None:
-        """Report rows that are kept."""
-        self._note(column, reason, rows, "warning")
+    def warn(self, frame: pl.LazyFrame, rules: Sequence[Rule]) -> None:
+        """Report rows that are kept; they are counted and not held, for a tracker may blank every one."""
+        if not rules:
+            return
+        flags = [rule.broken.fill_null(False) for rule in rules]
+        counts = [flag.sum().alias(f"{INTERNAL}count{i}") for i, flag in enumerate(flags)]
+        firsts = [
+            pl.col(ROW).filter(flag).bottom_k(_FIRST_ROWS).implode().alias(f"{INTERNAL}first{i}")
+            for i, flag in enumerate(flags)
+        ]
+        found = frame.select(*counts, *firsts).collect(engine="streaming").row(0)
+        for rule, n, first in zip(rules, found[: len(rules)], found[len(rules) :], strict=True):
+            if n:
+                self._note(rule.column, rule.reason, n, sorted(first), "warning")
 
     def good(self, frame: pl.LazyFrame) -> pl.LazyFrame:
         """The rows of `frame` that were not set aside, in its order."""
@@ -381,28 +503,26 @@ class _Audit:
         quarantined = len(self.reasons())
         return TableRows(read=self.read, kept=self.read - quarantined, quarantined=quarantined)
 
-    def _note(self, column: str, reason: str, rows: pl.Series, severity: Severity) -> None:
-        if len(rows):
-            first = tuple(rows.sort().head(_FIRST_ROWS))
-            self.problems.append(
-                Problem(
-                    file=self.table.file,
-                    column=column,
-                    reason=reason,
-                    severity=severity,
-                    rows=len(rows),
-                    first_rows=first,
-                )
+    def _note(self, column: str, reason: str, rows: int, first_rows: list[int], severity: Severity) -> None:
+        self.problems.append(
+            Problem(
+                file=self.table.file,
+                column=column,
+                reason=reason,
+                severity=severity,
+                rows=rows,
+                first_rows=tuple(first_rows),
             )
+        )
 
 
 def _broken(frame: pl.LazyFrame, rules: Sequence[Rule]) -> Iterator[tuple[Rule, pl.Series]]:
     """The row numbers that break each rule, found in one pass."""
-    flags = [rule.broken.fill_null(False).alias(f"__rule{i}") for i, rule in enumerate(rules)]
+    flags = [rule.broken.fill_null(False).alias(f"{INTERNAL}rule{i}") for i, rule in enumerate(rules)]
     flagged = frame.select(ROW, *flags).filter(pl.any_horizontal(pl.exclude(ROW)))
     broken = flagged.collect(engine="streaming")
     for i, rule in enumerate(rules):
-        yield rule, broken.filter(pl.col(f"__rule{i}"))[ROW]
+        yield rule, broken.filter(pl.col(f"{INTERNAL}rule{i}"))[ROW]
 
 
 def _repeated(frame: pl.LazyFrame, key: str) -> pl.Series:
@@ -425,6 +545,7 @@ class _Preparation:
         profiles = self.check_unique(USERS, "user_id")
         qrels = self.check_qrels(items)
         self.refuse_wrong_joins()
+        self.refuse_what_are_no_kinds(interactions)
         users = self.users(interactions, profiles, qrels)
         self.write_interactions(interactions, users)
         if qrels is not None:
@@ -448,6 +569,7 @@ class _Preparation:
         audit.quarantine_rules(conformed.frame, conformed.rules)
         repeated = _repeated(audit.good(conformed.frame), key)
         audit.quarantine(key, "stood in an earlier row, which is kept", repeated)
+        audit.warn(audit.good(conformed.frame), conformed.warnings)
         return audit.good(conformed.frame)
 
     def items(self) -> pl.DataFrame:
@@ -459,8 +581,7 @@ class _Preparation:
         texts = [pl.col(c).str.strip_chars().str.len_bytes() > 0 for c in _text_columns(conformed, schema)]
         texts.append(pl.col("categories").list.len() > 0)
         textless = Rule("title", "is empty, and so is every other text: found by its ID alone", ~_any(texts))
-        for rule, rows in _broken(good, [textless]):
-            audit.warn(rule.column, rule.reason, rows)
+        audit.warn(good, [textless])
         good.select(conformed.columns).sink_parquet(self.output / ITEMS.file)
         ids = pl.scan_parquet(self.output / ITEMS.file).select("item_id").collect(engine="streaming")
         return ids.with_columns(item_row=pl.int_range(len(ids), dtype=pl.Int32))
@@ -480,6 +601,12 @@ class _Preparation:
             "stood in an earlier row of the same user, which is kept",
             _repeated(places.select(ROW, place), "place"),
         )
+        timeless = Rule(
+            "timestamp",
+            "is null in an exposure: the past that a model reads holds exposures by their time alone",
+            (pl.col("event") == EXPOSURE) & pl.col("timestamp").is_null(),
+        )
+        audit.warn(audit.good(known), [*conformed.warnings, timeless])
         return audit.good(known)
 
     def check_qrels(self, items: pl.DataFrame) -> pl.LazyFrame | None:
@@ -517,6 +644,23 @@ class _Preparation:
                 f"{self.output / _QUARANTINE}. Most likely a file is of another shop, or ids were mangled:\n"
                 + "\n".join(lines)
             )
+
+    def refuse_what_are_no_kinds(self, interactions: pl.LazyFrame | None) -> None:
+        """Raise if there are more behaviours or scenarios than `MAX_NAMES`."""
+        if interactions is None:
+            return
+        kinds = {"event": "of behaviour, such as click", "scenario": "of page, such as home or search, no address"}
+        lines = []
+        for column, kind in kinds.items():
+            names = interactions.select(pl.col(column).drop_nulls().unique()).collect(engine="streaming")[column]
+            if len(names) > MAX_NAMES:
+                examples = ", ".join(map(repr, names.sort().head(3)))
+                lines.append(
+                    f"  {INTERACTIONS.file}: {column} has {len(names):,} values, such as {examples}; at most "
+                    f"{MAX_NAMES:,} are read. It is a kind {kind}: write the kind, or leave the rest out"
+                )
+        if lines:
+            raise DataError(f"{self.data} cannot be used; nothing was prepared:\n" + "\n".join(lines))
 
     def users(
         self, interactions: pl.LazyFrame | None, profiles: pl.LazyFrame | None, qrels: pl.LazyFrame | None
@@ -580,11 +724,8 @@ class _Preparation:
             )
             .collect(engine="streaming")
         )
-        self.audits[INTERACTIONS.name].warn(
-            "history_index",
-            "puts the row after one with a later timestamp; the index decides",
-            history.filter("back")[ROW],
-        )
+        contradicted = "puts the row after one with a later timestamp; the index decides"
+        self.audits[INTERACTIONS.name].warn(history.lazy(), [Rule("history_index", contradicted, pl.col("back"))])
         if history["indexed"].all():
             rule = "history_index"
         elif history["indexed"].any():
@@ -609,8 +750,8 @@ class _Preparation:
         raw, _ = _scan(self.data, audit.table)
         assert raw is not None
         clashes = {name: f"{name}_original" for name in ("row", "reason") if name in raw.collect_schema()}
-        bad = raw.join(audit.reasons().lazy().rename({"reason": "__reason"}), on=ROW, maintain_order="left")
-        bad.rename(clashes | {ROW: "row", "__reason": "reason"}).sink_parquet(folder / audit.table.file)
+        bad = raw.join(audit.reasons().lazy().rename({"reason": _REASON}), on=ROW, maintain_order="left")
+        bad.rename(clashes | {ROW: "row", _REASON: "reason"}).sink_parquet(folder / audit.table.file)
 
     def write_report(self) -> PreparationReport:
         """Write the report, which makes the folder complete."""
@@ -622,7 +763,9 @@ class _Preparation:
             order_rule=self.order_rule,
             tables=tables,
             problems=[problem for audit in self.audits.values() for problem in audit.problems],
-            ignored_files=sorted(path.name for path in self.data.iterdir() if path.name not in names),
+            ignored_files=sorted(
+                path.name for path in self.data.iterdir() if path.name not in names and not path.name.startswith(".")
+            ),
         )
         partial = self.output / f"{_REPORT}.partial"
         partial.write_text(report.model_dump_json(indent=2) + "\n")
@@ -655,7 +798,7 @@ def _unordered(conformed: Conformed) -> Rule:
     schema = conformed.frame.collect_schema()
     missing = pl.col("timestamp").is_null() & pl.col("history_index").is_null()
     for column in ("timestamp", "history_index"):
-        if (flag := f"__unreadable_{column}") in schema:
+        if (flag := f"{UNREADABLE}{column}") in schema:
             missing &= ~pl.col(flag)
     return Rule("timestamp", "is null, and so is history_index: the row has no place in a history", missing)
 

@@ -11,8 +11,12 @@ MAX_BEAM_WIDTH = 512
 MAX_HISTORY_EVENTS = 1000
 # The end of the year 9999: milliseconds given by mistake lie beyond it.
 MAX_TIMESTAMP = 253_402_300_799
+# Characters. Logs are held to them too (`genretrieval.schemas`), for every case of an evaluation is a request.
+MAX_ID_LENGTH = 512
+MAX_NAME_LENGTH = 64
+MAX_QUERY_LENGTH = 2048
 
-Id = Annotated[str, Field(min_length=1, max_length=512)]
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 
 
 class _Message(BaseModel):
@@ -27,7 +31,7 @@ class HistoryEvent(_Message):
     """
 
     item_id: Id
-    event: str = Field(default="", max_length=64, description="Behaviour, e.g. click or purchase.")
+    event: str = Field(default="", max_length=MAX_NAME_LENGTH, description="Behaviour, e.g. click or purchase.")
     timestamp: int | None = Field(default=None, ge=0, le=MAX_TIMESTAMP, strict=True, description="Unix seconds.")
 
 
@@ -52,19 +56,21 @@ class RetrieveRequest(_Message):
 
     user_id: str | None = Field(
         default=None,
-        max_length=512,
+        max_length=MAX_ID_LENGTH,
         description="Whose stored history joins, where the server stores any; logs have a keyed hash of it alone.",
     )
-    query: str | None = Field(default=None, max_length=2048)
+    query: str | None = Field(default=None, max_length=MAX_QUERY_LENGTH)
     history: list[HistoryEvent] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     profile: dict[str, str] = Field(default_factory=dict, description="Profile features by name.")
-    scenario: str | None = Field(default=None, max_length=64, description="Page or surface that asks, e.g. home.")
+    scenario: str | None = Field(
+        default=None, max_length=MAX_NAME_LENGTH, description="Page or surface that asks, e.g. home."
+    )
     filters: Filters | None = None
     exclude_item_ids: list[Id] = Field(default_factory=list, max_length=MAX_HISTORY_EVENTS)
     exclude_history: Literal["off", "purchased", "all"] = "off"
     collapse_by: str | None = Field(
         default=None,
-        max_length=64,
+        max_length=MAX_NAME_LENGTH,
         description="Attribute of which no value may fill the result, e.g. parent_id, brand.",
     )
     collapse_cap: int = Field(

@@ -13,15 +13,21 @@ from typing import Literal
 import polars as pl
 from pydantic import BaseModel, ConfigDict
 
+from genretrieval.request import MAX_ID_LENGTH, MAX_NAME_LENGTH, MAX_QUERY_LENGTH, MAX_TIMESTAMP
+
 EXPOSURE = "exposure"
 """The behaviour of an item that was shown and nothing else; no part of a history."""
 
 SPLITS = ("train", "validation", "test")
 
-ROW = "__row"
-"""Row number in the file, from 0 (over all shards in name order, for a folder of shards)."""
+INTERNAL = "__genretrieval_"
+"""What columns of our own begin with; a file that has one is refused."""
 
-_LATEST_SECOND = 253_402_300_799  # 9999-12-31; milliseconds of any year after 1978 lie beyond it
+UNREADABLE = f"{INTERNAL}unreadable_"
+"""Before the name of a column: whether the file has a value there that cannot be read."""
+
+ROW = f"{INTERNAL}row"
+"""Row number in the file, from 0 (over all shards in name order, for a folder of shards)."""
 
 _STRING = pl.String()
 _FLOAT = pl.Float64()
@@ -74,6 +80,9 @@ class Column:
         required: whether the column must be in the file.
         nullable: whether a row without a value is kept; where not, it goes to quarantine.
         aliases: other names it is read from.
+        max_length: characters a text may have, as in a request; a row with a longer one goes to quarantine.
+        cut: longer texts are cut, and reported, instead.
+        blank_is_null: a text of nothing but spaces is none, and reported.
     """
 
     name: str
@@ -82,6 +91,9 @@ class Column:
     required: bool = False
     nullable: bool = True
     aliases: tuple[str, ...] = ()
+    max_length: int | None = None
+    cut: bool = False
+    blank_is_null: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +120,8 @@ class Table:
         return f"{self.name}.parquet"
 
 
-def _id(name: str, meaning: str) -> Column:
-    return Column(name, _STRING, meaning, required=True, nullable=False)
+def _id(name: str, meaning: str, max_length: int | None = MAX_ID_LENGTH) -> Column:
+    return Column(name, _STRING, meaning, required=True, nullable=False, max_length=max_length)
 
 
 ITEMS = Table(
@@ -133,7 +145,14 @@ INTERACTIONS = Table(
     (
         _id("user_id", "who"),
         _id("item_id", "which item"),
-        Column("event", _STRING, "behaviour: exposure, click, cart, purchase, ...", required=True, nullable=False),
+        Column(
+            "event",
+            _STRING,
+            "behaviour: exposure, click, cart, purchase, ...",
+            required=True,
+            nullable=False,
+            max_length=MAX_NAME_LENGTH,
+        ),
         Column("timestamp", _INSTANT, "when: unix seconds, a date or a datetime (UTC where no zone is given)"),
         Column(
             "history_index",
@@ -141,10 +160,17 @@ INTERACTIONS = Table(
             "place in the user's history, any increasing numbers",
             aliases=("position",),
         ),
-        Column("query", _STRING, "what the user had searched for"),
-        Column("request_id", _STRING, "what was shown together"),
+        Column(
+            "query",
+            _STRING,
+            "what the user had searched for",
+            max_length=MAX_QUERY_LENGTH,
+            cut=True,
+            blank_is_null=True,
+        ),
+        Column("request_id", _STRING, "what was shown together", blank_is_null=True),
         Column("rank_shown", pl.Int32(), "place in the list that was shown, from 0"),
-        Column("scenario", _STRING, "page or surface"),
+        Column("scenario", _STRING, "page or surface", max_length=MAX_NAME_LENGTH, blank_is_null=True),
         Column("value", _FLOAT, "rating, quantity or amount"),
     ),
     one_of=("timestamp", "history_index"),
@@ -154,15 +180,18 @@ USERS = Table("users", (_id("user_id", "unique"),), keeps_attributes=True)
 
 QUERIES = Table(
     "queries",
-    (_id("query_id", "unique"), Column("query", _STRING, "its text", required=True, nullable=False)),
+    (
+        _id("query_id", "unique", max_length=None),
+        Column("query", _STRING, "its text", required=True, nullable=False, max_length=MAX_QUERY_LENGTH, cut=True),
+    ),
 )
 
 QRELS = Table(
     "qrels",
     (
-        _id("query_id", "a query of queries.parquet"),
+        _id("query_id", "a query of queries.parquet", max_length=None),
         _id("item_id", "an item judged for it"),
-        Column("user_id", _STRING, "for whom it was judged; null: for everybody"),
+        Column("user_id", _STRING, "for whom it was judged; null: for everybody", max_length=MAX_ID_LENGTH),
         Column("label", pl.Float32(), "grade of relevance, 0 for irrelevant; null is read as 1"),
         Column("split", _STRING, "train, validation or test"),
     ),
@@ -173,7 +202,7 @@ TABLES = (ITEMS, INTERACTIONS, USERS, QUERIES, QRELS)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A condition that makes a row wrong.
+    """A condition that makes a row wrong, or worth a word.
 
     Attributes:
         column: the column it is about.
@@ -192,15 +221,17 @@ class Conformed:
 
     Attributes:
         frame: lazy; `ROW` where the source has it, every column of the table (null where the file lacks it),
-            the attributes that are kept, and helper columns of `rules` whose names begin with ``__``.
+            the attributes that are kept, and helper columns of `rules` and `warnings`, named `INTERNAL` and more.
         columns: names of the contract's columns and the kept attributes, in this order.
         rules: conditions that send a row to quarantine.
+        warnings: conditions that are counted; their rows are kept.
         problems: what the schema alone shows. If one is ``fatal``, `frame` must not be read.
     """
 
     frame: pl.LazyFrame
     columns: list[str]
     rules: list[Rule]
+    warnings: list[Rule]
     problems: list[Problem]
 
     @property
@@ -212,8 +243,9 @@ class Conformed:
 def conform(frame: pl.LazyFrame, table: Table) -> Conformed:
     """Read `frame` as `table`, casting where nothing is lost.
 
-    Ids and texts are read from strings, whole numbers and categoricals; numbers from any number; whole
-    numbers from floats that are whole; `categories` from a list or from one string. A timestamp is read from
+    Ids and texts are read from strings, whole numbers and categoricals, and from no floats or decimals, in which 7
+    and 7.0 would be two ids; numbers from any number; whole numbers from floats that are whole; `categories` from a
+    list or from one string. Texts are cut or emptied as their `Column` says. A timestamp is read from
     unix seconds (any number), a date, a datetime (no zone means UTC), or one of these as an ISO 8601 string.
     Milliseconds are not guessed: they fall after the year 9999 and are refused. Lists of floats among the
     attributes are embeddings and become float32.
@@ -226,6 +258,7 @@ def conform(frame: pl.LazyFrame, table: Table) -> Conformed:
     names, problems = _source_names(source, table)
     values: list[pl.Expr] = [pl.col(ROW)] if ROW in source else []
     rules: list[Rule] = []
+    warnings: list[Rule] = []
     for column in table.columns:
         name = names.get(column.name)
         if name is None:
@@ -234,12 +267,19 @@ def conform(frame: pl.LazyFrame, table: Table) -> Conformed:
         value = read_as(pl.col(name), source[name], column.dtype)
         if value is None:
             reason = f"is {source[name]}, which cannot be read as {column.dtype} ({column.meaning})"
+            if column.dtype == _STRING and source[name].is_numeric():
+                reason += ": cast it to whole numbers or text; floats lose digits of long ids"
             problems.append(Problem(file=table.file, column=name, reason=reason, severity="fatal"))
             continue
-        values.append(value.alias(column.name))
-        flag = f"__unreadable_{column.name}"
+        flag = f"{UNREADABLE}{column.name}"
         values.append((pl.col(name).is_not_null() & value.is_null()).alias(flag))
         rules += [Rule(column.name, _unreadable(column.dtype), pl.col(flag)), *_value_rules(column, flag)]
+        value, changes = _tidied(value, column)
+        for kind, (reason, changed) in changes.items():
+            flag = f"{INTERNAL}{kind}_{column.name}"
+            values.append(changed.alias(flag))
+            warnings.append(Rule(column.name, reason, pl.col(flag)))
+        values.append(value.alias(column.name))
     extra = [name for name in source if name != ROW and name not in names.values()]
     if table.keeps_attributes:
         for name in extra:
@@ -257,7 +297,7 @@ def conform(frame: pl.LazyFrame, table: Table) -> Conformed:
             for name in extra
         ]
     columns = [column.name for column in table.columns] + (extra if table.keeps_attributes else [])
-    return Conformed(frame.select(values), columns, rules, problems)
+    return Conformed(frame.select(values), columns, rules, warnings, problems)
 
 
 def _source_names(source: pl.Schema, table: Table) -> tuple[dict[str, str], list[Problem]]:
@@ -319,7 +359,7 @@ def _read_instant(raw: pl.Expr, source: pl.DataType) -> pl.Expr | None:
 def _from_seconds(seconds: pl.Expr, source: pl.DataType) -> pl.Expr:
     # The range is checked before the product, which would wrap around.
     exact = seconds.cast(pl.Int64, strict=False) if source.is_integer() else seconds.cast(pl.Float64, strict=False)
-    microseconds = pl.when(exact.is_between(0, _LATEST_SECOND)).then(exact) * 1_000_000
+    microseconds = pl.when(exact.is_between(0, MAX_TIMESTAMP)).then(exact) * 1_000_000
     return microseconds.round().cast(pl.Int64, strict=False).cast(_INSTANT)
 
 
@@ -354,6 +394,23 @@ def _unreadable(dtype: pl.DataType) -> str:
     return f"cannot be read as {dtype}"
 
 
+def _tidied(value: pl.Expr, column: Column) -> tuple[pl.Expr, dict[str, tuple[str, pl.Expr]]]:
+    """A column's value, cut and without blanks where its declaration says so; kind of change to reason and where."""
+    changes = {}
+    if column.cut and column.max_length is not None:
+        changes["cut"] = f"is longer than {column.max_length:,} characters: cut", _longer(value, column.max_length)
+        value = value.str.head(column.max_length)
+    if column.blank_is_null:
+        blank = value.str.strip_chars().str.len_bytes() == 0
+        changes["blank"] = "is blank: read as null", blank
+        value = pl.when(~blank).then(value)
+    return value, changes
+
+
+def _longer(text: pl.Expr, max_length: int) -> pl.Expr:
+    return text.str.len_chars() > max_length
+
+
 def _value_rules(column: Column, unreadable: str) -> list[Rule]:
     """Rules that follow from a column's declaration."""
     value = pl.col(column.name)
@@ -361,6 +418,9 @@ def _value_rules(column: Column, unreadable: str) -> list[Rule]:
     if not column.nullable:
         empty = value.str.strip_chars().str.len_bytes() == 0
         rules.append(Rule(column.name, "is null or empty", ~pl.col(unreadable) & (value.is_null() | empty)))
+    if column.max_length is not None and not column.cut:
+        reason = f"is longer than {column.max_length:,} characters, which no request may hold"
+        rules.append(Rule(column.name, reason, _longer(value, column.max_length)))
     if column.dtype.is_float():
         rules.append(Rule(column.name, "is NaN or infinite", ~value.is_finite()))
     return rules

@@ -70,8 +70,10 @@ class GeneratorConfig(PretrainedConfig):
         dropout: float = 0.2,
         **kwargs: Any,
     ) -> None:
-        if d_model % n_heads:
-            raise ValueError(f"d_model={d_model} must be a multiple of n_heads={n_heads}")
+        if d_model < 1 or n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"d_model={d_model} must be a multiple of n_heads={n_heads}, and both at least 1")
+        if max_history < 1:
+            raise ValueError(f"max_history={max_history} must be at least 1")
         if n_items and not content_dim:
             raise ValueError(f"n_items={n_items} needs content_dim: new items are placed by their content")
         if bool(n_past_tokens) != bool(max_past):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from genretrieval.errors import InvalidInputError
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import NO_QUERY, Exposures, Histories, past_before
 from genretrieval.semantic_ids import SemanticIds
@@ -59,7 +60,12 @@ def cut_windows(offsets: NDArray[np.int64], train_ends: NDArray[np.int64], max_h
 
     A longer history becomes several windows that overlap by a fifth, so that every interaction is trained once and,
     past the first window, with at least ``max_history // 5`` interactions before it.
+
+    Raises:
+        InvalidInputError: `max_history` is below 1, and a window would never get past its own start.
     """
+    if max_history < 1:
+        raise InvalidInputError(f"max_history is {max_history}; a model reads at least 1 interaction")
     size, stride = max_history + 1, max_history - max_history // 5
     users, starts, ends, learn = [], [], [], []
     for user, (begin, end) in enumerate(zip(offsets[:-1].tolist(), train_ends.tolist(), strict=True)):

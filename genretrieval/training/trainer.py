@@ -149,6 +149,7 @@ class GeneratorTrainer(Trainer):
             metric_for_best_model=METRIC,
             greater_is_better=True,
             logging_strategy="steps",
+            logging_nan_inf_filter=False,  # `compute_loss` looks at every loss, and stops at one that is not finite
             report_to="none",
             remove_unused_columns=False,
             dataloader_pin_memory=gpu,
@@ -197,8 +198,16 @@ class GeneratorTrainer(Trainer):
         The objective is run inside the model's forward so that data-parallel wrappers see it. It is a mean over the
         batch's targets; the shares of all batches add up to the mean over all of the step's. Wrappers take the mean
         of the processes' gradients, where a sum is wanted, hence the number of processes.
+
+        Raises:
+            RecipeError: the training diverged; nothing that follows would bring the weights back.
         """
         loss = model(objective=self.objective, batch=inputs)
+        if not torch.isfinite(loss):
+            raise RecipeError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}: the "
+                f"training has diverged; lower learning_rate, which is {self.config.learning_rate:g}"
+            )
         if num_items_in_batch is None:
             return loss
         return loss * (inputs["learn"].sum() / num_items_in_batch * self.accelerator.num_processes)
@@ -236,6 +245,9 @@ def train(
 
     Returns:
         Validation Recall@10 of the best checkpoint.
+
+    Raises:
+        RecipeError: the loss is no longer finite.
     """
     trainer = GeneratorTrainer(model, objective, dataset, validate, config, output)
     for callback in callbacks:

@@ -31,7 +31,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from genretrieval.errors import DataError, InvalidInputError
+from genretrieval.errors import DataError, InvalidInputError, RecipeError
 from genretrieval.features import RequestFeatures
 from genretrieval.figures import Figure
 from genretrieval.histories import NO_QUERY, NO_TIME, Histories, LeaveOneOut, Split
@@ -447,6 +447,7 @@ def fit_ranking_model(
 
     Raises:
         DataError: IDs or vectors are of another catalogue, or this half of the users has nothing to train on.
+        RecipeError: the loss is no longer finite.
     """
     config = config or RankingRunConfig()
     _check_rows("semantic IDs", ids.n_items, shop)
@@ -466,6 +467,11 @@ def fit_ranking_model(
         fetch = partial(fitted.batch, shop.histories, examples)
         with torch.random.fork_rng(devices=[]):
             fitted.log.extend(train_ranking_model(fitted.model, fetch, train, validation, config.training))
+        if not np.isfinite([list(epoch.values()) for epoch in fitted.log]).all():
+            raise RecipeError(
+                "stage ranking_model: the loss is no longer finite: the training has diverged; lower "
+                f"training.learning_rate of the stage, which is {config.training.learning_rate:g}"
+            )
         return fitted
 
     if cache is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -12,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from genretrieval.errors import RecipeError
 from genretrieval.model.ranking import RankingConfig
-from genretrieval.request import MAX_HISTORY_EVENTS
+from genretrieval.request import MAX_BEAM_WIDTH, MAX_HISTORY_EVENTS, MAX_TOP_K
 from genretrieval.training.preference import RewardWeights
 from genretrieval.training.preference_objective import PreferenceConfig
 from genretrieval.training.ranking import RankingTrainingConfig
@@ -26,35 +28,74 @@ from genretrieval_tokenizers.rq_kmeans import RqKMeansConfig
 
 Tokenizer = Annotated[TokenizerConfig, Field(discriminator="method")]
 FigureName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]  # it becomes part of a figure's dotted name
+# Figures are of the first ten items, and an evaluation asks for as many items as beams.
+BeamWidth = Annotated[int, Field(ge=10, le=min(MAX_TOP_K, MAX_BEAM_WIDTH))]
+_MAX_SEED = 2_000_000_000  # faiss reads 31 bits, and a level adds its number
+Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class _WholeRecipe(_Section):
+    @model_validator(mode="after")
+    def _numbers_can_be_used(self) -> Self:
+        if problems := list(_unusable_numbers(self.model_dump())):
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _unusable_numbers(value: object, name: str = "") -> Iterator[str]:
+    """What no setting of any section can be: YAML's .nan and .inf, and seeds that a library would refuse later."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _unusable_numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _unusable_numbers(inner, f"{name}.{place}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}; it must be a finite number"
+    elif isinstance(value, int) and name.endswith("seed") and not 0 <= value <= _MAX_SEED:
+        yield f"{name} is {value}; it must be in [0, {_MAX_SEED}]"
+
+
 class GeneratorSection(_Section):
     """Sizes of the generator; the rest of its configuration follows from the data."""
 
-    d_model: int = 128
-    n_heads: int = 4
-    d_ff: int = 512
-    n_encoder_layers: int = 2
-    n_decoder_layers: int = 2
-    n_query_layers: int = 1
+    d_model: int = Field(default=128, ge=1)
+    n_heads: int = Field(default=4, ge=1, description="Of which each is as wide as the others: they divide d_model.")
+    d_ff: int = Field(default=512, ge=1)
+    n_encoder_layers: int = Field(default=2, ge=1)
+    n_decoder_layers: int = Field(default=2, ge=1)
+    n_query_layers: int = Field(default=1, ge=1)
     n_experts: int = Field(default=0, ge=0, description="Of each feed-forward layer of the decoder; 0 keeps it dense.")
     experts_per_token: int = Field(default=2, ge=2, description="Together as wide as a dense layer.")
-    max_history: int = 50
+    max_history: int = Field(default=50, ge=1)
     max_past: int = Field(default=0, ge=0, description="Events before the history, exposures among them.")
     n_past_tokens: int = Field(default=8, ge=1, description="Tokens that each behaviour of the past is compressed to.")
     scenario: bool = Field(default=True, description="Tells the model which page or surface asks, where logs say it.")
-    max_query_tokens: int = 16
-    query_vocab_size: int = Field(default=4096, description="At most; a small corpus has fewer tokens.")
-    n_profile_buckets: int = 4096
+    max_query_tokens: int = Field(default=16, ge=1)
+    query_vocab_size: int = Field(default=4096, ge=1, description="At most; a small corpus has fewer tokens.")
+    n_profile_buckets: int = Field(default=4096, ge=1)
     profile_tables: Literal["torch", "torchrec"] = Field(
         default="torch", description="What trains them; `make torchrec` installs the other. The numbers are equal."
     )
     dense_head: bool = Field(default=True, description="Item vectors beside codes; what the search found is re-ranked.")
-    dropout: float = 0.2
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _sizes_fit_each_other(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is no multiple of n_heads {self.n_heads}; change one of them")
+        if self.n_experts and not (
+            self.experts_per_token <= self.n_experts and self.d_ff % self.experts_per_token == 0
+        ):
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} must divide d_ff {self.d_ff} and be at most n_experts "
+                f"{self.n_experts}; 0 experts keep the layers dense"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_request_carries_what_is_read(self) -> Self:
@@ -171,7 +212,7 @@ Stage = Annotated[
 class AblationSection(_Section):
     """Further trainings that say what each part of the recipe is worth; see `genretrieval_pipelines.ablation`."""
 
-    seeds: Annotated[list[int], Field(min_length=2)] = Field(description="Each replaces `training.seed`.")
+    seeds: Annotated[list[Seed], Field(min_length=2)] = Field(description="Each replaces `training.seed`.")
     jobs: int = Field(
         default=1, ge=1, description="Trainings at a time, each on one core; an accelerator has one at a time."
     )
@@ -193,11 +234,11 @@ class AblationSection(_Section):
 class EvaluationSection(_Section):
     """How quality is measured; see docs/evaluation.md."""
 
-    beam_width: int = Field(default=50, description="Also the default of the served bundle.")
+    beam_width: BeamWidth = Field(default=50, description="Also the default of the served bundle.")
     sasrec: SasrecConfig = SasrecConfig()
 
 
-class Recipe(_Section):
+class Recipe(_WholeRecipe):
     """A whole run: embeddings, tokenizer, collisions, generator, training, evaluation."""
 
     embedding: Annotated[list[EmbeddingPart], Field(min_length=1)]
@@ -214,8 +255,8 @@ class Recipe(_Section):
         for name, change in (self.ablation.rows if self.ablation else {}).items():
             try:
                 self.changed(change)
-            except (ValidationError, RecipeError) as error:
-                raise ValueError(f"ablation.rows.{name} makes no recipe: {error}") from error
+            except ValidationError as error:
+                raise ValueError(f"ablation.rows.{name} makes no recipe: {_problems(error)}") from error
         return self
 
     def changed(self, change: dict[str, Any]) -> Recipe:
@@ -284,11 +325,11 @@ class Compared(_Section):
 class ComparisonEvaluation(_Section):
     """How the generators of a comparison are measured."""
 
-    beam_width: int = Field(default=50, ge=10)
+    beam_width: BeamWidth = 50
     validation_users: int = Field(default=10_000, ge=1, description="A fixed sample; test is always measured whole.")
 
 
-class ComparisonRecipe(_Section):
+class ComparisonRecipe(_WholeRecipe):
     """Tokenizers side by side: the same generator and budget for all, the same embeddings but where one has its own.
 
     Seeds are paired: cells of equal seed share the order of the training data. They share initial weights only where
@@ -297,7 +338,7 @@ class ComparisonRecipe(_Section):
 
     embedding: Annotated[list[EmbeddingPart], Field(min_length=1)]
     reference: str = Field(description="The tokenizer that gains are relative to, unless one names another.")
-    seeds: Annotated[list[int], Field(min_length=2)] = Field(description="Each replaces every other seed of a cell.")
+    seeds: Annotated[list[Seed], Field(min_length=2)] = Field(description="Each replaces every other seed of a cell.")
     tokenizers: Annotated[dict[FigureName, Compared], Field(min_length=1)]
     generator: GeneratorSection = GeneratorSection()
     training: TrainingConfig = TrainingConfig()
@@ -369,22 +410,54 @@ def read_recipe(path: Path, kind: type[_AnyRecipe]) -> _AnyRecipe:
     """Read a recipe.
 
     Raises:
-        RecipeError: the file is missing or not YAML, or a key is unknown or has a value that it cannot have; the
-            message names the key.
+        RecipeError: the file is missing or not YAML, or a key is unknown, stands twice or has a value that it cannot
+            have; the message names the key.
     """
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
         raise RecipeError(f"no recipe at {path}; `genretrieval run --help` lists the ones that are shipped") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path} is not UTF-8, first in line {line}; save it in that encoding") from error
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)  # noqa: S506  it is a safe one
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise RecipeError(f"{path}: {problems}") from error
+        raise RecipeError(f"{path}: {_problems(error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a section, as YAML itself does; its base takes the last one in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(
+                        "while reading a section",
+                        node.start_mark,
+                        f"found the key {key.value!r} twice, of which one could count; take the other out",
+                        key.start_mark,
+                    )
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _problems(error: ValidationError) -> str:
+    """Each key with what is wrong, and its value where that is short and not in the message."""
+    problems = []
+    for e in error.errors():
+        given = f", not {e['input']!r}" if isinstance(e["input"], int | float) and "ctx" in e else ""
+        problems.append(
+            f"{'.'.join(map(str, e['loc'])) or 'the recipe'}: {e['msg'].removeprefix('Value error, ')}{given}"
+        )
+    return "; ".join(problems)
 
 
 def content_hash(*parts: object) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 import yaml
 from accelerate import PartialState
@@ -35,10 +36,11 @@ from genretrieval.bundle import (
     WEIGHTS,
     Bundle,
     Manifest,
+    check_output,
     load_bundle,
     write_bundle,
 )
-from genretrieval.errors import BundleError, RecipeError
+from genretrieval.errors import BundleError, DataError, InvalidInputError, RecipeError
 from genretrieval.export import export_graph
 from genretrieval.export.onnx import example_inputs, named_graph
 from genretrieval.features import RequestFeatures
@@ -90,8 +92,14 @@ def run(
         Figures of the validation table; under torchrun, nothing in all processes but the first.
 
     Raises:
+        BundleError: `output` is there and is no bundle.
+        InvalidInputError: `data` or `work` lies in it.
         RecipeError: the recipe has an ablation, and several processes of torchrun run it.
     """
+    check_output(output)
+    for folder in (data, work):
+        if folder.resolve().is_relative_to(output.resolve()):
+            raise InvalidInputError(f"{folder} lies in {output}, which is replaced whole; choose another output folder")
     transformers_logging.disable_progress_bar()
     processes = PartialState(cpu=not torch.cuda.is_available())
     if recipe.ablation is not None and processes.num_processes > 1:
@@ -103,7 +111,7 @@ def run(
     with processes.main_process_first():
         # Under torchrun the first process prepares; the others then find everything in the work folder.
         with stage(console, "reading and checking logs"):
-            shop = open_shop(data, work)
+            shop = open_shop(data, work, console if processes.is_main_process else None)
         with stage(console, "embedding and tokenizing the catalogue"):
             tokenized = tokenize(recipe, shop, work)
         with stage(console, "preparing requests"):
@@ -204,7 +212,13 @@ def _fill_bundle(
         (folder / QUERY_TOKENIZER).write_text(features.query_tokenizer, "utf-8")
     if features.keywords is not None:
         features.keywords.save(folder / KEYWORDS)
-    run_record = {"recipe": recipe.dump(), "data": str(data), "work": str(work)}
+    # Whole paths: `evaluate` may be called from another folder.
+    run_record = {
+        "recipe": recipe.dump(),
+        "data": str(data.resolve()),
+        "logs_sha256": shop.fingerprint,
+        "work": str(work.resolve()),
+    }
     (folder / CONFIG).write_text(yaml.safe_dump(run_record, sort_keys=False), "utf-8")
     if quality:
         (folder / METRICS).write_bytes((work / "quality" / "metrics.json").read_bytes())
@@ -215,6 +229,10 @@ def _model_card(
     shop: Shop, manifest: Manifest, generator: Generator, quality: quality_report.QualityReport | None
 ) -> str:
     parameters = sum(p.numel() for p in generator.parameters())
+    tables = "\n".join(
+        f"| {name} | {rows.read:,} | {rows.kept:,} | {rows.quarantined:,} |"
+        for name, rows in shop.logs.report.tables.items()
+    )
     return f"""---
 library_name: genretrieval
 tags: [generative-retrieval, semantic-id]
@@ -227,6 +245,11 @@ Bundle `{manifest.version}`, written by genretrieval {manifest.genretrieval_vers
 behaviours {", ".join(manifest.events) or "none"}.
 
 Serve it: `genretrieval serve --bundle FOLDER`. It can return the items of its catalogue and no others.
+
+## Data
+| | rows read | used | in quarantine |
+|---|---:|---:|---:|
+{tables}
 
 ## Quality
 {quality_report.markdown(quality) if quality else NOT_MEASURED}
@@ -243,27 +266,30 @@ def evaluate_bundle(
         data: the logs; by default those it was trained on.
         split: validation, or test, which is counted.
         answer: offline retrieval, or the client of a live server.
-        console: progress.
+        console: progress, and whether the logs are those it was trained on.
 
     Raises:
         BundleError: the logs it was trained on are gone and none were given.
+        DataError: the logs have other items than the bundle.
     """
-    recipe, shop, work = recorded_run(bundle, data)
-    ids = catalogue_ids(bundle)
+    recipe, shop, work = recorded_run(bundle, data, console)
+    ids = catalogue_ids(bundle, shop.items)
     evaluation = make_evaluation(recipe, shop, ids, work, console)
     asked = partial(_ask, answer, shop, recipe, ids, console)
     return evaluation.report(asked, split, seed=recipe.training.seed, beam_width=recipe.evaluation.beam_width)
 
 
-def recorded_run(bundle: Bundle, data: Path | None = None) -> tuple[Recipe, Shop, Path]:
+def recorded_run(bundle: Bundle, data: Path | None = None, console: Console | None = None) -> tuple[Recipe, Shop, Path]:
     """The recipe that a bundle came from, its logs, and the folder of its intermediate results.
 
     Args:
         bundle: a bundle that a run wrote.
         data: the logs; by default those it was trained on.
+        console: is told what the logs hold, and whether they are those that the bundle was trained on.
 
     Raises:
         BundleError: no run wrote it, or the logs it was trained on are gone and none were given.
+        DataError: the logs have other items than the bundle.
     """
     if CONFIG not in bundle.manifest.files:
         raise BundleError(f"{bundle.path} has no {CONFIG}: no run wrote it, so there is nothing to measure it by")
@@ -272,12 +298,46 @@ def recorded_run(bundle: Bundle, data: Path | None = None) -> tuple[Recipe, Shop
     data = data or Path(record["data"])
     if not data.is_dir():
         raise BundleError(f"the logs of this bundle are no longer at {data}; give them with --data")
-    return recipe, open_shop(data, work), work
+    shop = open_shop(data, work, console)
+    _check_items(bundle, shop)
+    # Bundles of before this was recorded say nothing.
+    if console is not None and record.get("logs_sha256", shop.fingerprint) != shop.fingerprint:
+        console.print(
+            f"the logs in {data} are not those that {bundle.path} was trained on: cases may be among what it has "
+            "learnt, and figures are not comparable with those of its run",
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return recipe, shop, work
 
 
-def catalogue_ids(bundle: Bundle) -> SemanticIds:
-    """Semantic IDs of a bundle's items, in row order."""
-    codes: NDArray[np.int32] = np.asarray(bundle.catalogue()["semantic_id"].to_list(), np.int32)
+def _check_items(bundle: Bundle, shop: Shop) -> None:
+    """Refuse to measure a bundle by the logs of another catalogue."""
+    own, given = bundle.catalogue()["item_id"], shop.items["item_id"]
+    problems = [
+        f"{len(items):,} items {where} (first {', '.join(items.head(3))})"
+        for where, items in (
+            ("of the logs are not in the bundle", given.filter(~given.is_in(own.implode()))),
+            ("of the bundle are not in the logs", own.filter(~own.is_in(given.implode()))),
+        )
+        if len(items)
+    ]
+    if problems:
+        raise DataError(
+            f"{shop.data} and {bundle.path} have different catalogues: {' and '.join(problems)}. The bundle answers "
+            "with its own items and its baselines with all of the logs', so they cannot be compared; give logs of its "
+            "items with --data, or run the recipe on these"
+        )
+
+
+def catalogue_ids(bundle: Bundle, items: pl.DataFrame | None = None) -> SemanticIds:
+    """Semantic IDs of a bundle's items, in its row order or, where `items` are given, in theirs."""
+    table = bundle.catalogue().select("item_id", "semantic_id")
+    if items is not None:
+        table = items.select("item_id").join(table, on="item_id", how="left", maintain_order="left")
+    codes: NDArray[np.int32] = np.asarray(table["semantic_id"].to_list(), np.int32)
     return SemanticIds(codes, bundle.manifest.codebook_sizes)
 
 

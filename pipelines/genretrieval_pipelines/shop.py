@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from rich.console import Console
 
+from genretrieval.errors import DataError
 from genretrieval.histories import Histories, LeaveOneOut, Split
 from genretrieval.logs import PreparedLogs, prepare_logs
 from genretrieval_pipelines.cases import NO_USER, Cases, leave_one_out_cases, query_cases
@@ -14,6 +16,8 @@ from genretrieval_pipelines.queries import has_queries, made_queries, split_quer
 
 # Above this share of repeated (user, item) pairs, recommending something again is part of the task.
 REPEATS_MATTER = 0.01
+# What the catalogue of a bundle calls an item's codes and its number of training interactions.
+CATALOGUE_COLUMNS = ("semantic_id", "popularity")
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,29 @@ class Shop:
         return {name: str(value) for name, value in row.items() if name != "user_id" and value is not None}
 
 
-def open_shop(data: Path, work: Path) -> Shop:
+def open_shop(data: Path, work: Path, console: Console | None = None) -> Shop:
     """Check and order the logs in `data` (once; the result stays in `work`) and read them.
 
     A shop without queries and without a history that is long enough to be evaluated gets queries made from its
     catalogue, so that it can be trained, measured and served before it has logs.
+
+    Args:
+        data: folder of house Parquet.
+        work: of intermediate results.
+        console: is told what was read, and what of it was set aside and why; None for nobody.
+
+    Raises:
+        DataError: the logs cannot be used, or an attribute of items has a name that a bundle's catalogue needs.
     """
     logs = prepare_logs(data, work / "logs")
+    if console is not None:
+        _tell(logs, console)
     items, histories = logs.items(), logs.histories()
+    if taken := [name for name in CATALOGUE_COLUMNS if name in items.columns]:
+        raise DataError(
+            f"{data}: items have the attribute {' and '.join(taken)}, which in the catalogue of a bundle is what "
+            "training makes: filters and profiles would read that instead of yours. Give it another name"
+        )
     judged = logs.query_items()
     if judged is not None:
         positive = judged.filter(pl.col("label") > 0).select("query", "item_row", "split").unique(maintain_order=True)
@@ -77,3 +96,13 @@ def open_shop(data: Path, work: Path) -> Shop:
         pairs = pl.DataFrame(schema={"query": pl.String, "item_row": pl.Int32, "split": pl.String})
     fingerprint = logs.report.inputs_sha256
     return Shop(data.resolve().name, items, logs.users(), histories, pairs, data, fingerprint, logs)
+
+
+def _tell(logs: PreparedLogs, console: Console) -> None:
+    """The report of prepared logs; in colour where something is wrong with them."""
+    lines = logs.report.lines()
+    if any(rows.quarantined for rows in logs.report.tables.values()):
+        lines.append(f"rows in quarantine are in {logs.folder / 'quarantine'}, each with its reason")
+    style = "yellow" if logs.report.problems else "dim"
+    for line in lines:
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import named_graph
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import LeaveOneOut
-from genretrieval.metrics import recall
+from genretrieval.metrics import NOTHING, recall
 from genretrieval.model import Generator
 from genretrieval.retrieval import Retriever
 from genretrieval.semantic_ids import SemanticIds
@@ -28,8 +28,14 @@ from genretrieval_pipelines.baselines.ranking import Ranked
 from genretrieval_pipelines.cases import Cases
 from genretrieval_pipelines.draft import Draft, Trained, reads
 from genretrieval_pipelines.evaluate import Answers, ask, without_seen
-from genretrieval_pipelines.queries import made_queries, searched, with_made_queries, with_query_pairs
-from genretrieval_pipelines.recipe import Recipe, SupervisedObjective
+from genretrieval_pipelines.queries import has_queries, made_queries, searched, with_made_queries, with_query_pairs
+from genretrieval_pipelines.recipe import (
+    PreferenceStage,
+    Recipe,
+    SelfDistillationStage,
+    SupervisedObjective,
+    SupervisedStage,
+)
 from genretrieval_pipelines.shop import Shop
 from genretrieval_pipelines.tokenize import embed_shop
 
@@ -161,6 +167,25 @@ def training_set(
     )
 
 
+def nothing_to_learn(inputs: StageInputs, stage: SupervisedStage | SelfDistillationStage | PreferenceStage) -> str:
+    """Why a stage finds nothing to learn from in these logs, as a clause."""
+    shop, judged = inputs.shop, inputs.shop.logs.query_items()
+    if isinstance(stage, SupervisedStage) and stage.scenario is not None:
+        return f"no interaction that is trained on has the scenario {stage.scenario!r}"
+    if stage.objective == "alignment" and not len(made_queries(shop.items)):
+        return "items have neither titles, brands nor categories"
+    if len(shop.pairs):
+        made = "" if judged is not None else ", made of what items are called,"
+        queries = f"every query{made} is held out for validation or test"
+    elif judged is not None:
+        queries = "no qrels row has a label above 0"
+    elif has_queries(shop.histories):
+        queries = "what was taken for a query is held out for validation or test"
+    else:
+        queries = "this shop has no queries"
+    return queries if len(shop.histories.items) else f"there are no interactions, and {queries}"
+
+
 def validation_recall(inputs: StageInputs, model: Generator) -> float:
     """Recall@10 of a generator on a fixed sample of validation cases, by beam search in torch."""
     trained = Trained(model, JUDGING_DENSE_WEIGHT if model.dense is not None else 0.0)
@@ -169,14 +194,23 @@ def validation_recall(inputs: StageInputs, model: Generator) -> float:
 
 
 def validate(inputs: StageInputs, trained: Trained, beam_width: int) -> tuple[Cases, Answers]:
-    """What a generator answers to the validation cases that judge it: a fixed sample."""
+    """What a generator answers to the validation cases that judge it: a fixed sample.
+
+    Raises:
+        RecipeError: it writes nothing at all, as only one with scores that are no numbers does.
+    """
     recipe, shop = inputs.recipe, inputs.shop
     cases = shop.cases("validation")
     sample = np.random.default_rng(0).permutation(len(cases))[: recipe.training.validation_users]
     cases = cases.take(np.sort(sample))
     retriever = Retriever(trained.draft(inputs.draft), GraphBackend(named_graph(trained.generator)))
     read = reads(recipe, shop)
-    return cases, ask(retriever.retrieve, shop, cases, inputs.ids, read, beam_width, Console(quiet=True))
+    answers = ask(retriever.retrieve, shop, cases, inputs.ids, read, beam_width, Console(quiet=True))
+    if len(cases) and (answers.items == NOTHING).all():
+        raise RecipeError(
+            "the scores of what the generator writes are not finite: the training has diverged; lower learning_rate"
+        )
+    return cases, answers
 
 
 def mean_at_10(metric: Metric, shop: Shop, cases: Cases, ranked: Ranked) -> float:

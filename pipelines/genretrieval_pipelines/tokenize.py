@@ -114,6 +114,9 @@ def fit_embedding(parts: Sequence[EmbeddingPart], shop: Shop, work: Path) -> tup
 
     Returns:
         The embedding, and what was left out.
+
+    Raises:
+        DataError: nothing tells the items apart; or as `FittedEmbedding.fit`.
     """
     keywords = given_keywords(parts, shop)
     fitted = FittedEmbedding.fit(shop.items, parts, shop.histories, work / "embeddings", keywords)
@@ -126,7 +129,15 @@ def fit_embedding(parts: Sequence[EmbeddingPart], shop: Shop, work: Path) -> tup
     if not kept:
         kept = [EmbeddingPart(name="hashing")]
         notes.append("nothing of the recipe's embedding is left, so items are embedded by hashing their words")
-    return FittedEmbedding.fit(shop.items, kept, shop.histories, work / "embeddings", keywords), tuple(notes)
+    fitted = FittedEmbedding.fit(shop.items, kept, shop.histories, work / "embeddings", keywords)
+    if not fitted.dim:
+        raise DataError(
+            f"no item has words, and nothing else in the recipe's embedding ({', '.join(part.name for part in parts)}) "
+            "tells the items apart. Fill title, brand, categories or description in items.parquet; or add "
+            "interactions.parquet and the embedding `collaborative`; or add a column of vectors and the embedding "
+            "`column:NAME`"
+        )
+    return fitted, tuple(notes)
 
 
 def given_keywords(parts: Sequence[EmbeddingPart], shop: Shop) -> KeywordDictionary | None:

@@ -45,6 +45,7 @@ from genretrieval_pipelines.stages import (
     StageInputs,
     StageRun,
     mean_at_10,
+    nothing_to_learn,
     training_set,
     validate,
     validation_recall,
@@ -52,7 +53,7 @@ from genretrieval_pipelines.stages import (
 
 # Tried in this order; at equal quality the earlier one is kept.
 DENSE_WEIGHTS = (JUDGING_DENSE_WEIGHT, 0.0, 0.25, 0.5, 2.0, 4.0, 8.0)
-RESULT = "result"
+SECONDS = "seconds"
 _FINISHED = "generator.safetensors"
 
 
@@ -87,7 +88,7 @@ def train_generator(inputs: StageInputs) -> Trained:
         # Its weights depend on the stages before it, so its name does: a recipe with one more stage trains that one.
         key = content_hash(key, stage, schedule, *([preference.FORMAT] if isinstance(stage, PreferenceStage) else []))
         folder = inputs.work / f"{stage.objective}-{key}"
-        with nullcontext() if (folder / _FINISHED).exists() else _alone(folder, console):
+        with nullcontext() if _measured(inputs, folder).exists() else _alone(folder, console):
             result = _train_stage(inputs, stage, schedule, model, folder)
         if result is not None:
             results.append(result)
@@ -96,8 +97,12 @@ def train_generator(inputs: StageInputs) -> Trained:
         plain.load_state_dict(model.context.profile.state_dict())
         model.context.profile = plain
     if not results:
+        stages = [stage for stage in recipe.stages if not isinstance(stage, RankingModelStage)]
+        reasons = "; ".join(f"{stage.objective}: {nothing_to_learn(inputs, stage)}" for stage in stages)
+        learns = any(stage.objective == "next_item" for stage in stages)
         raise RecipeError(
-            "no stage of the recipe finds anything to learn from in these logs; add next_item to `stages`"
+            f"no stage of the recipe finds anything to learn from in these logs ({reasons}); "
+            + ("give interactions, or queries of the split train" if learns else "add next_item to `stages`")
         )
     return Trained(model.eval(), results[-1].dense_weight, tuple(results))
 
@@ -109,23 +114,44 @@ def _train_stage(
     model: Generator,
     folder: Path,
 ) -> StageResult | None:
-    """Train `model` by one stage, or read it back; None for a stage that finds nothing to learn from."""
-    console, finished = inputs.console, folder / _FINISHED
+    """Train `model` by one stage, or read it back; None for a stage that finds nothing to learn from.
+
+    Raises:
+        RecipeError: as `train`, with the stage's name.
+    """
+    console, finished, measured = inputs.console, folder / _FINISHED, _measured(inputs, folder)
     if finished.exists():
-        return read_stage(model, finished)
-    run = stage_run(inputs, stage, model)
-    if not len(run.dataset):
-        console.print(f"stage {stage.objective}: left out, as this shop has no queries", style="yellow")
-        return None
-    console.print(f"stage {stage.objective}: {len(run.dataset):,} histories", style="dim", highlight=False)
-    clock = _training_clock()
-    started = clock()
-    hooks = (TrainingProgress(console, run.judged_by), *run.callbacks)
-    train(model, run.objective, run.dataset, run.validate, schedule, folder, callbacks=hooks)
-    result = measure_stage(inputs, model.eval(), stage.objective, clock() - started)
+        seconds = read_stage(model, finished)
+    else:
+        run = stage_run(inputs, stage, model)
+        if not len(run.dataset):
+            why = f"stage {stage.objective}: left out, as {nothing_to_learn(inputs, stage)}"
+            console.print(why, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            return None
+        console.print(f"stage {stage.objective}: {len(run.dataset):,} histories", style="dim", highlight=False)
+        clock = _training_clock()
+        started = clock()
+        hooks = (TrainingProgress(console, run.judged_by), *run.callbacks)
+        try:
+            train(model, run.objective, run.dataset, run.validate, schedule, folder, callbacks=hooks)
+        except RecipeError as error:
+            raise RecipeError(f"stage {stage.objective}: {error}") from error
+        seconds = clock() - started
+        if PartialState().is_main_process:
+            write_stage(model, seconds, finished)
+    if measured.exists():
+        return StageResult(**json.loads(measured.read_text("utf-8")))
+    result = measure_stage(inputs, model.eval(), stage.objective, seconds)
     if PartialState().is_main_process:
-        write_stage(model, result, finished)
+        partial_file = measured.with_suffix(".partial")
+        partial_file.write_text(json.dumps(asdict(result)), "utf-8")
+        os.replace(partial_file, measured)
     return result
+
+
+def _measured(inputs: StageInputs, folder: Path) -> Path:
+    """What is known of a stage's weights, which depends on how wide the search is; written after them."""
+    return folder / f"measured-{inputs.recipe.evaluation.beam_width}.json"
 
 
 @contextmanager
@@ -196,20 +222,20 @@ def measure_stage(inputs: StageInputs, model: Generator, objective: str, seconds
     return StageResult(objective, seconds, weights[best], recall10, found[best], by_scenario, worth)
 
 
-def write_stage(model: Generator, result: StageResult, path: Path) -> None:
-    """Keep a stage's weights, and what is known of them."""
+def write_stage(model: Generator, seconds: float, path: Path) -> None:
+    """Keep a stage's weights, and how long it took to train them."""
     partial_file = path.with_suffix(".partial")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, partial_file, {RESULT: json.dumps(asdict(result))})
+    save_file(state, partial_file, {SECONDS: repr(seconds)})
     os.replace(partial_file, path)
 
 
-def read_stage(model: Generator, path: Path) -> StageResult:
-    """Give `model` the weights of a finished stage."""
+def read_stage(model: Generator, path: Path) -> float:
+    """Give `model` the weights of a finished stage; the seconds that it took."""
     with safe_open(path, "pt") as file:
-        result = StageResult(**json.loads(file.metadata()[RESULT]))
+        seconds = float(file.metadata()[SECONDS])
     model.load_state_dict(load_file(path))
-    return result
+    return seconds
 
 
 def generator_config(inputs: StageInputs) -> GeneratorConfig:
@@ -242,8 +268,13 @@ def generator_config(inputs: StageInputs) -> GeneratorConfig:
 
 
 def inputs_key(inputs: StageInputs, config: GeneratorConfig) -> str:
-    """Hash of everything that the weights depend on, but for the stages."""
-    recipe, shop, ids, content = inputs.recipe, inputs.shop, inputs.ids, inputs.content
+    """Hash of everything that the weights depend on, but for the stages.
+
+    Stages read exposures, scenarios and the texts of items beside the histories, each something else, so the logs count
+    as they are: better a training that a change could have spared than one that missed it. What was read from them
+    counts too, as a newer version of this package may read it otherwise.
+    """
+    shop, ids, content = inputs.shop, inputs.ids, inputs.content
     features, histories = inputs.draft.request_features, shop.histories
     return content_hash(
         config.to_dict(),
@@ -252,12 +283,12 @@ def inputs_key(inputs: StageInputs, config: GeneratorConfig) -> str:
         *([] if features.keywords is None else [features.keywords, features.keywords.slots.tobytes()]),
         ids.codes.tobytes(),
         b"" if content is None else np.ascontiguousarray(content).data,
+        shop.fingerprint,
         histories.items.data,
         histories.offsets.data,
         histories.events.data,
         histories.times.data,
         histories.query_rows.data,
-        shop.fingerprint if recipe.generator.max_past or features.scenarios else "",
         histories.event_names,
         histories.queries,
         *(table.write_ipc(None).getvalue() for table in (shop.pairs, shop.users)),

@@ -8,9 +8,7 @@ import math
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,6 +33,7 @@ from genretrieval_serving.backend import Device
 from genretrieval_serving.batcher import Batcher
 from genretrieval_serving.bundle_folder import BundleFolder, open_retriever
 from genretrieval_serving.catalogue_feed import CatalogueFeed
+from genretrieval_serving.daemon_thread import DaemonThread
 from genretrieval_serving.deployment import Arm, Deployment, preferred_levels, reserved_slots
 from genretrieval_serving.history import Histories, open_histories
 from genretrieval_serving.http_protocol import BoundedHttp
@@ -52,6 +51,7 @@ log = structlog.get_logger(__name__)
 # Longer than nginx and the balancers of clouds keep a connection that is idle, most of them 60 seconds: whoever closes
 # first, a request that was just sent on it is lost to the other.
 KEEP_ALIVE_SECONDS = 75
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,7 @@ class Server:
         self._live = Live()
         self._replica: Replica | None = None
         self._rollout: Rollout | None = None
+        self._watching: asyncio.Task[None] | None = None
         metrics = Metrics()
         histories = None if settings.histories is None else Histories(open_histories(settings.histories), metrics)
         served_log = None if settings.served_log is None else ServedLog(settings.served_log, metrics)
@@ -282,7 +283,7 @@ class Server:
         if self._certificates is None and self.auth.required and not is_loopback(host):
             # Usual behind a mesh or a proxy; anywhere else they can be read on their way.
             log.warning("keys_travel_in_the_clear", host=host, remedy="--tls-cert and --tls-key, or TLS in front")
-        await grpc_server.set_health(self._health, serving=False)
+        await self._health.set(serving=False)
         await self._grpc.start()
         for http in self._http.values():
             http.serve()
@@ -293,7 +294,11 @@ class Server:
         if self._store is not None:
             self._replica = Replica(self._store, self.service.metrics, listen=self.settings.listen)
             await self._replica.start()
-        deployment = await _given_up_at_exit(self._deploy)
+        thread = DaemonThread("loading")
+        try:
+            deployment = await asyncio.get_running_loop().run_in_executor(thread, self._deploy)
+        finally:
+            thread.shutdown()
         await self._batcher.warm_up(deployment.primary.retriever)
         await self._batcher.start()
         if self._feed is not None:
@@ -301,12 +306,25 @@ class Server:
         if self._replica is not None:
             self._live.open(self._batcher, deployment, self._replica, self._rollout)
         self.service.open(self._batcher, deployment)
-        await grpc_server.set_health(self._health, serving=True)
+        await self._health.set(serving=True)
+        self._watching = asyncio.create_task(self._watch_graph(), name="watch")
         addresses = {name: http.url for name, http in self._http.items()} | {"grpc": self.grpc_url}
         version = deployment.primary.manifest.version
         log.info("ready", **addresses, bundle_version=version, auth=self.auth.required)
         if self._rollout is not None:
             self._rollout.start()
+
+    async def _watch_graph(self) -> None:
+        """Take a server whose graph is stuck out of rotation, and let those go who wait; /livez has it restarted."""
+        alive = True
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            before, alive = alive, self._batcher.alive
+            if not alive:
+                self._batcher.give_up()
+            if alive != before:
+                log.error("graph_goes_on" if alive else "graph_stuck")
+                await self._health.set(serving=alive)
 
     def _deploy(self) -> Deployment:
         """Take over what is bound, then tell the store which slots the bundle has.
@@ -330,7 +348,9 @@ class Server:
         """Stop being ready, stop listening, finish what was accepted."""
         loaded = self.service.state is State.READY
         self.service.state = State.DRAINING
-        await self._health.enter_graceful_shutdown()
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._health.drain()
         log.info("draining", drain_delay=self.settings.drain_delay, drain_seconds=self.settings.drain_seconds)
         if loaded:
             await asyncio.sleep(self.settings.drain_delay)
@@ -338,6 +358,7 @@ class Server:
             http.begin_to_stop()
         loop = asyncio.get_running_loop()
         latest = loop.time() + self.settings.drain_seconds
+        self._health.end()
         await self._grpc.stop(self.settings.drain_seconds)
         for http in self._http.values():
             await http.stop()
@@ -354,21 +375,6 @@ class Server:
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
         log.info("stopped")
-
-
-async def _given_up_at_exit(work: Callable[[], Deployment]) -> Deployment:
-    """What `work` returns, in a thread of its own: the process waits at its end for those of a pool, not for this."""
-    outcome: Future[Deployment] = Future()
-
-    def do() -> None:
-        outcome.set_running_or_notify_cancel()
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-            outcome.set_exception(error)
-
-    threading.Thread(target=do, name="loading", daemon=True).start()
-    return await asyncio.wrap_future(outcome)
 
 
 def _bracketed(host: str) -> str:

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import structlog
@@ -23,6 +22,7 @@ from genretrieval.errors import DeadlineError, GenRetrievalError, OverloadedErro
 from genretrieval.request import RetrieveRequest, RetrieveResponse, Timings
 from genretrieval.retrieval import Retriever
 from genretrieval_serving import tracing
+from genretrieval_serving.daemon_thread import DaemonThread
 from genretrieval_serving.fair_queue import Entry, FairQueue
 from genretrieval_serving.observability import Metrics
 
@@ -87,10 +87,10 @@ class Batcher:
         self._arrived, self._idle = asyncio.Event(), asyncio.Event()
         self.row_seconds = 0.0
         self._running_rows, self._running_until = 0, 0.0
-        self._running_since = math.inf
+        self._running_since, self._running = math.inf, list[_Waiting]()
         self._allowed, self._looked = max_wait, 0.0
         # One thread: a second batch at the same time would only share the same cores.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrieve", initializer=_step_back)
+        self._thread = DaemonThread("retrieve", _step_back)
         self._worker: asyncio.Task[None] | None = None
         metrics.watch_queue(self._queue.__len__, lambda: self._queue.rows + self._running_rows)
 
@@ -195,6 +195,10 @@ class Batcher:
         finally:
             self._queue.remove(waiting)
 
+    def give_up(self) -> None:
+        """Tell all who wait that there will be no answer, as where the graph is stuck."""
+        _give_up([*self._running, *self._queue])
+
     async def stop(self, grace: float) -> None:
         """Answer what is queued, for at most `grace` seconds; what is left gets `UnavailableError`."""
         if self._worker is not None and not self._worker.done():
@@ -206,7 +210,7 @@ class Batcher:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
         _give_up(list(self._queue))
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown()
 
     async def _work(self) -> None:
         while True:
@@ -216,11 +220,13 @@ class Batcher:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
+            self._running = batch
             try:
                 for retriever in {id(waiting.retriever): waiting.retriever for waiting in batch}.values():
                     await self._answer(retriever, [waiting for waiting in batch if waiting.retriever is retriever])
             finally:
                 _give_up(batch)
+                self._running = []
 
     def _next_batch(self) -> list[_Waiting]:
         """What waits, as far as it makes one batch; what could not be answered in time is told so."""

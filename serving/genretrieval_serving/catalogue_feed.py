@@ -346,7 +346,7 @@ class _Followed:
     def early(self, names: Sequence[str]) -> set[str]:
         """Files whose time has not come. What is applied stays, and what follows it, should the clock be set back."""
         now, behind = datetime.now(UTC), time_after(max(self._applied, default=""))
-        if behind is not None:
+        if behind is not None and behind > now:
             now = max(now, behind - AHEAD)
         return set(early(names, now)) - self._applied
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -43,6 +44,11 @@ RECEIVE_SECONDS = 60.0
 MAX_UNDER_WAY, MAX_OPEN_UNDER_WAY = 64, 8
 # What is beyond that has so long.
 SLOW_SECONDS = 1.0
+# Of what needs no key: watchers of health and streams of reflection, and the bytes of a message, which says a name and
+# is held as long as its stream.
+MAX_OPEN_STREAMS, MAX_OPEN_BYTES = 256, 1024
+# A call that was cancelled looks at first like one without a message.
+_CANCEL_SECONDS = 0.05
 MAX_CONNECTIONS = 1000
 OPTIONS = (
     # A port that is taken is an error, not a second server behind it.
@@ -106,6 +112,7 @@ class _Arrivals:
         """The message of a call that has one; raises as `message`, also where there is none."""
         message = await self.message(context)
         if message is grpc.aio.EOF:
+            await asyncio.sleep(_CANCEL_SECONDS)
             raise RequestError("the call has no message")
         return message
 
@@ -239,39 +246,101 @@ def _handlers(servicer: _Servicer) -> dict[str, Any]:
     }
 
 
-def _add_health(server: grpc.aio.Server, arrivals: _Arrivals) -> health.aio.HealthServicer:
-    """Health, which whoever connects may ask for; its messages are bounded as all are."""
-    servicer = health.aio.HealthServicer()
+class _Open:
+    """What whoever connects may ask for, without a key: few at a time, in few bytes."""
 
-    def reading(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def read(_: Any, context: Any) -> Any:
+    def __init__(self) -> None:
+        self._arrivals = _Arrivals(MAX_OPEN_UNDER_WAY)
+        self._n_streams = 0
+
+    async def message(self, context: Any) -> Any:
+        """The message of a call that has one."""
+        return _small(await self._arrivals.only_message(context))
+
+    async def messages(self, context: Any) -> AsyncIterator[Any]:
+        """All messages of a call."""
+        async for message in self._arrivals.messages(context):
+            yield _small(message)
+
+    @asynccontextmanager
+    async def call(self, context: Any, *, stream: bool = False) -> AsyncIterator[None]:
+        """Around a call: what it is refused for."""
+        self._n_streams += stream
+        try:
+            if self._n_streams > MAX_OPEN_STREAMS and stream:
+                raise OverloadedError(f"{MAX_OPEN_STREAMS} streams are open that need no key")
+            yield
+        except GenRetrievalError as error:
+            await _abort(context, error)
+        finally:
+            self._n_streams -= stream
+
+
+def _small(message: Any) -> Any:
+    if message.ByteSize() > MAX_OPEN_BYTES:
+        raise RequestError(f"the message has {message.ByteSize()} bytes; {MAX_OPEN_BYTES} are enough for any name")
+    return message
+
+
+class Health:
+    """What health checks by gRPC are told."""
+
+    def __init__(self, server: grpc.aio.Server, open_: _Open) -> None:
+        """Answer on `server`: not serving."""
+        self._servicer, self._open = health.aio.HealthServicer(), open_
+        self._watchers: set[asyncio.Task[Any]] = set()
+        self._ended = False
+        decode, encode = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+        handlers = {
+            "Check": grpc.stream_unary_rpc_method_handler(self._check, decode, encode),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch, decode, encode),
+        }
+        server.add_registered_method_handlers(health.SERVICE_NAME, handlers)
+
+    async def set(self, *, serving: bool) -> None:
+        """Whether to send requests here."""
+        status = health_pb2.HealthCheckResponse
+        for name in HEALTH_NAMES:
+            await self._servicer.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Not serving, for good."""
+        await self._servicer.enter_graceful_shutdown()
+
+    def end(self) -> None:
+        """Let go of those who watch: a server that stops waits for every call."""
+        self._ended = True
+        for watcher in self._watchers:
+            watcher.cancel()
+
+    async def _check(self, _: Any, context: Any) -> Any:
+        async with self._open.call(context):
+            return await self._servicer.Check(await self._open.message(context), context)
+
+    async def _watch(self, _: Any, context: Any) -> None:
+        watcher = asyncio.current_task()
+        assert watcher is not None
+        async with self._open.call(context, stream=True):
+            message = await self._open.message(context)
+            self._watchers.add(watcher)
             try:
-                message = await arrivals.only_message(context)
-            except GenRetrievalError as error:
-                await _abort(context, error)
-            return await method(message, context)
-
-        return read
-
-    decode, encode = health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
-    handlers = {
-        "Check": grpc.stream_unary_rpc_method_handler(reading(servicer.Check), decode, encode),
-        "Watch": grpc.stream_stream_rpc_method_handler(reading(servicer.Watch), decode, encode),
-    }
-    server.add_registered_method_handlers(health.SERVICE_NAME, handlers)
-    return servicer
+                await self._servicer.Watch(message, context)
+            except asyncio.CancelledError:
+                if not self._ended:
+                    raise
+                watcher.uncancel()
+            finally:
+                self._watchers.discard(watcher)
 
 
-def _add_reflection(server: grpc.aio.Server, arrivals: _Arrivals) -> None:
-    """Reflection, likewise."""
+def _add_reflection(server: grpc.aio.Server, open_: _Open) -> None:
+    """Reflection, open as well."""
     servicer = reflection.aio.ReflectionServicer((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME))
 
     async def reflect(_: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            async for answer in servicer.ServerReflectionInfo(arrivals.messages(context), context):
+        async with open_.call(context, stream=True):
+            async for answer in servicer.ServerReflectionInfo(open_.messages(context), context):
                 yield answer
-        except GenRetrievalError as error:
-            await _abort(context, error)
 
     handler = grpc.stream_stream_rpc_method_handler(
         reflect,
@@ -283,17 +352,10 @@ def _add_reflection(server: grpc.aio.Server, arrivals: _Arrivals) -> None:
 
 def create_server(
     service: RetrievalService, auth: Authenticator, *, quiet: bool = False, tracer: Tracer | None = None
-) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+) -> tuple[grpc.aio.Server, Health]:
     """The gRPC server over `service`, without a port, and its health, which says not serving."""
-    server, open_arrivals = grpc.aio.server(options=OPTIONS), _Arrivals(MAX_OPEN_UNDER_WAY)
+    server, open_ = grpc.aio.server(options=OPTIONS), _Open()
     servicer = _Servicer(service, auth, _Arrivals(MAX_UNDER_WAY), quiet=quiet, tracer=tracer)
     server.add_registered_method_handlers(SERVICE, _handlers(servicer))
-    _add_reflection(server, open_arrivals)
-    return server, _add_health(server, open_arrivals)
-
-
-async def set_health(servicer: health.aio.HealthServicer, *, serving: bool) -> None:
-    """Tell health checks whether to send requests here."""
-    status = health_pb2.HealthCheckResponse
-    for name in HEALTH_NAMES:
-        await servicer.set(name, status.SERVING if serving else status.NOT_SERVING)
+    _add_reflection(server, open_)
+    return server, Health(server, open_)

@@ -126,8 +126,8 @@ class Certificates:
         context, cert = settings.context(), settings.cert.read_bytes()
         roots = None if settings.client_ca is None else settings.client_ca.read_bytes()
         chain = grpc.ssl_server_certificate_configuration([(settings.key.read_bytes(), cert)], roots)
-        # Clients look at all of them.
-        ends = min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(cert))
+        # The server's own comes first. Behind it there may be some that have ended, which clients find a way around.
+        ends = x509.load_pem_x509_certificates(cert)[0].not_valid_after_utc
         self._metrics.certificate_expiry.set(ends.timestamp())
         left = ends - datetime.now(UTC)
         if left < EXPIRES_SOON:

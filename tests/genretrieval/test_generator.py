@@ -239,6 +239,9 @@ def test_distances_fall_into_t5_s_buckets() -> None:
 def test_configuration_refuses_heads_that_do_not_divide_the_width() -> None:
     with pytest.raises(ValueError, match="d_model=10 must be a multiple of n_heads=4"):
         GeneratorConfig(d_model=10, n_heads=4)
+    for nothing in ({"n_heads": 0}, {"d_model": 0}, {"max_history": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            GeneratorConfig(**nothing)
 
 
 def test_configuration_refuses_item_vectors_without_content() -> None:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,8 @@ from genretrieval import logs
 from genretrieval.errors import DataError
 from genretrieval.histories import NO_QUERY, NO_TIME
 from genretrieval.logs import PreparedLogs, load_prepared, open_tables, prepare_logs
+from genretrieval.request import HistoryEvent, RetrieveRequest
+from genretrieval.schemas import ROW
 
 ITEMS = {"item_id": ["a", "b", "c"], "title": ["Cup", "Mug", "Jar"]}
 CLICKS = {
@@ -154,9 +160,18 @@ def test_exposures_are_kept_but_are_no_history(shop: Shop) -> None:
 
 
 def test_exposures_may_share_a_place_in_the_history(shop: Shop) -> None:
-    rows = interactions(3, event=["exposure", "exposure", "click"], history_index=[0, 0, 0])
+    rows = interactions(3, event=["exposure", "exposure", "click"], history_index=[0, 0, 0], timestamp=[1, 1, 1])
 
     assert problems(shop.write(items=ITEMS, interactions=rows).prepare()) == []
+
+
+def test_exposures_that_no_past_can_hold_are_reported(shop: Shop) -> None:
+    rows = interactions(3, event=["exposure", "exposure", "click"], history_index=[0, 1, 2], timestamp=[None, 1, None])
+
+    prepared = shop.write(items=ITEMS, interactions=rows).prepare()
+
+    assert problems(prepared) == [("interactions.parquet", "timestamp", "warning", 1, (0,))]
+    assert len(prepared.exposures().items) == 1
 
 
 def test_queries_are_deduplicated(shop: Shop) -> None:
@@ -267,9 +282,24 @@ def test_sorting_some_users_at_a_time_changes_nothing(shop: Shop, monkeypatch: p
 
 
 def test_files_that_are_no_table_are_named(shop: Shop) -> None:
-    shop.write(items=ITEMS, notes=ITEMS)
+    shop.write(items=ITEMS, interaction=CLICKS)
+    (shop.data / "interactions.csv").touch()
+    (shop.data / ".DS_Store").touch()
 
-    assert shop.prepare().report.ignored_files == ["notes.parquet"]
+    report = shop.prepare().report
+
+    assert report.ignored_files == ["interaction.parquet", "interactions.csv"]
+    assert "not read: interaction.parquet, interactions.csv" in report.lines()
+
+
+def test_what_spark_writes_beside_shards_is_passed_over(shop: Shop) -> None:
+    folder = shop.write(items=ITEMS).data / "interactions.parquet"
+    folder.mkdir()
+    pl.DataFrame(CLICKS).write_parquet(folder / "part-0.parquet")
+    for name in ("_SUCCESS", "_metadata", "._SUCCESS.crc", ".part-0.parquet.crc", "._part-0.parquet"):
+        (folder / name).touch()
+
+    assert len(shop.prepare().histories().items) == 4
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -464,7 +494,207 @@ def test_an_index_that_contradicts_time_is_kept_and_reported(shop: Shop) -> None
     assert prepared.histories().items.tolist() == [0, 1, 2]
 
 
+def test_blank_queries_are_no_searches(shop: Shop) -> None:
+    rows = interactions(4, query=["", "cup", "  ", None], scenario=["", "home", " ", None])
+
+    prepared = shop.write(items=ITEMS, interactions=rows).prepare()
+
+    assert prepared.histories().queries == ["cup"]
+    assert prepared.histories().query_rows.tolist() == [NO_QUERY, 0, NO_QUERY, NO_QUERY]
+    assert prepared.histories().scenario_names == ("home",)
+    assert problems(prepared) == [
+        ("interactions.parquet", "query", "warning", 2, (0, 2)),
+        ("interactions.parquet", "scenario", "warning", 2, (0, 2)),
+    ]
+
+
+def test_every_row_that_is_kept_fits_into_a_request(shop: Shop) -> None:
+    long = {"query": "q" * 9000, "user_id": "u" * 513, "event": "e" * 65, "scenario": "s" * 65}
+    rows = interactions(10) | {name: ["x"] * 6 + [None] * 4 for name in ("query", "scenario")}
+    for row, (name, value) in enumerate(long.items()):
+        rows[name] = [value if i == row else old for i, old in enumerate(rows[name])]
+    items = ITEMS | {"item_id": ["a", "b", "c" * 513]}
+
+    prepared = shop.write(items=items, interactions=rows).prepare()
+
+    assert problems(prepared) == [
+        ("items.parquet", "item_id", "quarantined", 1, (2,)),
+        ("interactions.parquet", "user_id", "quarantined", 1, (1,)),
+        ("interactions.parquet", "event", "quarantined", 1, (2,)),
+        ("interactions.parquet", "scenario", "quarantined", 1, (3,)),
+        ("interactions.parquet", "query", "warning", 1, (0,)),
+    ]
+    logged = prepared.interactions().collect()
+    for row in logged.iter_rows(named=True):
+        event = HistoryEvent(item_id=prepared.items()["item_id"][row["item_row"]], event=row["event"])
+        RetrieveRequest(query=row["query"], scenario=row["scenario"], history=[event])
+    assert logged["query"].str.len_chars().max() == 2048
+
+
+def test_longer_queries_of_judgements_are_cut_and_reported(shop: Shop) -> None:
+    queries = {"query_id": [1, 2], "query": ["q" * 9000, "jar"]}
+
+    prepared = shop.write(items=ITEMS, queries=queries, qrels=QRELS).prepare()
+
+    assert problems(prepared) == [("queries.parquet", "query", "warning", 1, (0,))]
+    query_items = prepared.query_items()
+    assert query_items is not None
+    assert query_items.collect()["query"].str.len_chars().to_list() == [2048, 3]
+
+
 # What ends the preparation
+
+
+@pytest.mark.parametrize("beside", [(), ("part-1.parquet",)])
+@pytest.mark.parametrize(
+    "place", ["interactions/date=2024-01-01/part-0.parquet", "interactions/part-0.parquet/x.parquet"]
+)
+def test_shards_in_folders_of_folders_are_fatal(shop: Shop, place: str, beside: tuple[str, ...]) -> None:
+    nested = shop.write(items=ITEMS).data / place
+    nested.parent.mkdir(parents=True)
+    pl.DataFrame(CLICKS).write_parquet(nested)
+    for name in beside:
+        pl.DataFrame(CLICKS).write_parquet(shop.data / "interactions" / name)
+
+    with pytest.raises(
+        DataError,
+        match=r"interactions: may hold .parquet files alone, .* it holds (date=2024-01-01|part-0.parquet): flatten it",
+    ):
+        shop.prepare()
+
+
+@pytest.mark.parametrize("name", [None, "0.csv", "_SUCCESS"])
+def test_a_folder_of_a_table_without_a_shard_is_fatal(shop: Shop, name: str | None) -> None:
+    folder = shop.write(items=ITEMS).data / "interactions"
+    folder.mkdir()
+    if name is not None:
+        (folder / name).touch()
+
+    with pytest.raises(
+        DataError, match=r"interactions: may hold .*, and must hold one; it holds (none|0\.csv): flatten it"
+    ):
+        shop.prepare()
+
+
+@pytest.mark.parametrize("column", ["event", "scenario"])
+def test_what_is_no_kind_of_page_or_behaviour_is_refused(shop: Shop, column: str) -> None:
+    few = interactions(1000) | {column: [f"/page/{i:04}" for i in range(1000)]}
+    many = interactions(1001) | {column: [f"/page/{i:04}" for i in range(1001)]}
+    assert len(shop.write(items=ITEMS, interactions=few).prepare().histories().items) == 1000
+
+    with pytest.raises(DataError, match=f"{column} has 1,001 values, such as '/page/0000', .*; at most 1,000 are read"):
+        shop.write(items=ITEMS, interactions=many).prepare()
+    with pytest.raises(DataError, match="never finished"):
+        load_prepared(shop.output)
+
+
+def test_columns_called_like_our_own_are_fatal(shop: Shop) -> None:
+    with pytest.raises(DataError, match=f"users.parquet: {ROW} is a name that this program uses itself"):
+        shop.write(items=ITEMS | {"__row": [7] * 3}, users={"user_id": ["u"], ROW: [0]}).prepare()
+
+
+def test_a_full_disk_is_no_damaged_file(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise pl.exceptions.ComputeError(f"{os.strerror(errno.ENOSPC)} (os error 28)")
+
+    shop.write(items=ITEMS)
+    with monkeypatch.context() as patched:
+        patched.setattr(pl.LazyFrame, "sink_parquet", full)
+        with pytest.raises(DataError, match="the disk is full"):
+            shop.prepare()
+
+    assert len(shop.prepare().items()) == 3
+
+
+@pytest.mark.parametrize("output", ["data/items.parquet", "data/items.parquet/below"])
+def test_an_output_that_cannot_be_a_folder_is_refused(shop: Shop, output: str) -> None:
+    shop.write(items=ITEMS)
+
+    with pytest.raises(DataError, match=r"cannot be made a folder to write to \(.+\); choose another"):
+        prepare_logs(shop.data, shop.data.parent / output)
+
+
+# Into which folder
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("mark", [None, ".genretrieval-imported", ".genretrieval-synthetic"])
+def test_the_logs_of_another_shop_are_left_alone(shop: Shop, tmp_path: Path, mark: str | None) -> None:
+    shop.write(items=ITEMS)
+    (tmp_path / "other").mkdir()
+    other = Shop(tmp_path / "other").write(items=ITEMS, interactions=CLICKS, users={"user_id": ["u"]}).data
+    if mark is not None:
+        (other / mark).touch()
+    before = held(other)
+
+    with pytest.raises(DataError, match=r"holds .*interactions\.parquet, .*nothing was touched\. Choose a folder"):
+        prepare_logs(shop.data, other)
+
+    assert held(other) == before
+
+
+def test_somebody_elses_report_is_left_alone(shop: Shop) -> None:
+    shop.write(items=ITEMS)
+    shop.output.mkdir()
+    (shop.output / "report.json").write_text("{}")
+    (shop.output / "items.parquet").touch()
+
+    with pytest.raises(DataError, match="nothing was touched"):
+        shop.prepare()
+
+    assert held(shop.output) == {"report.json": b"{}", "items.parquet": b""}
+
+
+def test_a_preparation_that_was_killed_is_made_anew(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    shop.write(items=ITEMS, interactions=CLICKS)
+    with monkeypatch.context() as patched:
+        patched.setattr(logs, "_sort_by_users", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shop.prepare()
+    assert not (shop.output / "report.json").exists()
+
+    assert len(shop.prepare().histories().items) == 4
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_an_earlier_version_prepared_is_made_anew(shop: Shop, finished: bool) -> None:
+    prepared = shop.write(items=ITEMS, interactions=CLICKS).prepare()
+    for name in (".genretrieval-prepared", ".lock"):
+        (shop.output / name).unlink()
+    earlier = prepared.report.model_copy(update={"format_version": 1, "inputs_sha256": "0" * 64})
+    (shop.output / "report.json").write_text(earlier.model_dump_json())
+    if not finished:
+        (shop.output / "report.json").unlink()
+        (shop.output / "sorting.partial").mkdir()
+
+    assert shop.prepare() == prepared
+    assert load_prepared(shop.output) == prepared
+
+
+def test_of_two_runs_at_once_one_prepares_and_the_other_waits(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.write(items=ITEMS, interactions=CLICKS)
+    inside: list[int] = []
+    both_inside = threading.Barrier(2)
+    run = logs._Preparation.run
+
+    def slowly(preparation: logs._Preparation) -> PreparedLogs:
+        inside.append(threading.get_ident())
+        with suppress(threading.BrokenBarrierError):  # alone: goes on after a moment
+            both_inside.wait(0.5)
+        return run(preparation)
+
+    monkeypatch.setattr(logs._Preparation, "run", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: shop.prepare(), range(2))
+
+    assert first == second
+    assert len(inside) == 1
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -583,7 +813,7 @@ def test_changed_logs_leave_nothing_of_the_earlier_ones(shop: Shop) -> None:
 
     assert prepared.query_items() is None
     assert sorted(path.name for path in shop.output.iterdir()) == [
-        *("interactions.parquet", "items.parquet", "report.json", "users.parquet")
+        *(".genretrieval-prepared", ".lock", "interactions.parquet", "items.parquet", "report.json", "users.parquet")
     ]
 
 

@@ -31,6 +31,15 @@ def broken(conformed: Conformed, column: str) -> list[bool]:
     return conformed.frame.select(pl.any_horizontal(rules).alias("broken")).collect()["broken"].to_list()
 
 
+def warned(conformed: Conformed) -> dict[str, int]:
+    """What is reported of how many rows."""
+    counts = [
+        conformed.frame.select(rule.broken.fill_null(False).sum()).collect().item() for rule in conformed.warnings
+    ]
+    pairs = zip(conformed.warnings, counts, strict=True)
+    return {f"{rule.column} {rule.reason}": count for rule, count in pairs if count}
+
+
 def fatal(conformed: Conformed) -> list[str]:
     return [str(problem) for problem in conformed.problems if problem.severity == "fatal"]
 
@@ -74,7 +83,50 @@ def test_ids_are_read_as_text(ids: pl.Series) -> None:
 def test_float_ids_are_refused_because_they_may_have_lost_digits() -> None:
     conformed = conform(pl.LazyFrame({"user_id": [7.0]}), USERS)
 
-    assert fatal(conformed) == ["users.parquet: user_id is Float64, which cannot be read as String (unique)"]
+    assert fatal(conformed) == [
+        "users.parquet: user_id is Float64, which cannot be read as String (unique): cast it to whole numbers or text; "
+        "floats lose digits of long ids"
+    ]
+
+
+def test_what_is_to_be_done_about_decimal_ids_is_said() -> None:
+    (problem,) = fatal(conform(pl.LazyFrame({"user_id": pl.Series([7], dtype=pl.Decimal(10, 0))}), USERS))
+
+    assert "cast it to whole numbers or text" in problem
+
+
+@pytest.mark.parametrize(("column", "longest"), [("user_id", 512), ("item_id", 512), ("event", 64), ("scenario", 64)])
+def test_what_no_request_may_hold_breaks_a_rule(column: str, longest: int) -> None:
+    conformed = conform(interactions(**{column: ["鞋" * longest, "x" * (longest + 1)]}), INTERACTIONS)
+
+    assert broken(conformed, column) == [False, True]
+
+
+def test_longer_queries_are_cut_and_reported() -> None:
+    conformed = conform(interactions(query=["鞋" * 2048, "x" * 2049, None]), INTERACTIONS)
+
+    assert conformed.frame.collect()["query"].to_list() == ["鞋" * 2048, "x" * 2048, None]
+    assert warned(conformed) == {"query is longer than 2,048 characters: cut": 1}
+    assert broken(conformed, "query") == [False] * 3
+
+
+@pytest.mark.parametrize("column", ["query", "request_id", "scenario"])
+def test_a_blank_text_is_none_and_reported(column: str) -> None:
+    conformed = conform(interactions(**{column: ["", " \t", None, "x"]}), INTERACTIONS)
+
+    assert conformed.frame.collect()[column].to_list() == [None, None, None, "x"]
+    assert warned(conformed) == {f"{column} is blank: read as null": 2}
+    assert broken(conformed, column) == [False] * 4
+
+
+def test_columns_of_any_name_but_our_own_are_attributes() -> None:
+    frame = pl.LazyFrame({"item_id": ["a"], "__row": [7], "__unreadable_item_id": [True]}).with_row_index(ROW)
+
+    conformed = conform(frame, ITEMS)
+
+    row = conformed.frame.select(conformed.columns).collect().row(0, named=True)
+    assert (row["__row"], row["__unreadable_item_id"]) == (7, True)
+    assert broken(conformed, "item_id") == [False]
 
 
 def test_null_and_empty_ids_break_a_rule() -> None:

@@ -220,6 +220,14 @@ def test_the_rate_rises_over_the_share_and_falls_as_a_cosine(setting: Setting, t
     assert steps.rates[-1] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_loss_that_is_no_number_stops_the_training(setting: Setting, tmp_path: Path) -> None:
+    def broken(model: Generator, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return setting.objective(model, batch) * float("nan")
+
+    with pytest.raises(RecipeError, match=r"the loss is nan at step 1 of \d+.* lower learning_rate, which is 0.01"):
+        train(setting.generator(), broken, setting.dataset, lambda _: 0.0, CONFIG, tmp_path)
+
+
 def test_every_epoch_has_its_own_order(setting: Setting, tmp_path: Path) -> None:
     trainer = GeneratorTrainer(setting.generator(), setting.objective, setting.dataset, lambda _: 0.0, CONFIG, tmp_path)
     orders: list[list[list[int]]] = []

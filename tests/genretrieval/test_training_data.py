@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from genretrieval.errors import InvalidInputError
 from genretrieval.features import RequestFeatures
 from genretrieval.histories import Exposures, Histories, LeaveOneOut
 from genretrieval.training.data import HistoryDataset, LengthBatchSampler, collate, cut_windows
@@ -45,6 +46,12 @@ def test_windows_by_hand() -> None:
     assert windows.learn_from.tolist() == [0, 3, 9, 13]
     assert windows.lengths.tolist() == [1, 6, 6, 6]
     assert len(windows) == 4
+
+
+@pytest.mark.parametrize("max_history", [0, -1])
+def test_windows_that_would_never_advance_are_refused(max_history: int) -> None:
+    with pytest.raises(InvalidInputError, match=f"max_history is {max_history}"):
+        cut_windows(np.array([0, 3]), np.array([3]), max_history)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from genretrieval import metrics
-from genretrieval.errors import DataError, InvalidInputError
+from genretrieval.errors import DataError, InvalidInputError, RecipeError
 from genretrieval.histories import NO_QUERY, NO_TIME, Histories, LeaveOneOut
 from genretrieval.metrics import NOTHING
 from genretrieval_pipelines.baselines.blend import blend, choose_weight
@@ -200,6 +201,20 @@ class TestSasrec:
     def cycle(n_users: int = 60, n_items: int = 8) -> Histories:
         """Every item is followed by the next one: a sequence model can know the target."""
         return histories(*[[(u + step) % n_items for step in range(4 + u % 9)] for u in range(n_users)])
+
+    @pytest.mark.parametrize(
+        ("wrong", "match"),
+        [
+            ({"max_epochs": 0}, r"sasrec\.max_epochs is 0; it must be above 0"),
+            ({"n_heads": 0}, r"sasrec\.n_heads is 0"),
+            ({"dim": 8, "n_heads": 3}, r"sasrec\.dim 8 is no multiple of sasrec\.n_heads 3"),
+            ({"dropout": 1.5}, r"sasrec\.dropout is 1\.5"),
+            ({"weight_decay": -1.0}, r"sasrec\.weight_decay is -1\.0"),
+        ],
+    )
+    def test_settings_that_nothing_can_be_trained_with_are_refused(self, wrong: dict[str, Any], match: str) -> None:
+        with pytest.raises(RecipeError, match=match):
+            SasrecConfig(**wrong)
 
     def test_windows_predict_each_item_once(self) -> None:
         sequence = np.arange(9, dtype=np.int32)

@@ -32,7 +32,7 @@ from genretrieval_pipelines.embed import (
 from genretrieval_pipelines.embed import fitted as fitted_module
 from genretrieval_pipelines.embed.collaborative import _cooccurrence, _ppmi
 from genretrieval_pipelines.embed.fitted import NEIGHBOURS, impute
-from genretrieval_pipelines.embed.linear import truncated_svd
+from genretrieval_pipelines.embed.linear import truncated_svd, unit_rows
 
 ITEMS = pl.DataFrame(
     {
@@ -100,6 +100,20 @@ def test_truncated_svd_agrees_with_the_dense_one(shape: tuple[int, int]) -> None
     np.testing.assert_allclose(u.T @ u, np.eye(5), atol=1e-4)
     np.testing.assert_allclose(v.T @ v, np.eye(5), atol=1e-4)
     np.testing.assert_allclose(dense @ v, u * s, atol=0.2)
+
+
+def test_rows_of_any_length_are_scaled_to_one() -> None:
+    # float32 squares of these are infinite or 0.
+    x = np.array([[3e25, 4e25], [3e38, 0], [1e-30, 0], [0, 0], [0.6, 0.8]], np.float32)
+    unit = unit_rows(x)
+    assert unit.dtype == np.float32
+    np.testing.assert_allclose(unit, [[0.6, 0.8], [1, 0], [1, 0], [0, 0], [0.6, 0.8]], rtol=1e-6)
+
+
+def test_scaling_changes_no_bit_of_a_usual_row() -> None:
+    # Else every embedding that was cached or published would be slightly another one.
+    x = np.random.default_rng(0).standard_normal((50, 9)).astype(np.float32)
+    assert np.array_equal(unit_rows(x), x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
 def test_truncated_svd_stops_at_the_rank() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 
 from genretrieval.errors import DataError
 from genretrieval.logs import prepare_logs
-from genretrieval_pipelines.importers import IMPORTERS, ImportReport, import_logs, writing
+from genretrieval_pipelines.importers import IMPORTERS, Importer, ImportReport, import_logs, writing
 from genretrieval_pipelines.importers.kuaisearch import _SESSION_SPAN
 from genretrieval_pipelines.importers.reading import convert_file
 from genretrieval_pipelines.importers.writing import LogWriter
@@ -77,23 +78,71 @@ def test_a_format_is_one_entry_of_the_registry(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "out" / "quarantine").exists()
 
 
+def one_item(item: str) -> Importer:
+    def write(source: Path, writer: LogWriter) -> list[str]:
+        writer.declare("items", "item_id")
+        writer.add("items", {"item_id": item})
+        return []
+
+    return write
+
+
 def test_a_failed_import_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(source: Path, writer: LogWriter) -> list[str]:
         writer.declare("items", "item_id")
         writer.add("items", {"item_id": "new"})
         raise DataError("the disk is full")
 
+    monkeypatch.setitem(IMPORTERS, "old", one_item("old"))
     monkeypatch.setitem(IMPORTERS, "fails", fails)
     source, output = tmp_path / "source", tmp_path / "out"
     source.mkdir()
-    output.mkdir()
-    pl.DataFrame({"item_id": ["old"]}).write_parquet(output / "items.parquet")
+    import_logs("old", source, output)
 
     with pytest.raises(DataError, match="disk is full"):
         import_logs("fails", source, output)
 
     assert table(output, "items") == [{"item_id": "old"}]
-    assert [path.name for path in output.iterdir()] == ["items.parquet"]
+    assert sorted(path.name for path in output.iterdir()) == [".genretrieval-imported", "items.parquet"]
+
+
+@pytest.mark.parametrize("mark", [None, ".genretrieval-prepared"])
+def test_the_logs_of_another_shop_are_left_alone(tmp_path: Path, mark: str | None) -> None:
+    source, output = tmp_path / "source", tmp_path / "out"
+    for folder in (source, output):
+        folder.mkdir()
+        pl.DataFrame({"item_id": [folder.name]}).write_parquet(folder / "items.parquet")
+    if mark is not None:
+        (output / mark).touch()
+    (output / "quarantine").mkdir()
+    (output / "quarantine" / "lines.jsonl").write_text("theirs")
+
+    with pytest.raises(DataError, match=r"holds .*items\.parquet, .*nothing was touched"):
+        import_logs("house", source, output)
+
+    assert table(output, "items") == [{"item_id": "out"}]
+    assert (output / "quarantine" / "lines.jsonl").read_text() == "theirs"
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    pl.DataFrame({"item_id": ["a"]}).write_parquet(tmp_path / "items.parquet")
+
+    with pytest.raises(DataError, match="cannot be made a folder"):
+        import_logs("house", tmp_path, tmp_path / "items.parquet")
+
+
+def test_a_full_disk_is_named_and_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setitem(IMPORTERS, "mine", one_item("a"))
+    monkeypatch.setattr(LogWriter, "_flush", full)
+    (tmp_path / "source").mkdir()
+
+    with pytest.raises(DataError, match=f"the disk is full: {tmp_path / 'out'} had no room"):
+        import_logs("mine", tmp_path / "source", tmp_path / "out")
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".genretrieval-imported"]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +208,7 @@ def test_house_copies_tables_as_they_are(tmp_path: Path) -> None:
     pl.DataFrame({"query": ["cup"], "title": ["Cup"], "grade": [3]}).write_parquet(source / "relevance.parquet")
     (source / "README.md").write_text("about")
     output.mkdir()
+    (output / ".genretrieval-imported").touch()
     clicks.write_parquet(output / "interactions.parquet")  # of an earlier import
 
     report = import_logs("house", source, output)
@@ -167,6 +217,7 @@ def test_house_copies_tables_as_they_are(tmp_path: Path) -> None:
     assert report.notes == ["not read: README.md"]
     assert pl.read_parquet(output / "items.parquet").equals(items)
     assert sorted(path.name for path in output.iterdir()) == [
+        ".genretrieval-imported",
         "interactions",
         "items.parquet",
         "relevance.parquet",

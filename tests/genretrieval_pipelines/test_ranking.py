@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from genretrieval.errors import DataError
+from genretrieval.errors import DataError, RecipeError
 from genretrieval.figures import Figure, lines
 from genretrieval.histories import NO_QUERY, NO_TIME, LeaveOneOut
 from genretrieval.logs import PreparedLogs, load_prepared
@@ -386,6 +386,15 @@ def test_equal_seeds_give_equal_models_and_finished_ones_are_read_back(
     for other in (again, read_back):
         for name, value in first.model.state_dict().items():
             assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_a_training_that_diverges_is_told_and_not_kept(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = [{"loss": 0.5, "validation_loss": 0.5}, {"loss": float("nan"), "validation_loss": float("nan")}]
+    monkeypatch.setattr(ranking, "train_ranking_model", lambda *_: log)
+    config, kept = replace(SMALL, training=replace(SMALL.training, learning_rate=1e30)), set(made.cache.glob("*"))
+    with pytest.raises(RecipeError, match=r"ranking_model: .* lower training\.learning_rate of the stage, .* 1e\+30"):
+        made.fit(config)
+    assert {path.suffix for path in set(made.cache.glob("*")) - kept} <= {".lock"}
 
 
 def test_another_setting_or_part_is_another_model(made: Made) -> None:

@@ -74,6 +74,37 @@ def test_next_item_leaves_nothing_unsaid() -> None:
         ({"embedding": []}, "embedding: "),
         ({"embedding": [{"name": "word2vec", "weight": 1.0}]}, r"embedding\.0"),
         ({"evaluation__sasrec": {"depth": 2}}, r"evaluation\.sasrec\.depth: "),
+        ({"generator__max_history": 0}, r"generator\.max_history: .*greater than or equal to 1, not 0"),
+        ({"generator__max_history": -1}, r"generator\.max_history: .*greater than or equal to 1, not -1"),
+        ({"generator__d_model": 0}, r"generator\.d_model: .*greater than or equal to 1, not 0"),
+        ({"generator__d_model": 17}, r"generator: d_model 17 is no multiple of n_heads 4"),
+        ({"generator__n_heads": 0}, r"generator\.n_heads: .*not 0"),
+        ({"generator__n_query_layers": -1}, r"generator\.n_query_layers: .*not -1"),
+        ({"generator__n_encoder_layers": 0}, r"generator\.n_encoder_layers: .*not 0"),
+        ({"generator__n_decoder_layers": 0}, r"generator\.n_decoder_layers: .*not 0"),
+        ({"generator__n_profile_buckets": 0}, r"generator\.n_profile_buckets: .*not 0"),
+        ({"generator__dropout": 1.5}, r"generator\.dropout: .*less than 1, not 1\.5"),
+        (
+            {"generator__n_experts": 1},
+            r"generator: experts_per_token 2 must divide d_ff 512 and be at most n_experts 1",
+        ),
+        ({"generator__n_experts": 6, "generator__experts_per_token": 3}, "experts_per_token 3 must divide d_ff 512"),
+        ({"training__learning_rate": float("nan")}, r"training\.learning_rate is nan; it must be a finite number"),
+        ({"tokenizer__capacity_slack": float("inf"), "tokenizer__last_level": "balanced"}, r"capacity_slack is inf"),
+        ({"training__seed": -1}, r"training\.seed is -1; it must be in \[0, 2000000000\]"),
+        ({"training__seed": 2**40}, r"training\.seed is 1099511627776"),
+        ({"tokenizer__seed": -1}, r"tokenizer\.seed is -1"),
+        ({"ablation": {"seeds": [0, -1], "rows": {}}}, r"ablation\.seeds\.1: .*not -1"),
+        (
+            {"ablation": {"seeds": [0, 1], "rows": {"x": {"generator": {"d_ff": 0}}}}},
+            r"rows\.x .*generator\.d_ff: .*not 0",
+        ),
+        ({"evaluation__beam_width": 0}, r"evaluation\.beam_width: .*greater than or equal to 10, not 0"),
+        ({"evaluation__beam_width": 5}, r"evaluation\.beam_width: .*greater than or equal to 10, not 5"),
+        ({"evaluation__beam_width": 100_000}, r"evaluation\.beam_width: .*less than or equal to 500, not 100000"),
+        ({"evaluation__sasrec": {"max_epochs": 0}}, r"evaluation\.sasrec: sasrec\.max_epochs is 0"),
+        ({"evaluation__sasrec": {"dim": 8, "n_heads": 3}}, r"sasrec\.dim 8 is no multiple of sasrec\.n_heads 3"),
+        ({"collisions__headroom": 3_000_000_000}, r"collisions\.headroom is 3000000000.*at most 65536"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -99,6 +130,38 @@ def test_what_is_not_yaml(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("training: [1, 2\n", "utf-8")
     with pytest.raises(RecipeError, match="not YAML"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "line"),
+    [
+        ("training: {epochs: 1}\nembedding: []\ntraining: {epochs: 7}\n", "training", 3),
+        ("embedding: [{name: hashing, name: minilm}]\n", "name", 1),
+        ("training:\n  epochs: 2\n\n  'epochs': 9\n", "epochs", 4),
+    ],
+)
+@pytest.mark.parametrize("kind", [Recipe, ComparisonRecipe])
+def test_a_key_that_stands_twice_is_no_choice(
+    tmp_path: Path, content: str, key: str, line: int, kind: type[BaseModel]
+) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(content, "utf-8")
+    with pytest.raises(RecipeError, match=rf"(?s)found the key '{key}' twice.*line {line}, "):
+        read_recipe(path, kind)
+
+
+def test_keys_that_a_merge_brings_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    merged = "  - &text {name: hashing, dim: 16}\n  - &wide {<<: *text, dim: 32}\n  - {<<: *wide, weight: 2}\n"
+    path.write_text("embedding:\n" + merged, "utf-8")
+    assert [part.dim for part in load_recipe(path).embedding] == [16, 32, 32]
+
+
+def test_a_file_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("embedding:\n- name: hashing  # café\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.yaml is not UTF-8, first in line 2"):
         load_recipe(path)
 
 
@@ -188,6 +251,10 @@ class TestComparison:
         ("change", "message"),
         [
             ({"seeds": [0, 1, 1]}, "hold one twice"),
+            ({"seeds": [0, 2**40]}, r"seeds\.1: .*not 1099511627776"),
+            ({"training": {"learning_rate": float("nan")}}, r"training\.learning_rate is nan"),
+            ({"evaluation": {"beam_width": 1000}}, r"evaluation\.beam_width: .*not 1000"),
+            ({"sasrec": {"max_epochs": 0}}, r"sasrec: sasrec\.max_epochs is 0"),
             ({"tokenizers": {"rq_kmeans": {"tokenizer": {"method": "rq_kmeans"}, "reference": "x"}}}, "reference 'x'"),
             ({"tokenizers": {"RQ-KMeans": {"tokenizer": {"method": "rq_kmeans"}}}}, r"tokenizers\.RQ-KMeans.*pattern"),
         ],

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from genretrieval.bundle import MANIFEST, load_bundle
-from genretrieval.errors import BundleIncompleteError, RecipeError
+from genretrieval.errors import BundleError, BundleIncompleteError, DataError, InvalidInputError, RecipeError
 from genretrieval.export import GraphBackend
 from genretrieval.export.onnx import NamedGraph
 from genretrieval.figures import Figure
@@ -84,15 +84,51 @@ def demo_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_tiny(data: Path, folder: Path, kept: dict[str, NamedGraph]) -> dict[str, Figure]:
+def run_tiny(
+    data: Path, folder: Path, kept: dict[str, NamedGraph], console: Console = QUIET, recipe: Recipe = RECIPE
+) -> dict[str, Figure]:
     return run(
-        RECIPE,
+        recipe,
         data,
         folder / "bundle",
         folder / "work",
         open_backend=lambda _: GraphBackend(kept["graph"]),
-        console=QUIET,
+        console=console,
     )
+
+
+# One stage of a small model: for what happens around the training.
+SMALL = Recipe.model_validate(
+    {
+        "embedding": [{"name": "hashing", "dim": 16}],
+        "tokenizer": {"method": "rq_kmeans", "codebook_sizes": [8, 8], "iterations": 5},
+        "generator": {"d_model": 16, "n_heads": 2, "d_ff": 16, "n_encoder_layers": 1, "n_decoder_layers": 1},
+        "training": {"epochs": 1, "targets_per_batch": 128, "validation_users": 20},
+        "stages": [{"objective": "next_item"}],
+        "evaluation": {"beam_width": 10, "sasrec": {"dim": 8, "n_layers": 1, "n_heads": 1, "max_epochs": 1}},
+    }
+)
+N_SMALL = 40
+
+
+def write_small(folder: Path, *, items: pl.DataFrame | None = None, **columns: list[str | None]) -> Path:
+    """A shop of 30 visitors with six clicks each, the `columns` of whose logs may be others."""
+    folder.mkdir(exist_ok=True)
+    rows = np.arange(30 * 6)
+    clicked = np.random.default_rng(0).integers(0, N_SMALL - 1, len(rows))
+    log = {
+        "user_id": [f"u{row // 6}" for row in rows],
+        "item_id": [f"i{item}" for item in clicked],
+        "event": ["click"] * len(rows),
+        "timestamp": (1_700_000_000 + 60 * rows).tolist(),
+    }
+    pl.DataFrame(log | columns).write_parquet(folder / "interactions.parquet")
+    (small_items(N_SMALL) if items is None else items).write_parquet(folder / "items.parquet")
+    return folder
+
+
+def small_items(n: int) -> pl.DataFrame:
+    return pl.DataFrame({"item_id": [f"i{row}" for row in range(n)], "title": [f"red shoe {row}" for row in range(n)]})
 
 
 def test_logs_become_a_bundle_with_figures_beside_baselines(
@@ -284,3 +320,72 @@ def test_a_shop_without_interactions_is_served_by_search(
     [found, nobody] = retriever.retrieve([RetrieveRequest(query=items["title"][0]), RetrieveRequest()])
     assert len(found.items) == len(nobody.items) == 10
     assert np.isfinite([item.score for item in found.items]).all()
+
+
+def test_what_was_set_aside_is_told_and_on_the_model_card(tmp_path: Path, torch_graph: dict[str, NamedGraph]) -> None:
+    items = pl.concat([small_items(N_SMALL), small_items(3)])
+    users = [None if row % 9 == 0 else f"u{row // 6}" for row in range(180)]
+    data, told = write_small(tmp_path / "shop", items=items, user_id=users), io.StringIO()
+    run_tiny(data, tmp_path, torch_graph, Console(file=told, width=80), SMALL)
+    assert "interactions: 160 rows, 20 in quarantine" in told.getvalue()
+    assert "20 rows quarantined, first 0, 9, 18, 27, 36)" in told.getvalue()
+    assert f"rows in quarantine are in {tmp_path / 'work' / 'logs' / 'quarantine'}" in told.getvalue()
+    card = (tmp_path / "bundle" / "README.md").read_text("utf-8")
+    assert "| items | 43 | 40 | 3 |\n| interactions | 180 | 160 | 20 |" in card
+
+
+def test_a_bundle_is_measured_by_other_logs_of_its_items_and_no_others(
+    tmp_path: Path, torch_graph: dict[str, NamedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    figures = run_tiny(write_small(Path("shop")), Path(), torch_graph, recipe=SMALL)
+    bundle = load_bundle(tmp_path / "bundle")
+    retriever = Retriever(bundle, GraphBackend(torch_graph["graph"]))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # Another shop under the very name.
+    write_small(elsewhere / "shop", items=small_items(N_SMALL - 1))
+    monkeypatch.chdir(elsewhere)
+
+    def measured(data: Path | None) -> tuple[dict[str, Figure], str]:
+        told = io.StringIO()
+        console = Console(file=told, width=80)
+        report = evaluate_bundle(bundle, data, "validation", retriever.retrieve, console)
+        return report["rows"][0]["metrics"], told.getvalue()
+
+    at_home = {name: figures[f"quality.{name}"] for name in ("recall10", "ndcg10", "sid_recall10")}
+    own, told = measured(None)
+    assert {name: own[name] for name in at_home} == at_home
+    assert "items: 40 rows" in told
+    assert "not those" not in told
+
+    reverse = write_small(tmp_path / "reverse", items=small_items(N_SMALL)[::-1])
+    other, told = measured(reverse)
+    assert {name: other[name] for name in at_home} == at_home
+    assert f"the logs in {reverse} are not those that {bundle.path} was trained on" in told
+
+    with pytest.raises(DataError, match=r"catalogues: 1 items of the bundle are not in the logs \(first i39\)\."):
+        measured(Path("shop"))
+    more = write_small(tmp_path / "more", items=small_items(N_SMALL + 5)[1:])
+    with pytest.raises(DataError, match=r"5 items of the logs are not in .*i40, i41, i42\) and 1 items .*first i0\)"):
+        measured(more)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    data, photos = write_small(tmp_path / "shop"), tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_bytes(b"cat")
+    never = SimpleNamespace(data=data, open_backend=lambda _: pytest.fail("it went on"), console=QUIET)
+    with pytest.raises(BundleError, match="is not a bundle"):
+        run(SMALL, output=photos, work=tmp_path / "work", **vars(never))
+    for output in (tmp_path / "bundle", tmp_path / "bundle" / "work"):
+        with pytest.raises(InvalidInputError, match=r"work lies in .*, which is replaced whole"):
+            run(SMALL, output=output, work=tmp_path / "bundle" / "work", **vars(never))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "shop"]
+
+
+@pytest.mark.parametrize("name", ["popularity", "semantic_id"])
+def test_an_attribute_with_a_name_of_the_catalogue_is_refused(tmp_path: Path, name: str) -> None:
+    data = write_small(tmp_path / "shop", items=small_items(N_SMALL).with_columns(pl.lit(1).alias(name)))
+    with pytest.raises(DataError, match=rf"items have the attribute {name}, .* Give it another name"):
+        open_shop(data, tmp_path / "work")

@@ -82,6 +82,45 @@ def test_another_seed_another_shop(small: Path, tmp_path: Path) -> None:
     assert (tmp_path / "items.parquet").read_bytes() != (small / "items.parquet").read_bytes()
 
 
+def test_a_shop_is_made_again_in_its_folder(small: Path, tmp_path: Path) -> None:
+    synthesize(tmp_path, ShopConfig(n_items=100, n_users=20))
+
+    synthesize(tmp_path, SMALL)
+
+    for path in small.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_logs_of_another_shop_are_left_alone(tmp_path: Path) -> None:
+    for name in ("items", "queries"):
+        (tmp_path / f"{name}.parquet").write_text(name)
+
+    with pytest.raises(DataError, match=r"holds items\.parquet, queries\.parquet, .*nothing was touched"):
+        synthesize(tmp_path, SMALL)
+
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "items.parquet": "items",
+        "queries.parquet": "queries",
+    }
+    with pytest.raises(DataError, match="cannot be made a folder"):
+        synthesize(tmp_path / "items.parquet", SMALL)
+
+
+def test_a_shop_that_was_killed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Truth, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(tmp_path, SMALL)
+    assert not (tmp_path / "items.parquet").exists()
+
+    synthesize(tmp_path, SMALL)
+
+    assert (tmp_path / "items.parquet").exists()
+
+
 def test_items_are_complete_and_unique(demo: tuple[Path, ShopSummary]) -> None:
     items = pl.read_parquet(demo[0] / "items.parquet")
     assert len(items) == items["item_id"].n_unique() == ShopConfig().n_items

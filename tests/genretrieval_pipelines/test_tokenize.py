@@ -136,6 +136,21 @@ class TestWhatTheDataDoNotAllow:
         assert [line for line in read_report(tmp_path / "ids").notes if "collaborative was left out" in line]
         assert query_ids(tmp_path / "ids", [item_texts(shop.items)[0]])[0][1]
 
+    def test_items_that_nothing_tells_apart_are_refused(self, shop: Shop, tmp_path: Path) -> None:
+        bare = replace(with_histories(shop), items=shop.items.select("item_id"))
+        with pytest.raises(
+            DataError, match=r"no item has words.*collaborative, hashing.*Fill title.*or add interactions.*column:NAME"
+        ):
+            tokenize(recipe(), bare, tmp_path)
+
+    @pytest.mark.parametrize("method", ["rq_kmeans", "rq_opq", "rq_vae", "rk_fsq"])
+    @pytest.mark.parametrize("n_items", [1, 12])
+    def test_equal_items_and_a_single_one_get_ids(self, shop: Shop, tmp_path: Path, method: str, n_items: int) -> None:
+        alike = pl.DataFrame({"item_id": [f"i{row}" for row in range(n_items)], "title": ["red shoe"] * n_items})
+        tokenized = tokenize(recipe(method=method), replace(with_histories(shop), items=alike), tmp_path)
+        assert len(np.unique(tokenized.ids.codes, axis=0)) == n_items
+        assert "there are no more distinct vectors" in tokenized.report
+
     def test_rq_opq_says_when_it_is_fitted_without_queries(self, shop: Shop, tmp_path: Path) -> None:
         opq = recipe(method="rq_opq")
         assert "training queries: collaborative reads no words" in tokenize(opq, shop, tmp_path).report

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -292,18 +294,32 @@ def test_what_is_left_at_the_end_is_told_so(busy) -> None:
 def test_a_batch_that_does_not_end_is_no_life(busy) -> None:
     async def main() -> None:
         async with busy(1e-6) as bench:
+            waiting = bench.ask()
+            await bench.fill()
             bench.clock.now += STUCK_SECONDS - 1
             assert bench.batcher.alive
             bench.clock.now += 1
             assert not bench.batcher.alive
             with pytest.raises(UnavailableError, match="stuck"):
                 await bench.ask()
+            bench.batcher.give_up()
+            with pytest.raises(UnavailableError):
+                await waiting
             # It ends after all.
             bench.backend.gate.set()
-            await bench.fill()
+            await bench.batcher._idle.wait()
             assert bench.batcher.alive
 
     asyncio.run(main())
+
+
+def test_a_process_ends_though_its_graph_does_not() -> None:
+    program = (
+        "import threading\n"
+        "from genretrieval_serving.daemon_thread import DaemonThread\n"
+        "DaemonThread('retrieve').submit(threading.Event().wait)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 class PanicError(BaseException):

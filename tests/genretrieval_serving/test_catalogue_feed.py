@@ -289,6 +289,16 @@ def at(ahead: timedelta, rest: str) -> str:
     return f"{datetime.now(UTC) + ahead:%Y%m%dT%H%M%S}-{rest}"
 
 
+def test_a_file_of_the_year_one_holds_up_no_other(serve, folder) -> None:
+    # What programs write that have no time.
+    served = serve()
+    put(folder, "00010101T000000-a", item_id=["item-1"], price=[7.0])
+    served.feed.refresh()
+    put(folder, f"{NOW}-b", item_id=["item-2"], price=[8.0])
+    served.feed.refresh()
+    assert (served.price("item-1"), served.price("item-2")) == (7.0, 8.0)
+
+
 def test_a_file_of_the_future_waits_for_its_time(serve, folder, clock) -> None:
     served = serve()
     oops = at(timedelta(days=3), "oops")

@@ -7,21 +7,24 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from genretrieval.errors import UnavailableError
-from genretrieval_serving import grpc_server
+from genretrieval_serving import app, batcher, grpc_server
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2 as pb
 from genretrieval_serving._proto.genretrieval.v1 import retrieval_pb2_grpc as stubs
 from genretrieval_serving.admin.sql import SqlStore
 from genretrieval_serving.client import Client
 
 RETRIEVE = "/genretrieval.v1.RetrievalService/Retrieve"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 # Of its own: by itself gRPC shares a connection between the channels of a process.
 ALONE = ("grpc.use_local_subchannel_pool", 1)
 
@@ -84,7 +87,7 @@ def test_a_server_that_cannot_answer_does_not_read(start) -> None:
         "/genretrieval.v1.RetrievalService/RecordEvents",
         "/grpc.health.v1.Health/Check",
         "/grpc.health.v1.Health/Watch",
-        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        REFLECTION,
     ],
 )
 def test_a_message_that_does_not_come_is_not_waited_for(start, monkeypatch, method) -> None:
@@ -95,10 +98,10 @@ def test_a_message_that_does_not_come_is_not_waited_for(start, monkeypatch, meth
 
 
 def test_an_answer_may_take_longer_than_a_message(start, backend, monkeypatch) -> None:
-    monkeypatch.setattr(grpc_server, "RECEIVE_SECONDS", 0.05)
+    monkeypatch.setattr(grpc_server, "RECEIVE_SECONDS", 0.5)
     with start() as running, Client(running.grpc) as client:
         backend.gate.clear()
-        running.loop.call_soon_threadsafe(running.loop.call_later, 0.3, backend.gate.set)
+        running.loop.call_soon_threadsafe(running.loop.call_later, 1.0, backend.gate.set)
         assert client.retrieve(top_k=1).items
 
 
@@ -245,8 +248,75 @@ def test_keepalive_of_an_idle_client_is_answered(start, limits) -> None:
         assert goaway not in kinds(received)
 
 
-def test_health_may_be_watched(start) -> None:
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="x" * 2000)),
+        ("/grpc.health.v1.Health/Watch", health_pb2.HealthCheckRequest(service="x" * 2000)),
+        (REFLECTION, reflection_pb2.ServerReflectionRequest(file_by_filename="x" * 2000)),
+    ],
+)
+def test_what_needs_no_key_is_short(running, method, message) -> None:
+    # It is held as long as the stream is.
+    with connected(running) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(channel.stream_stream(method)(iter([message.SerializeToString()]), timeout=20))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "enough for any name" in caught.value.details()
+
+
+def test_streams_that_need_no_key_are_few(start, monkeypatch) -> None:
+    monkeypatch.setattr(grpc_server, "MAX_OPEN_STREAMS", 2)
     with start() as running, connected(running) as channel:
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        first = [watch(b"", timeout=30) for _ in range(2)]
+        assert all(next(call) for call in first)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watch(b"", timeout=30))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=30)
+        first[0].cancel()
+        with Client(running.grpc) as client:
+            assert client.retrieve(top_k=1).items
+
+
+def test_a_caller_that_goes_before_its_message_is_there_is_cancelled(start) -> None:
+    with start() as running, connected(running) as channel:
+        with silent(channel) as call:
+            time.sleep(0.2)
+        assert call.cancelled()
+        late = time.monotonic() + 20
+        counted = {"transport": "grpc", "method": "retrieve"}
+        while not running.metric("genretrieval_request_duration_seconds_count", **counted, code="CANCELLED"):
+            assert time.monotonic() < late
+            time.sleep(0.01)
+        assert running.metric("genretrieval_request_duration_seconds_count", **counted, code="INVALID_ARGUMENT") is None
+
+
+def test_a_graph_that_is_stuck_is_told_to_health_checks_and_to_those_who_wait(start, backend, monkeypatch) -> None:
+    monkeypatch.setattr(batcher, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(app, "_LOOK_SECONDS", 0.01)
+    with (
+        start() as running,
+        connected(running) as channel,
+        Client(running.http) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        watch = channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            health_pb2.HealthCheckRequest.SerializeToString,
+            health_pb2.HealthCheckResponse.FromString,
+        )(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        backend.gate.clear()
+        waiting = pool.submit(client.retrieve)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert isinstance(waiting.exception(30), UnavailableError)
+        backend.gate.set()
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_health_may_be_watched(start) -> None:
+    with start(drain_seconds=1000.0) as running, connected(running) as channel:
         watch = channel.unary_stream(
             "/grpc.health.v1.Health/Watch",
             health_pb2.HealthCheckRequest.SerializeToString,
@@ -255,5 +325,6 @@ def test_health_may_be_watched(start) -> None:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         stopped = running.begin_to_stop()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        watch.cancel()
+        # It is let go, or the server would stay for it.
+        assert list(watch) == []
         stopped.result(20)

@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from genretrieval.cli import app
@@ -303,10 +304,14 @@ def test_a_certificate_that_ends_is_said_to(shop, logged, lasts, event) -> None:
     assert ends() > about.timestamp() + timedelta(days=80).total_seconds()
 
 
-def test_the_end_of_a_chain_is_that_of_its_first_certificate_to_end(shop) -> None:
+def test_the_end_of_a_chain_is_that_of_the_servers_own_certificate(shop) -> None:
+    # Old authorities stay in chains for years after they ended.
     metrics = Metrics()
     cert, key = shop.issue("server", lasts=timedelta(days=90))
-    cert.write_bytes(cert.read_bytes() + shop.file.read_bytes())
-    Certificates(TlsSettings(cert, key), metrics)
+    old, _ = shop.issue("old", lasts=timedelta(minutes=-1))
+    cert.write_bytes(cert.read_bytes() + old.read_bytes())
+    with capture_logs() as logged:
+        Certificates(TlsSettings(cert, key), metrics)
     ends = metrics.registry.get_sample_value("genretrieval_tls_certificate_expiry_timestamp_seconds")
-    assert ends == shop.certificate.not_valid_after_utc.timestamp()
+    assert ends > (datetime.now(UTC) + timedelta(days=80)).timestamp()
+    assert logged == []

@@ -183,7 +183,7 @@ def test_a_code_that_does_not_exist_is_never_given() -> None:
 @pytest.mark.parametrize(
     ("table", "n_codes", "match"),
     [
-        ([[0.0, 1.0]] * 3, 2, r"3 items share the codes \(7,\).*has 2 codes.*larger last level.*dedup"),
+        ([[0.0, 1.0]] * 3, 2, r"3 items .*\(7,\).*has 2 codes.*dedup.*larger last level.*where their vectors differ"),
         ([[0.0, 1.0, np.inf]] * 3, 3, r"3 items share the codes \(7,\).*has 2 codes"),
     ],
 )
@@ -261,6 +261,7 @@ def test_no_items_and_one_item(config: CollisionConfig) -> None:
     [
         ({"method": "drop"}, "choose none, dedup or reassign"),
         ({"headroom": -1}, "0 or more"),
+        ({"headroom": 3_000_000_000}, "headroom is 3000000000.*at most 65536"),
         ({"method": "none", "cap": 0}, "at least 1"),
         ({"method": "reassign", "headroom": 4}, "'reassign' has not"),
         ({"method": "none", "headroom": 4}, "'none' has not"),

@@ -117,9 +117,17 @@ def test_items_that_are_all_alike_have_one_code_a_level() -> None:
     assert tokenizer.notes[-1] == "level 3 has 1 codes instead of 16: there are no more distinct vectors"
 
 
+@pytest.mark.parametrize("n", [1, 2, 300])
+def test_fewer_dimensions_than_sub_vectors_leave_the_last_ones_a_single_code(n: int) -> None:
+    # The hashed words of a single item, or of equal ones, have one dimension.
+    x = vectors(n, dim=1)
+    tokenizer = RqOpq.fit(x, SMALL)
+    assert tokenizer.codebook_sizes[-1] == 1
+    assert tokenizer.notes[-1] == "level 3 has 1 codes instead of 16: there are no more distinct vectors"
+    np.testing.assert_allclose(tokenizer.decode(tokenizer.encode(x)), x, atol=1e-5 if n <= 4 else 9)
+
+
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(DataError, match="1 dimensions cannot be cut into 2"):
-        RqOpq.fit(vectors(dim=1), SMALL)
     with pytest.raises(DataError, match="n_subvectors 0"):
         RqOpqConfig(n_subvectors=0)
     with pytest.raises(DataError, match="codebook_sizes"):

@@ -131,7 +131,7 @@ def test_sample_reads_only_row_groups_that_hold_a_drawn_row(tmp_path: Path) -> N
     shards = EmbeddingShards(write(tmp_path / "e", x, rows_of_group=1))
     seed = next(s for s in range(50) if (np.random.default_rng(s).choice(100, 2, replace=False) < 50).all())
     assert np.isfinite(shards.sample(2, seed)).all()
-    with pytest.raises(DataError, match=r"part-0.parquet: embedding holds NaN or infinity in row 50"):
+    with pytest.raises(DataError, match=r"part-0.parquet: embedding in row 50 holds NaN or infinity"):
         shards.sample(100, seed)
 
 
@@ -146,8 +146,9 @@ def test_an_empty_sample_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ([[1.0] * DIM, [1.0] * DIM, [0.0, np.nan, 0, 0, 0, 0]], "holds NaN or infinity in row 2"),
-        ([[1.0] * DIM, [0.0, np.inf, 0, 0, 0, 0]], "holds NaN or infinity in row 1"),
+        ([[1.0] * DIM, [1.0] * DIM, [0.0, np.nan, 0, 0, 0, 0]], "in row 2 holds NaN or infinity"),
+        ([[1.0] * DIM, [0.0, np.inf, 0, 0, 0, 0]], "in row 1 holds NaN or infinity"),
+        ([[1.0] * DIM, [3e37, 0, 0, 0, 0, 0]], r"in row 1 is longer than 1e\+15.*divide all vectors"),
         ([[1.0] * DIM, [1.0] * DIM, [1.0] * 5], "has 5 dimensions in row 2, but 6 in the first row"),
         ([[1.0] * DIM, [1.0] * DIM, [1.0] * DIM, None], "is null in row 3"),
         ([[1.0] * DIM, [1.0] * 5 + [None]], "holds a null in row 1"),

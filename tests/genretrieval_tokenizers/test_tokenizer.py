@@ -89,8 +89,10 @@ def test_a_file_of_another_method_is_refused(tmp_path: Path, method: str) -> Non
         (np.zeros((0, 4), np.float32), "shape"),
         (np.zeros((4, 0), np.float32), "shape"),
         (np.zeros(4, np.float32), "shape"),
-        (np.array([[0, 1], [np.nan, 1]], np.float32), "of 1 items hold NaN.*row 1"),
-        (np.array([[0, np.inf]], np.float32), "infinities"),
+        (np.array([[0, 1], [np.nan, 1]], np.float32), "item row 1 holds NaN"),
+        (np.array([[0, np.inf]], np.float32), "item row 0 holds NaN or infinity"),
+        (np.array([[0, 1], [2, 3e37]], np.float32), r"item row 1 is longer than 1e\+15.*divide all vectors"),
+        (np.array([[0, 1], [2, 1e300]]), r"item row 1 is longer than"),
     ],
 )
 def test_bad_vectors_are_refused(method: str, x: NDArray[np.float32], match: str) -> None:

@@ -33,6 +33,7 @@ Costs = Callable[[Rows], NDArray[np.float32]]
 """Item rows ``[n]`` to `Tokenizer.last_level_costs` of them, float32 ``[n, codes of the last level]``."""
 
 _HEADROOM = 16
+_MOST_HEADROOM = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,9 @@ class CollisionConfig:
 
     Attributes:
         method: "none", "dedup" or "reassign"; see the module.
-        headroom: dedup only: codes of the dedup level beyond the largest group, for items that are appended later.
-            The generator has an output for every code, so an item can be appended without training it anew only
-            while there is room.
+        headroom: dedup only: codes of the dedup level beyond the largest group, for items that are appended later; at
+            most 65,536. The generator has an output for every code, so an item can be appended without training it
+            anew only while there is room, and room has its price.
         cap: none only: at most so many items of one SID are listed, None for all. Items under a leaf are listed by
             falling popularity, so the least popular ones are listed only where a request excludes others;
             `Resolved.notes` counts them.
@@ -59,8 +60,11 @@ class CollisionConfig:
     def __post_init__(self) -> None:
         if self.method not in ("none", "dedup", "reassign"):
             raise DataError(f"collisions.method is {self.method!r}; choose none, dedup or reassign")
-        if self.headroom < 0:
-            raise DataError(f"collisions.headroom is {self.headroom}; it is a number of spare codes, 0 or more")
+        if not 0 <= self.headroom <= _MOST_HEADROOM:
+            raise DataError(
+                f"collisions.headroom is {self.headroom}; it is a number of spare codes, 0 or more and at most "
+                f"{_MOST_HEADROOM}, as the generator has an output for each"
+            )
         if self.cap is not None and self.cap < 1:
             raise DataError(f"collisions.cap is {self.cap}; list at least 1 item of an SID, or leave it out for all")
         if self.method != "dedup" and self.headroom != _HEADROOM:
@@ -263,7 +267,8 @@ def _crowded(prefix: Codes, n_items: int, n_codes: int, n_prefixes: int) -> Data
     return DataError(
         f"{n_items} items share the codes {tuple(prefix.tolist())} before the last level, which has {n_codes} codes "
         f"for them, so reassigning cannot give each an ID of its own (prefixes found with this fault: {n_prefixes}); "
-        "fit with a larger last level, or set collisions.method: dedup"
+        "set collisions.method: dedup, or fit with a larger last level, which helps where their vectors differ: a "
+        "level has no more codes than there are distinct vectors"
     )
 
 

@@ -94,16 +94,10 @@ class RqOpq:
         where that happened. Equal input, seed and number of threads give equal codebooks.
 
         Raises:
-            DataError: `x_ND` is no matrix of finite numbers, is empty, or has fewer dimensions than there are
-                sub-vectors.
+            DataError: `x_ND` is no matrix of finite numbers, or is empty.
         """
         config = config or RqOpqConfig()
         x_ND = checked_vectors(x_ND)
-        if x_ND.shape[1] < config.n_subvectors:
-            raise DataError(
-                f"embeddings of {x_ND.shape[1]} dimensions cannot be cut into {config.n_subvectors} sub-vectors; lower "
-                "n_subvectors"
-            )
         levels = fit_levels(x_ND, config.codebook_sizes, config, normalize=config.normalize_residuals)
         subvectors = _fit_opq(levels.left_ND, config)
         scales = np.concatenate([levels.scales, np.ones(len(subvectors), np.float32)])
@@ -176,7 +170,10 @@ class RqOpq:
 def _fit_opq(r_ND: F32, config: RqOpqConfig) -> list[F32]:
     """Codebook of each sub-vector, float32 ``[codes, dim]``, not in the sub-vector's space but in that of `r_ND`."""
     codebooks = []
-    for number, axes_SD in enumerate(np.split(_rotation(r_ND, config), config.n_subvectors)):
+    for number, axes_SD in enumerate(np.array_split(_rotation(r_ND, config), config.n_subvectors)):
+        if not len(axes_SD):  # a single item, or equal ones, may be embedded in fewer dimensions than sub-vectors
+            codebooks.append(np.zeros((1, r_ND.shape[1]), np.float32))
+            continue
         seed = config.seed + len(config.codebook_sizes) + number
         codebook_KS = kmeans_codebook(r_ND @ axes_SD.T, config.subvector_codes, config, seed, "random")
         codebooks.append(codebook_KS @ axes_SD)
@@ -187,8 +184,11 @@ def _rotation(r_ND: F32, config: RqOpqConfig) -> F32:
     """Orthonormal rows, float32 ``[R, dim]``, R being the largest multiple of `n_subvectors` in `dim`.
 
     It is learned with as many codes as whole bits can name; of fewer vectors there is nothing to learn, and it cuts
-    them as they are. Fewer vectors than dimensions are rotated in the space that they lie in.
+    them as they are. Fewer vectors than dimensions are rotated in the space that they lie in. Of fewer dimensions than
+    sub-vectors each is a sub-vector, and the last sub-vectors have none.
     """
+    if r_ND.shape[1] < config.n_subvectors:
+        return np.eye(r_ND.shape[1], dtype=np.float32)
     rotated = r_ND.shape[1] // config.n_subvectors * config.n_subvectors
     bits = max(1, (config.subvector_codes - 1).bit_length())
     if len(r_ND) < 2**bits:

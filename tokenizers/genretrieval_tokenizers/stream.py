@@ -28,7 +28,7 @@ from genretrieval.semantic_ids import Codes
 from genretrieval_tokenizers.collisions import CollisionConfig
 from genretrieval_tokenizers.publish import Published, check_unpublished, checked_ids, publish_codes
 from genretrieval_tokenizers.storage import fingerprint
-from genretrieval_tokenizers.tokenizer import Tokenizer
+from genretrieval_tokenizers.tokenizer import Tokenizer, unusable_row
 
 BATCH_ROWS = 65_536
 """Rows held as float32 at a time: 100 MB at 384 dimensions."""
@@ -101,8 +101,8 @@ class EmbeddingShards:
         """The embeddings from row `start` on, float32 ``[batch_rows, dim]``, the last batch shorter.
 
         Raises:
-            DataError: a row is null, has other dimensions than the first one, or holds a number that is not finite; the
-                message names the file and the row.
+            DataError: a row is null, has other dimensions than the first one, or cannot be quantised (`unusable_row`);
+                the message names the file and the row.
         """
         assert batch_rows > 0
         batch_BD = np.empty((min(batch_rows, self.n_items - start), self.dim), np.float32)
@@ -145,7 +145,7 @@ class EmbeddingShards:
             float32 ``[min(n, n_items), dim]``, in the order of the files.
 
         Raises:
-            DataError: `n` is less than 1, or as `batches`; numbers that are not finite are found in drawn rows only.
+            DataError: `n` is less than 1, or as `batches`; what is wrong with numbers is found in drawn rows only.
         """
         if n < 1:
             raise DataError(f"a sample of {n} rows was asked for; a tokenizer is fitted on at least 1")
@@ -194,9 +194,9 @@ class EmbeddingShards:
         x_ND: NDArray[np.floating] = values.to_numpy(zero_copy_only=False).reshape(-1, self.dim)
         rows_N = np.arange(len(x_ND)) if rows_N is None else rows_N
         x_ND = x_ND if len(rows_N) == len(x_ND) else x_ND[rows_N]
-        if not np.isfinite(x_ND).all():
-            row = piece.row + rows_N[_first(~np.isfinite(x_ND).all(axis=1))]
-            raise DataError(f"{where} holds NaN or infinity in row {row}; the item has no place among the others")
+        if unusable := unusable_row(x_ND):
+            row, why = unusable
+            raise DataError(f"{where} in row {piece.row + rows_N[row]} {why}")
         return x_ND
 
 

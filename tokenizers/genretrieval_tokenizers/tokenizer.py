@@ -13,6 +13,8 @@ from genretrieval.semantic_ids import Codes
 
 BLOCK = 4096
 """Rows encoded at a time; blocks are padded to it, so that a row's codes never depend on its neighbours."""
+LONGEST = 1e15
+"""Length of a vector at most: sums of millions of its squares must be finite in float32, or faiss ends the process."""
 
 
 class Codebooks(Protocol):
@@ -74,7 +76,8 @@ def checked_vectors(x_ND: NDArray[np.floating], dim: int | None = None) -> NDArr
         dim: dimensions that the tokenizer was fitted with; None while fitting, when there must also be a row.
 
     Raises:
-        DataError: it is no matrix, holds a number that is not finite, or has other dimensions than `dim`.
+        DataError: it is no matrix, has other dimensions than `dim`, or a row holds a number that is not finite or is
+            longer than `LONGEST`.
     """
     if x_ND.ndim != 2 or not x_ND.shape[1] or (dim is None and not len(x_ND)):
         raise DataError(f"embeddings have shape {x_ND.shape}; expected [n_items, dim] with items and dimensions")
@@ -83,7 +86,22 @@ def checked_vectors(x_ND: NDArray[np.floating], dim: int | None = None) -> NDArr
             f"embeddings have {x_ND.shape[1]} dimensions, the codebooks {dim}: they come from another embedding, and "
             "codes would mean nothing; embed the items with the recipe that the tokenizer was fitted with"
         )
-    x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
-    if len(bad := np.flatnonzero(~np.isfinite(x_ND).all(axis=1))):
-        raise DataError(f"embeddings of {len(bad)} items hold NaN or infinities, first item row {bad[0]}")
-    return x_ND
+    if unusable := unusable_row(x_ND):
+        row, why = unusable
+        raise DataError(f"the embedding of item row {row} {why}")
+    return np.ascontiguousarray(x_ND, dtype=np.float32)
+
+
+def unusable_row(x_ND: NDArray[np.floating]) -> tuple[int, str] | None:
+    """The first row that cannot be quantised, and why; None without one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        square_N = np.einsum("nd,nd->n", x_ND, x_ND, dtype=np.float64)
+    if (square_N <= LONGEST**2).all():
+        return None
+    row = int(np.argmin(square_N <= LONGEST**2))
+    if not np.isfinite(x_ND[row]).all():
+        return row, "holds NaN or infinity: the item has no place among the others; compute its vector again"
+    return (
+        row,
+        f"is longer than {LONGEST:g}, and float32 cannot hold sums of such squares; divide all vectors by one number",
+    )

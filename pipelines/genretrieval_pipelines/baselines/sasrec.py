@@ -23,7 +23,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genretrieval.errors import DataError
+from genretrieval.errors import DataError, RecipeError
 from genretrieval.histories import Histories, LeaveOneOut
 from genretrieval.training.full_softmax import full_softmax_loss
 from genretrieval.training.precision import fast_bfloat16
@@ -51,6 +51,9 @@ class SasrecConfig:
         patience: epochs without a better validation NDCG@10 before training stops.
         validation_users: at most this many users, evenly spread, decide which epoch was best.
         seed: of initial weights, batches and dropout.
+
+    Raises:
+        RecipeError: a value is out of range.
     """
 
     dim: int = 128
@@ -65,6 +68,30 @@ class SasrecConfig:
     patience: int = 4
     validation_users: int = 10_000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with: the baseline has its turn when the generator is trained already."""
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "max_history",
+            "learning_rate",
+            "batch_positions",
+            "max_epochs",
+            "patience",
+            "validation_users",
+        ):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"sasrec.{name} is {getattr(self, name)}; it must be above 0")
+        if self.dim % self.n_heads:
+            raise RecipeError(
+                f"sasrec.dim {self.dim} is no multiple of sasrec.n_heads {self.n_heads}; change one of them"
+            )
+        if not 0 <= self.dropout < 1:
+            raise RecipeError(f"sasrec.dropout is {self.dropout}; it is a share of activations, in [0, 1)")
+        if self.weight_decay < 0:
+            raise RecipeError(f"sasrec.weight_decay is {self.weight_decay}; it must be 0 or above")
 
 
 class Block(nn.Module):

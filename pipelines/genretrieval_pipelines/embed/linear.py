@@ -13,7 +13,12 @@ _POWER_ITERATIONS = 4
 
 
 def unit_rows(x_ND: NDArray[np.floating]) -> Matrix:
-    """Rows scaled to length 1 (float32); rows of zeros stay zeros."""
+    """Rows scaled to length 1 (float32); rows of zeros stay zeros.
+
+    First by a power of two, which is exact, to numbers whose squares float32 can hold.
+    """
+    _, exponent = np.frexp(np.abs(x_ND).max(axis=1, keepdims=True, initial=0))
+    x_ND = np.ldexp(x_ND, -exponent)
     length = np.linalg.norm(x_ND, axis=1, keepdims=True)
     return (x_ND / np.where(length > 0, length, 1)).astype(np.float32)
 

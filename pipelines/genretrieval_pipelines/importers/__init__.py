@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from genretrieval.errors import DataError
+from genretrieval.logs import writing_logs
 from genretrieval_pipelines.importers.amazon import import_amazon_2014
 from genretrieval_pipelines.importers.house import import_house
 from genretrieval_pipelines.importers.kuaisearch import import_kuaisearch
@@ -71,7 +72,8 @@ def import_logs(source_format: str, source: Path, output: Path, served: ServedOp
         served: what served logs are completed with; for no other format.
 
     Raises:
-        DataError: if the format is unknown, a file that must be there is not, or no item could be read.
+        DataError: if the format is unknown, a file that must be there is not, no item could be read, or `output`
+            holds what no import wrote.
     """
     if (source_format == SERVED_LOGS) != (served is not None):
         raise DataError(
@@ -84,13 +86,14 @@ def import_logs(source_format: str, source: Path, output: Path, served: ServedOp
         raise DataError(f"{source} is no folder; give the folder that holds the released files")
     if source.resolve() == output.resolve():
         raise DataError(f"{output} is the source itself; give another folder to write to")
-    with LogWriter(output) as writer:
+    with writing_logs(output, "imported"), LogWriter(output) as writer:
         notes = importer(source, writer)
         if not writer.rows.get("items"):
             raise DataError(
                 f"no item could be read from {source}; lines that failed, if any, are in {writer.quarantine}"
             )
-        unread = sorted(path.name for path in source.iterdir() if path.name not in writer.sources)
+        names = {path.name for path in source.iterdir() if not path.name.startswith(".")}
+        unread = sorted(names - writer.sources)
     if unread:
         notes.append(f"not read: {', '.join(unread)}")
     return ImportReport(source_format, output, dict(writer.rows), dict(writer.rejected), notes)

@@ -246,8 +246,8 @@ class _Earlier:
     def _copy(self, name: str) -> None:
         file = self.folder / f"{name}.parquet"
         source = file if file.exists() else self.folder / name
-        rows = pl.scan_parquet(source).select(pl.len()).collect().item()
-        self.writer.copy(name, source, rows)
+        frame = self.tables[name].frame if name in self.tables else pl.scan_parquet(source)
+        self.writer.copy(name, source, frame.select(pl.len()).collect().item())
 
     def _good(self, name: str) -> pl.LazyFrame:
         """Rows of a table that can be read; `data check` says of the others why."""

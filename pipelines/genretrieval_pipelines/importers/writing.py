@@ -98,17 +98,13 @@ class LogWriter:
             self.quarantine.unlink()
             if not any(self.quarantine.parent.iterdir()):
                 self.quarantine.parent.rmdir()
+        end = self._discard
         try:
+            self._close(flush=kind is None)
             if kind is None:
-                for table in self._buffers:
-                    self._flush(table)
+                end = self._publish
         finally:
-            for writer in self._writers.values():
-                writer.close()
-        if kind is None:
-            self._publish()
-        else:
-            self._discard()
+            end()
 
     def declare(self, table: str, *columns: str) -> None:
         """Say which columns of `SCHEMAS` a table will have; its file is written even without rows."""
@@ -145,6 +141,15 @@ class LogWriter:
         self.rejected[file] += 1
         entry = {"file": file, "line": line, "reason": reason, "text": text}
         self._rejects.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def _close(self, *, flush: bool) -> None:
+        try:
+            if flush:
+                for table in self._buffers:
+                    self._flush(table)
+        finally:
+            for writer in self._writers.values():
+                writer.close()
 
     def _flush(self, table: str) -> None:
         if self._buffers[table]:

@@ -11,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from genretrieval.errors import RecipeError
+from genretrieval.logs import writing_logs
 from genretrieval_pipelines.synth.products import Products, draw_products
 from genretrieval_pipelines.synth.propensity import (
     COMPLEMENT,
@@ -142,24 +143,32 @@ def synthesize(output: Path, config: ShopConfig | None = None) -> ShopSummary:
     most one positive row, the deepest event reached (click, cart or purchase) with the place the item was shown at.
 
     Args:
-        output: folder; made when missing, files in it are replaced.
+        output: folder; made when missing, a shop made there before is replaced.
         config: size and seed; the demo's own when omitted.
+
+    Raises:
+        DataError: the folder holds something else, cannot be made, or the disk is full.
     """
     config = config or ShopConfig()
-    output.mkdir(parents=True, exist_ok=True)
-    streams = np.random.SeedSequence(config.seed).spawn(5)
-    products = shop_products(config)
-    users = _draw_users(config, products, np.random.default_rng(streams[1]))
-    book = QueryBook(products)
-    truth = _truth(config, products, users, book)
-    visits = _plan_visits(config, np.random.default_rng(streams[2]))
-    _simulate(truth, book, visits, streams[3])
-    log = _interactions(truth, products, visits, np.random.default_rng(streams[4]))
+    with writing_logs(output, "synthetic"):
+        # Items are the sign that a shop is there, so they come last and go first.
+        items = output / "items.parquet"
+        items.unlink(missing_ok=True)
+        streams = np.random.SeedSequence(config.seed).spawn(5)
+        products = shop_products(config)
+        users = _draw_users(config, products, np.random.default_rng(streams[1]))
+        book = QueryBook(products)
+        truth = _truth(config, products, users, book)
+        visits = _plan_visits(config, np.random.default_rng(streams[2]))
+        _simulate(truth, book, visits, streams[3])
+        log = _interactions(truth, products, visits, np.random.default_rng(streams[4]))
 
-    products.table.write_parquet(output / "items.parquet")
-    users.table.write_parquet(output / "users.parquet")
-    log.write_parquet(output / "interactions.parquet")
-    truth.save(output)
+        users.table.write_parquet(output / "users.parquet")
+        log.write_parquet(output / "interactions.parquet")
+        truth.save(output)
+        partial = output / f"{items.name}.partial"
+        products.table.write_parquet(partial)
+        partial.rename(items)
     return _summary(config, visits)
 
 

@@ -92,11 +92,11 @@ class Serving(Protocol):
         """Bring a change of the store into force here."""
         ...
 
-    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
+    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest, caller: str) -> TrialResult:
         """What a request returns without a resource and with it."""
         ...
 
-    async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+    async def retrieve(self, request: RetrieveRequest, caller: str) -> RetrieveResponse:
         """What a request returns now."""
         ...
 
@@ -403,7 +403,7 @@ def _trials(kind: Kind) -> APIRouter:
         now = datetime.now(UTC)
         added = {"id": id_of(kind, trial.resource), "etag": "", "revision": 0, "created_at": now, "updated_at": now}
         resource = Stored.model_validate({**dict(fields_of(kind, trial.resource)), **added})
-        return await serving.test(kind, resource, trial.request)
+        return await serving.test(kind, resource, trial.request, request.state.principal.name)
 
     return reads
 
@@ -428,7 +428,7 @@ def unbind(id: ResourceId, writer: Writer, etag: IfMatch) -> Any:
 async def retrieve(body: RetrieveRequest, request: Request) -> RetrieveResponse:
     """What the server answers now; nobody's history joins it, and no log of what was served has it."""
     serving: Serving = request.app.state.serving
-    return await serving.retrieve(body)
+    return await serving.retrieve(body, request.state.principal.name)
 
 
 @_reads.get("/v1/slots", operation_id="slots.get")

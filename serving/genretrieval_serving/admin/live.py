@@ -19,6 +19,9 @@ from genretrieval_serving.batcher import Batcher
 from genretrieval_serving.deployment import Deployment, preferred_levels
 from genretrieval_serving.rollout import Rollout, status_of
 
+# Somebody looks at a page meanwhile.
+WITHIN_SECONDS = 10.0
+
 
 class Live:
     """Exists before its server is ready, and refuses until then."""
@@ -86,23 +89,24 @@ class Live:
         self._opened()
         return self._following().bundles()
 
-    async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+    async def retrieve(self, request: RetrieveRequest, caller: str) -> RetrieveResponse:
         """What the primary arm answers now: the one that trials are made on, whoever a canary may answer.
 
         Raises:
             RequestError: the request cannot be answered.
             StaleReplicaError: the admin state has not reached the request's `min_revision`.
+            DeadlineError: it takes longer than anybody looks at a page.
             UnavailableError: the server is not ready, or overloaded.
         """
         batcher, deployment, replica = self._opened()
         if request.min_revision:
             await replica.wait_for(request.min_revision)
         answering = deployment.primary.answering(request)
-        response = await batcher.submit(answering.retriever, request, edits=answering.edits)
+        response = await batcher.submit(answering.retriever, request, WITHIN_SECONDS, answering.edits, caller)
         degraded = [ADMIN_STATE_STALE] if answering.stale else []
         return response.model_copy(update={"degraded": [*response.degraded, *degraded]})
 
-    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest) -> TrialResult:
+    async def test(self, kind: Kind, resource: Resource, request: RetrieveRequest, caller: str) -> TrialResult:
         """What a request returns without `resource`, and with it in place of the one that has its id.
 
         Raises:
@@ -124,8 +128,8 @@ class Live:
             return snapshot.updated(Changes(snapshot.revision, [(kind, tried)])).edits(request, now)
 
         without, with_ = await asyncio.to_thread(lambda: (edits_with(absent), edits_with(resource)))
-        before = await batcher.submit(retriever, request, edits=without)
-        after = await batcher.submit(retriever, request, edits=with_)
+        before = await batcher.submit(retriever, request, WITHIN_SECONDS, without, caller)
+        after = await batcher.submit(retriever, request, WITHIN_SECONDS, with_, caller)
         return TrialResult(before=before, after=after, missing_ids=snapshot.missing(resource))
 
     async def _slot_for(self, keyword: Keyword, retriever: Retriever, replica: Replica) -> SlotRef:

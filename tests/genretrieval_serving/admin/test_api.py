@@ -74,7 +74,7 @@ class FakeServing:
         for alias in aliases:
             self.validate(alias)
 
-    async def test(self, kind: Kind, resource: Any, request: RetrieveRequest) -> TrialResult:
+    async def test(self, kind: Kind, resource: Any, request: RetrieveRequest, caller: str) -> TrialResult:
         self.tested.append((kind, resource, request))
         return TrialResult(before=RetrieveResponse(items=[]), after=RetrieveResponse(items=[]), missing_ids=["x"])
 

@@ -32,7 +32,7 @@ URLS = {"/console" if name == PAGE else f"/console/{name}": name for name in ASS
 class FakeServing:
     """Answers with the request's query."""
 
-    async def retrieve(self, request: RetrieveRequest) -> RetrieveResponse:
+    async def retrieve(self, request: RetrieveRequest, caller: str) -> RetrieveResponse:
         return RetrieveResponse(items=[], applied=[request.query or ""])
 
 

@@ -28,7 +28,8 @@ function decoded(part) {
 
 function wanted() {
   const [name, ...rest] = location.hash.slice(1).split("/");
-  return { name: name in VIEWS ? name : "try", argument: rest.length ? decoded(rest.join("/")) : undefined };
+  const argument = rest.length ? decoded(rest.join("/")) : undefined;
+  return { name: Object.hasOwn(VIEWS, name) ? name : "try", argument };
 }
 
 /** Show the view that the address names; `again` leaves alone what is open in it. */

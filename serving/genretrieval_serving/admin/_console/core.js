@@ -2,6 +2,7 @@
 
 const KEY = "genretrieval.key";
 const ATTEMPTS = 3;
+const PATIENCE_MS = 30_000;
 let lastId = 0;
 
 /** An element. Functions are listeners; texts become text nodes, so that nobody's text is ever read as HTML. */
@@ -69,7 +70,8 @@ const random = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), hex)
 async function sent(url, options) {
   for (let attempt = 1; ; attempt += 1) {
     try {
-      return await fetch(url, { ...options, cache: "no-store", redirect: "error" });
+      const signal = AbortSignal.timeout(PATIENCE_MS);
+      return await fetch(url, { ...options, signal, cache: "no-store", redirect: "error" });
     } catch {
       if (attempt === ATTEMPTS) throw new Refusal("The server cannot be reached; try again.");
       await new Promise((done) => setTimeout(done, 200 * attempt));

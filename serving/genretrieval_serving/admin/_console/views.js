@@ -90,14 +90,15 @@ export function catalogue() {
   const id = text("Item id");
   const said = region();
   const place = h("section");
-  const look = async () => {
+  const look = async (wanted = id.read()) => {
     place.replaceChildren();
     forgetItems();
-    place.append(shown(await api("GET", `/v1/items/${encodeURIComponent(id.read())}`)));
+    place.append(shown(await api("GET", `/v1/items/${encodeURIComponent(wanted)}`)));
   };
+  // What stands in the field may be another item's id by now.
   const changing = (done, item, method, path, body) => act(said, async () => {
     await api(method, path, body);
-    await Promise.all([look(), readRevision()]);
+    await Promise.all([look(item.item_id), readRevision()]);
     return `${item.item_id} is ${done}.`;
   });
   const remove = async (item, path) => (await sure(`Remove ${item.item_id}? It can be brought back.`, "Remove"))
@@ -116,16 +117,17 @@ export function catalogue() {
   const shown = (item) => h("div", {},
     h("h2", {}, item.attributes.title ?? item.item_id, " ", item.removed && badge("removed", "bad")),
     h("dl", { class: "rows" },
-      told("Item id", id.read()), told("Semantic ID", item.semantic_id.join(" ")), told("Popularity", item.popularity),
+      told("Item id", item.item_id), told("Semantic ID", item.semantic_id.join(" ")),
+      told("Popularity", item.popularity),
       Object.entries(item.attributes).map(([name, value]) => told(name, plain(value))),
       told("Catalogue revision", item.catalogue_revision)),
     bar(actions(item), link("History", "audit", `items/${item.item_id}`)));
-  const asking = form({ role: "search", "aria-label": "Look up an item" }, look, { said },
+  const asking = form({ role: "search", "aria-label": "Look up an item" }, () => look(), { said },
     row(id.node, bar(submit("Look up"))));
   return { node: [heading("Items"), asking, place], show: (wanted) => {
     if (!wanted) return;
     id.control.value = wanted;
-    act(said, look);
+    act(said, () => look());
   } };
 }
 
