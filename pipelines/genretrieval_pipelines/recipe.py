@@ -421,7 +421,7 @@ def read_recipe(path: Path, kind: type[_AnyRecipe]) -> _AnyRecipe:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise RecipeError(f"{path} is not UTF-8, first in line {line}; save it in that encoding") from error
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506  it is a safe one
+        content = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     try:
