@@ -52,6 +52,15 @@ def silent(channel: grpc.Channel, method: str = RETRIEVE, **arguments: Any) -> I
         over.set()
 
 
+def watching(channel: grpc.Channel) -> Any:
+    """What health checks are told, as it changes."""
+    return channel.unary_stream(
+        "/grpc.health.v1.Health/Watch",
+        health_pb2.HealthCheckRequest.SerializeToString,
+        health_pb2.HealthCheckResponse.FromString,
+    )(health_pb2.HealthCheckRequest(), timeout=60)
+
+
 @pytest.fixture
 def limits(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets arguments of gRPC for servers that start later."""
@@ -301,11 +310,7 @@ def test_a_graph_that_is_stuck_is_told_to_health_checks_and_to_those_who_wait(st
         Client(running.http) as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        watch = channel.unary_stream(
-            "/grpc.health.v1.Health/Watch",
-            health_pb2.HealthCheckRequest.SerializeToString,
-            health_pb2.HealthCheckResponse.FromString,
-        )(health_pb2.HealthCheckRequest(), timeout=60)
+        watch = watching(channel)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         backend.gate.clear()
         waiting = pool.submit(client.retrieve)
@@ -317,11 +322,7 @@ def test_a_graph_that_is_stuck_is_told_to_health_checks_and_to_those_who_wait(st
 
 def test_health_may_be_watched(start) -> None:
     with start(drain_seconds=1000.0) as running, connected(running) as channel:
-        watch = channel.unary_stream(
-            "/grpc.health.v1.Health/Watch",
-            health_pb2.HealthCheckRequest.SerializeToString,
-            health_pb2.HealthCheckResponse.FromString,
-        )(health_pb2.HealthCheckRequest(), timeout=30)
+        watch = watching(channel)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         stopped = running.begin_to_stop()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
