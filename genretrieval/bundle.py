@@ -18,7 +18,6 @@ No file of it is a pickle.
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import os
@@ -36,7 +35,7 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from genretrieval.errors import BundleError, BundleIncompleteError
+from genretrieval.errors import BundleError, BundleIncompleteError, disk_is_full
 from genretrieval.features import RequestFeatures
 from genretrieval.keyword_codebook import KeywordCodebook
 
@@ -284,8 +283,7 @@ def write_bundle(path: Path, manifest: Manifest) -> Iterator[Path]:
     except BaseException as error:
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         shutil.rmtree(partial)
-        # Polars and safetensors have errors of their own around that of the system.
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        if disk_is_full(error):
             raise BundleError(
                 f"the disk is full: {path.parent} had no room for the bundle {path.name} after {written:,} bytes. "
                 f"Nothing of it was left, and what was at {path} stays; make room, or choose another output folder"

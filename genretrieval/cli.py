@@ -5,10 +5,8 @@ Imports are local to each verb, so that `serve` never loads torch and `--help` a
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +26,7 @@ from genretrieval.errors import (
     MissingExtraError,
     RecipeError,
     UnavailableError,
+    disk_is_full,
 )
 from genretrieval_serving import bundle_commands, item_commands
 from genretrieval_serving.admin.commands import client_options, groups
@@ -86,13 +85,6 @@ JsonFile = Annotated[
 ]
 
 
-# NumPy and torch name no reason when the last bytes find no room.
-_DISK_FULL = re.compile(
-    "|".join(map(re.escape, (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))))
-    + r"|^\d+ requested and \d+ written$|inline_container\.cc.* unexpected pos "
-)
-
-
 class SplitName(StrEnum):
     """Splits that can be evaluated."""
 
@@ -130,11 +122,8 @@ def _fail(error: GenRetrievalError) -> NoReturn:
 
 
 def _system_error(error: BaseException) -> GenRetrievalError | None:
-    """What the machine denies, a full disk or a folder that may not be written to, as an error of ours.
-
-    safetensors, Polars and others have errors of their own around what the system said of a full disk.
-    """
-    if _DISK_FULL.search(str(error)):
+    """What the machine denies, a full disk or a folder that may not be written to, as an error of ours."""
+    if disk_is_full(error):
         return UnavailableError(
             f"the disk is full, or a quota: {error}; make room, or give other folders, and start again"
         )

@@ -28,6 +28,9 @@ else; the command line, REST and gRPC read them from there.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from functools import cache
 from typing import ClassVar
 
@@ -167,3 +170,18 @@ class DeadlineError(GenRetrievalError):
     """The deadline of the request passed before an answer was ready."""
 
     exit_code, http_status, grpc_code = 6, 504, "DEADLINE_EXCEEDED"
+
+
+# NumPy and torch name no reason when the last bytes find no room.
+_DISK_FULL = re.compile(
+    "|".join(map(re.escape, (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))))
+    + r"|^\d+ requested and \d+ written$|inline_container\.cc.* unexpected pos "
+)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota is why something could not be written.
+
+    safetensors, Polars and others have errors of their own around what the system said, so its words are looked for.
+    """
+    return _DISK_FULL.search(str(error)) is not None

@@ -7,9 +7,7 @@ sorted some users at a time; the rest is streamed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from genretrieval.errors import DataError
+from genretrieval.errors import DataError, disk_is_full
 from genretrieval.histories import NO_QUERY, NO_SCENARIO, NO_TIME, Exposures, Histories
 from genretrieval.schemas import (
     EXPOSURE,
@@ -270,8 +268,7 @@ def writing_logs(
     try:
         yield
     except (OSError, pl.exceptions.PolarsError) as error:
-        # Polars has errors of its own around that of the system.
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        if disk_is_full(error):
             raise DataError(
                 f"the disk is full: {output} had no room for the {kind} logs, which are not complete. Make room and "
                 "run the same again, or choose another folder"
